@@ -1,0 +1,472 @@
+"""Text worlds behind one small protocol: text in, text out. Nothing here knows of models or tokens.
+
+    python envs.py                          what there is
+    python envs.py quest                    play a task by hand (undo = rollback by replay, hint = admissible actions)
+    python envs.py sokoban test-1-0003      play that task
+    python envs.py sokoban data=levels.txt  play level files in Boxoban's format
+
+A world must be deterministic: `reset(task)` and the same actions give the same observations, always. That is all that
+backtracking needs (the paper's Reset(E), then replay a_1 .. a_{tau-1}), and `rollback` checks it at every turn.
+
+Quest is the embedded default, made so that LEAFE's effect is visible. The thing to find lies behind a chain of one to
+four obstacles. What an obstacle needs is told only by its refusal ("the attic is dark. you need the torch from the
+cellar."), differs from task to task, and more things lie about than are of use; one thing fits in the hand; the candle
+burns down; a key breaks in the wrong lock and a rope bridge holds once. So no fixed habit solves it: one must read the
+refusals and act on them. Sokoban is the paper's: 6x6 rooms, pushing boxes onto goals, no undo.
+"""
+import random
+import re
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, Sequence
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as one line, without a traceback."""
+
+
+class ReplayMismatch(Exception):
+    """The world did not give the observation that it gave before: this branch cannot be trusted."""
+
+
+@dataclass
+class Outcome:
+    """What one action brought."""
+    obs: str
+    score: float = 0.0        # progress, 0..1; 1 exactly on success
+    done: bool = False        # no further action counts
+    success: bool = False
+    valid: bool = True        # False: the world refused the action
+
+
+class Env(Protocol):
+    rules: str                # system prompt: the world, and how an action is written
+    max_turns: int            # horizon T
+
+    def tasks(self, split: str) -> list[str]: ...      # stable ids; the splits are disjoint
+    def reset(self, task: str) -> str: ...             # o_1, the task q stated in it; a pure function of task
+    def step(self, action: str) -> Outcome: ...
+    def actions(self) -> list[str]: ...                # admissible actions, for people and tests
+    def difficulty(self, task: str) -> str: ...        # a group for the tables
+    def close(self) -> None: ...
+
+
+@dataclass
+class StepMeter:
+    """The one place where environment steps are counted; replayed ones apart (they teach nothing new)."""
+    steps: int = 0
+    replayed: int = 0
+    mismatches: int = 0
+
+
+def rollback(env: Env, task: str, turns: Sequence, meter: StepMeter | None = None) -> str:
+    """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack).
+
+    `turns` are those before and including tau (anything with .obs and .action); the action of the last is not replayed.
+    Returns o_tau. Raises ReplayMismatch if any observation differs from the recorded one.
+    """
+    obs = env.reset(task)
+    for i, turn in enumerate(turns):
+        if obs != turn.obs:
+            raise ReplayMismatch(f"{task}: turn {i + 1} read {turn.obs!r} and now reads {obs!r}")
+        if i + 1 < len(turns):
+            outcome = env.step(turn.action)
+            obs = outcome.obs
+            if meter:
+                meter.replayed += 1
+            if outcome.done and i + 2 < len(turns):
+                raise ReplayMismatch(f"{task}: the replay ended at turn {i + 1} of {len(turns)}")
+    return obs
+
+
+# ---------------------------------------------------------------------------------------------------------------- quest
+
+ROOMS = "attic cellar chapel garden island kitchen library stable study tower vault workshop".split()
+TREASURES = "crown goblet harp mirror ring violin".split()
+NEEDS = {"torch": "is dark", "ladder": "is too high", "axe": "is overgrown", "rope": "lies beyond a gap",
+         "bone": "is guarded by a dog", "pump": "is flooded", "broom": "is full of webs",
+         "brass-key": "is locked", "silver-key": "is locked", "iron-key": "is locked"}
+JUNK = "ball bell hat spoon".split()
+
+
+def listing(things: Sequence[str]) -> str:
+    return " and ".join("the " + thing for thing in things) if things else "nothing"
+
+
+class Quest:
+    """A house of rooms. Task ids are `<split>-<needs>-<number>`, needs 1..4; the id alone seeds the world."""
+    rules = ("you are in a house and look for a treasure. you can go to a room or take a thing. you can carry one thing. "
+             "answer with one action, like: go cellar, or: take lamp")
+    slack = 3                                     # turns beyond the shortest solution, counted without foreknowledge
+    max_turns = 3 * 4 + 2 + slack
+    sizes = {"train": 512, "valid": 256, "test": 512, "corpus": 10_000_000}
+
+    def tasks(self, split: str) -> list[str]:
+        return [f"{split}-{1 + i % 4}-{i:04d}" for i in range(min(self.sizes.get(split, 0), 4096))]
+
+    def difficulty(self, task: str) -> str:
+        return task.split("-")[1] + " needs"
+
+    def reset(self, task: str) -> str:
+        match = re.fullmatch(r"(train|valid|test|corpus)-([1-4])-(\d{4,7})", task)
+        if not match or int(match[3]) >= self.sizes[match[1]]:
+            raise UserError(f"quest has no task {task!r}; ids look like train-2-0001 (split, needs 1 to 4, number)")
+        rng = random.Random("quest/" + task)
+        needs = int(match[2])
+        self.rooms = rng.sample(ROOMS, needs + 4)                      # the first `needs` are barred, the first holds the goal
+        self.treasure = rng.choice(TREASURES)
+        tools = rng.sample(list(NEEDS), needs + 3)                     # the first `needs` are of use
+        barred, free = self.rooms[:needs], self.rooms[needs:]
+        self.bars = dict(zip(barred, tools))                           # room -> the thing that opens it
+        self.things: dict[str, list[str]] = {room: [] for room in self.rooms}
+        self.things[barred[0]].append(self.treasure)
+        for i in range(needs):                                         # what opens room i lies in room i + 1, or in the open
+            place = barred[i + 1] if i + 1 < needs else rng.choice(free)
+            self.things[place].append(tools[i])
+        for thing in tools[needs:] + rng.sample(JUNK, 2):
+            self.things[rng.choice([room for room in self.rooms[1:] if len(self.things[room]) < 2])].append(thing)
+        for things in self.things.values():
+            rng.shuffle(things)
+        self.bridge = rng.choice(free) if rng.random() < 0.3 else ""   # "": none. The room behind a bridge that holds once
+        self.goal, self.place, self.hand, self.opened, self.gone = barred[0], "hall", "", 0, ""
+        self.left = 3 * needs + 2 + self.slack
+        self.needs = needs
+        doors = rng.sample(self.rooms, len(self.rooms))
+        return (f"find the {self.treasure}. it is in the {self.goal}. your candle lasts {self.left} turns. "
+                f"you are in the hall. doors: {', '.join(doors)}.")
+
+    def step(self, action: str) -> Outcome:
+        self.left -= 1
+        words = action.lower().strip().rstrip(".").replace(" the ", " ").split()
+        verb, noun = words if len(words) == 2 else ("", "")
+        obs, valid = "you cannot do that.", False
+        if verb == "go" and noun in self.rooms:
+            obs, valid = self._go(noun)
+        elif verb == "take":
+            obs, valid = self._take(noun)
+        success = self.hand == self.treasure
+        done = success or self.left <= 0
+        if done and not success:
+            obs += " the candle burns out."
+        score = 1.0 if success else self.opened / (self.needs + 1)
+        return Outcome(obs, score, done, success, valid)
+
+    def _go(self, room: str) -> tuple[str, bool]:
+        if room == self.gone:
+            return f"the bridge to the {room} is gone.", False
+        if room in self.bars:
+            tool = self.bars[room]
+            if self.hand != tool:
+                return self._refuse(room, tool), False
+            del self.bars[room]
+            self.opened += 1
+        obs = ""
+        if self.place == self.bridge and room != self.bridge:
+            self.gone, obs = self.bridge, "the bridge falls behind you. "
+        self.place = room
+        if room == self.bridge:
+            obs = "you cross a bridge. it holds once. "
+        return f"{obs}you are in the {room}. you see {listing(self.things[room])}.", True
+
+    def _refuse(self, room: str, tool: str) -> str:
+        why = f"the {room} {NEEDS[tool]}."
+        if tool.endswith("-key") and self.hand.endswith("-key"):
+            why = f"the {self.hand} breaks in the lock."
+            self.hand = ""
+        place = next((place for place, things in self.things.items() if tool in things), "")
+        return f"{why} you need the {tool} " + (f"from the {place}." if place else "and it is broken.")
+
+    def _take(self, thing: str) -> tuple[str, bool]:
+        here = self.things.get(self.place, [])
+        if thing not in here:
+            return f"there is no {thing} here." if thing in (*NEEDS, *JUNK, *TREASURES) else "you cannot do that.", False
+        here.remove(thing)
+        obs = f"you take the {thing}."
+        if self.hand:
+            here.append(self.hand)
+            obs += f" you leave the {self.hand}."
+        self.hand = thing
+        return obs, True
+
+    def actions(self) -> list[str]:
+        return ["go " + room for room in sorted(self.rooms)] + ["take " + thing for thing in self.things.get(self.place, [])]
+
+    def next_best(self) -> str:
+        """The first action of a shortest solution with the world laid open ('' if none is left); for tests and figures."""
+        todo: list[str] = []
+        room, thing = self.goal, self.treasure
+        while True:                                                    # walk the chain of needs from the goal outwards
+            if thing == self.hand:
+                return todo[-1] if todo else ""
+            if self.place == room and thing in self.things[room]:
+                return "take " + thing
+            place = next((p for p, things in self.things.items() if thing in things), None)
+            if place is None or place == self.gone:
+                return ""
+            todo.append("go " + place)
+            if place not in self.bars:
+                return todo[-1]
+            room, thing = "", self.bars[place]
+            room = next((p for p, things in self.things.items() if thing in things), "")
+
+    def close(self) -> None:
+        pass
+
+
+# -------------------------------------------------------------------------------------------------------------- sokoban
+
+MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+WALL, FLOOR, GOAL, BOX, MAN = "#", " ", ".", "$", "@"
+BOX_ON_GOAL, MAN_ON_GOAL = "*", "+"
+
+
+@dataclass
+class Level:
+    walls: set[tuple[int, int]]
+    goals: set[tuple[int, int]]
+    boxes: set[tuple[int, int]]
+    man: tuple[int, int]
+    size: tuple[int, int]                          # rows, columns
+
+
+def parse_level(lines: list[str]) -> Level:
+    """One level as text. Raises UserError if it has no man, or not as many goals as boxes."""
+    cells = {(r, c): char for r, line in enumerate(lines) for c, char in enumerate(line)}
+    pick = lambda chars: {cell for cell, char in cells.items() if char in chars}      # noqa: E731
+    men, boxes, goals = pick(MAN + MAN_ON_GOAL), pick(BOX + BOX_ON_GOAL), pick(GOAL + BOX_ON_GOAL + MAN_ON_GOAL)
+    if len(men) != 1 or not boxes or len(boxes) != len(goals):
+        raise UserError(f"not a Sokoban level: {len(men)} men, {len(boxes)} boxes, {len(goals)} goals")
+    return Level(pick(WALL), goals, boxes, men.pop(), (len(lines), max(map(len, lines))))
+
+
+def read_boxoban(path: Path) -> list[Level]:
+    """A Boxoban file: blocks of `; N` and rows of `# @ $ .`."""
+    levels: list[Level] = []
+    for block in path.read_text().split(";")[1:]:
+        try:
+            levels.append(parse_level([line for line in block.split("\n")[1:] if line.strip()]))
+        except UserError as error:
+            raise UserError(f"{path}: level {len(levels)}: {error}") from None
+    if not levels:
+        raise UserError(f"{path}: no level found; a Boxoban file has blocks of '; N' and rows of '#@$.'")
+    return levels
+
+
+def reverse_play(rng: random.Random, boxes: int, side: int = 6) -> Level:
+    """A solvable room: start solved and pull the boxes away, which a player can undo by pushing."""
+    inner = [(r, c) for r in range(1, side - 1) for c in range(1, side - 1)]
+    frame = {(r, c) for r in range(side) for c in range(side)} - set(inner)
+    while True:
+        walls = frame | set(rng.sample(inner, rng.randint(0, 3)))
+        free = [cell for cell in inner if cell not in walls]
+        goals = rng.sample(free, boxes)
+        now, man = set(goals), rng.choice([cell for cell in free if cell not in goals])
+        for _ in range(60):
+            dr, dc = rng.choice(list(MOVES.values()))
+            to, behind = (man[0] + dr, man[1] + dc), (man[0] - dr, man[1] - dc)
+            if to in walls or to in now:
+                continue
+            if behind in now and rng.random() < 0.7:
+                now = now - {behind} | {man}
+            man = to
+        if not now & set(goals):
+            return Level(walls, set(goals), now, man, (side, side))
+
+
+def solve(level: Level, limit: int = 200_000) -> list[str] | None:
+    """Shortest solution by breadth-first search; None if there is none within `limit` states."""
+    start = (level.man, frozenset(level.boxes))
+    came: dict = {start: None}
+    queue = deque([start])
+    while queue and len(came) < limit:
+        state = queue.popleft()
+        if state[1] == level.goals:
+            path = []
+            while came[state]:
+                state, move = came[state]
+                path.append(move)
+            return path[::-1]
+        for move in MOVES:
+            after = push(level.walls, *state, move)
+            if after and after not in came:
+                came[after] = (state, move)
+                queue.append(after)
+    return None
+
+
+def push(walls: set, man: tuple[int, int], boxes: frozenset, move: str):
+    """The state after `move`, or None if a wall or a second box is in the way."""
+    dr, dc = MOVES[move]
+    to, beyond = (man[0] + dr, man[1] + dc), (man[0] + 2 * dr, man[1] + 2 * dc)
+    if to in walls or (to in boxes and (beyond in walls or beyond in boxes)):
+        return None
+    return to, boxes - {to} | {beyond} if to in boxes else boxes
+
+
+class Sokoban:
+    """Task ids: `<split>-<boxes>-<number>` from the generator, or `<file stem>/<number>` from Boxoban files in `data`."""
+    rules = ("you push boxes onto goals. # wall, $ box, . goal, * box on goal, @ you, + you on goal. a box can be pushed, "
+             "not pulled, and not two at once. answer with one action: up, down, left or right")
+    max_turns = 40
+    splits = {"train": 512, "valid": 256, "test": 512}
+
+    def __init__(self, data: str = ""):
+        self.files: dict[str, list[Level]] = {}
+        for name in filter(None, data.split(",")):
+            if not Path(name).is_file():
+                raise UserError(f"data: there is no file {name}")
+            self.files[Path(name).stem] = read_boxoban(Path(name))
+
+    def tasks(self, split: str) -> list[str]:
+        if self.files:                             # Boxoban names its files <set>_<split>_<number>
+            return [f"{stem}/{i}" for stem, levels in self.files.items() if split in stem for i in range(len(levels))]
+        return [f"{split}-{1 + i % 2}-{i:04d}" for i in range(self.splits.get(split, 0))]
+
+    def difficulty(self, task: str) -> str:
+        return f"{len(self._level(task).boxes)} boxes"
+
+    def _level(self, task: str) -> Level:
+        stem, _, number = task.partition("/")
+        if stem in self.files and number.isdigit() and int(number) < len(self.files[stem]):
+            return self.files[stem][int(number)]
+        match = re.fullmatch(r"(train|valid|test)-([12])-(\d{4})", task)
+        if not match or int(match[3]) >= self.splits[match[1]]:
+            raise UserError(f"sokoban has no task {task!r}; ids look like test-1-0003, or file/3 with data=file.txt")
+        return reverse_play(random.Random("sokoban/" + task), int(match[2]))
+
+    def reset(self, task: str) -> str:
+        self.level = self._level(task)
+        self.man, self.boxes = self.level.man, frozenset(self.level.boxes)
+        self.left = self.max_turns
+        return f"push every box onto a goal within {self.left} moves.\n{self.draw()}"
+
+    def draw(self) -> str:
+        def cell(at: tuple[int, int]) -> str:
+            if at in self.level.walls:
+                return WALL
+            on = at in self.level.goals
+            if at in self.boxes:
+                return BOX_ON_GOAL if on else BOX
+            if at == self.man:
+                return MAN_ON_GOAL if on else MAN
+            return GOAL if on else FLOOR
+        rows, columns = self.level.size
+        return "\n".join("".join(cell((r, c)) for c in range(columns)) for r in range(rows))
+
+    def stuck(self, box: tuple[int, int]) -> bool:
+        """A box off its goal in a corner of walls never moves again."""
+        wall = [(box[0] + dr, box[1] + dc) in self.level.walls for dr, dc in MOVES.values()]      # up, down, left, right
+        return box not in self.level.goals and (wall[0] or wall[1]) and (wall[2] or wall[3])
+
+    def step(self, action: str) -> Outcome:
+        self.left -= 1
+        words = action.lower().strip().rstrip(".").split()
+        move = words[-1] if words else ""
+        after = push(self.level.walls, self.man, self.boxes, move) if move in MOVES else None
+        if move not in MOVES:
+            said = "answer with up, down, left or right."
+        elif after is None:
+            said = f"you cannot go {move}: " + ("a wall." if self._wall(move) else "the box does not move.")
+        else:
+            pushed = after[1] != self.boxes
+            said = f"you push a box {move}." if pushed else f"you go {move}."
+            self.man, self.boxes = after
+            if pushed and any(self.stuck(box) for box in self.boxes):
+                said += " the box is stuck in a corner and can never reach a goal."
+        success = self.boxes == self.level.goals
+        done = success or self.left <= 0
+        said += " solved." if success else " no moves are left." if done else ""
+        score = len(self.boxes & self.level.goals) / len(self.boxes)
+        return Outcome(f"{said}\n{self.draw()}", score, done, success, after is not None)
+
+    def _wall(self, move: str) -> bool:
+        dr, dc = MOVES[move]
+        return (self.man[0] + dr, self.man[1] + dc) in self.level.walls
+
+    def actions(self) -> list[str]:
+        return [move for move in MOVES if push(self.level.walls, self.man, self.boxes, move)]
+
+    def close(self) -> None:
+        pass
+
+
+# ----------------------------------------------------------------------------------------------------- by name, by hand
+
+ENVS = {"quest": Quest, "sokoban": Sokoban}
+
+
+def make_env(name: str, data: str = "") -> Env:
+    """An environment by its name in config.yaml. Raises UserError with what there is."""
+    if name not in ENVS:
+        raise UserError(f"env: there is no {name!r}; there are {', '.join(ENVS)}")
+    if data and name == "quest":
+        raise UserError("data: quest makes its own tasks and reads no file; leave data empty")
+    return ENVS[name](data) if data else ENVS[name]()
+
+
+@dataclass
+class Played:
+    obs: str
+    action: str = ""
+
+
+@dataclass
+class Hand:
+    """A person's episode: the turns so far, undone by the very rollback that LEAFE uses."""
+    env: Env
+    task: str
+    turns: list[Played] = field(default_factory=list)
+
+    def undo(self) -> str:
+        self.turns = self.turns[:-1] if len(self.turns) > 1 else self.turns
+        return rollback(self.env, self.task, self.turns)
+
+
+def play(env: Env, task: str) -> None:
+    print(f"{env.rules}\n\ntask {task}. `hint`: admissible actions, `undo`: one turn back, `quit`.\n")
+    hand = Hand(env, task, [Played(env.reset(task))])
+    print(hand.turns[-1].obs)
+    while True:
+        try:
+            typed = input(f"{len(hand.turns)}> ").strip()
+        except EOFError:
+            typed = "quit"
+        if typed == "quit":
+            return
+        if typed == "hint":
+            print(", ".join(env.actions()))
+        elif typed == "undo":
+            print(hand.undo())
+        elif typed:
+            hand.turns[-1].action = typed
+            outcome = env.step(typed)
+            hand.turns.append(Played(outcome.obs))
+            print(outcome.obs if outcome.valid else f"(refused) {outcome.obs}")
+            if outcome.done:
+                print(f"{'success' if outcome.success else 'failure'} after {len(hand.turns) - 1} turns")
+                return
+
+
+def main(args: list[str]) -> None:
+    options = dict(arg.split("=", 1) for arg in args if "=" in arg)
+    words = [arg for arg in args if "=" not in arg]
+    if not words or words[0] in ("-h", "--help") or set(options) - {"data"}:
+        print(__doc__)
+        for name in ENVS:
+            env = make_env(name)
+            print(f"{name:10}" + ", ".join(f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test")) + " tasks")
+        return
+    env = make_env(words[0], options.get("data", ""))
+    tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]
+    play(env, words[1] if len(words) > 1 else tasks[0])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
