@@ -211,6 +211,28 @@ class Quest:
             room, thing = "", self.bars[place]
             room = next((p for p, things in self.things.items() if thing in things), "")
 
+    def judge(self, task: str, actions: list[str], tau: int, e: str) -> tuple[bool, bool, bool]:
+        """A failed episode's reflection, seen with the house laid open: was the policy told of something missing that it
+        never brought? Does e name such a thing? And can the room that lacks it still be opened from turn tau?"""
+        self.reset(task)
+        told: dict[str, str] = {}                                      # thing -> the room whose refusal named it
+        for action in actions:
+            obs = self.step(action).obs
+            need = re.search(r"you need the (\S+) ", obs)
+            if need:
+                told[need[1]] = action.lower().split()[-1]
+        told = {thing: room for thing, room in told.items() if room in self.bars}
+        named = [thing for thing in told if thing in re.findall(r"[a-z-]+", e.lower())]
+        if not named or not tau:
+            return bool(told), bool(named), False
+        self.reset(task)
+        for action in actions[:tau - 1]:
+            self.step(action)
+        room = told[named[0]]
+        while room in self.bars and self.left > 0 and (best := self.next_best()):
+            self.step(best)
+        return True, True, room not in self.bars
+
     def close(self) -> None:
         pass
 

@@ -1,0 +1,403 @@
+"""Stage 1 of LEAFE: tree-based experience generation with rollback (Algorithm 1), and the targets that it yields.
+
+    explore    for every task q, grow a rollback tree: roll out pi; every K turns and on failure reflect, which gives
+               (tau, e); backtrack: Reset(E), replay a_1 .. a_{tau-1}; branch: sample a'_tau ~ pi(. | h_tau, q, e) and
+               carry on; breadth first, to a maximum depth, within a budget of attempts
+    targets    D_cf, the improved actions a'_tau at h_tau without e, and D_reh, turns of successful paths
+
+An episode is a Python generator: it yields a context and receives the reply's ids, so that Algorithm 1 reads as straight
+code, one conversation at a time, while the engine runs hundreds side by side. Left to others: optimisers (train.py),
+sampling for Pass@k (eval.py, which runs the same `episode` without reflection).
+"""
+import random
+import re
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Callable, Iterator
+
+from tqdm import tqdm
+
+from envs import Env, ReplayMismatch, StepMeter, rollback
+from model import Ask, Chat, Engine, Job
+from run import Config, Jsonl
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+# All the text that a policy ever reads, besides the environment's own rules and observations.
+
+TURN = "step {t}: {obs}"                          # a user message: turn t's observation
+HINT = "\nexperience: {e}"                        # behind the observation at tau, in a branch only
+REFLECT = ("\nlook back. what should have been known, and from which step on? answer with two lines:\n"
+           "experience: ...\nstep: N")            # behind the observation that followed the last action
+REFLECTION = "experience: {e}\nstep: {tau}"       # what a well-formed answer looks like (tiny.py teaches it)
+
+
+# ------------------------------------------------------------------------------------------------------------ the tree
+
+@dataclass
+class Turn:
+    """One observation and the action taken on it. The ids are the truth: what was fed, and what was sampled."""
+    obs: str
+    obs_ids: list[int]                 # o_t's message as the deployed policy sees it: never with e
+    action: str
+    action_ids: list[int]              # as sampled, end-of-turn token included unless it was cut off
+    parent: int | None                 # index in Tree.turns; None: a first turn
+    experience: str = ""               # e, on a branch's first turn
+    score: float = 0.0                 # after the action
+    success: bool = False
+    valid: bool = True                 # False: the world refused the action
+
+    @property
+    def ids(self) -> list[int]:
+        return self.obs_ids + self.action_ids
+
+
+@dataclass
+class Reflection:
+    """What pi answered when asked to look back after turn t of its path."""
+    t: int
+    text: str
+    tau: int = 0                       # 1..t; 0: no fault found, or not understood
+    e: str = ""
+    flaw: str = ""                     # why the answer could not be used
+    final: bool = False                # asked because the episode had failed
+
+
+@dataclass
+class Branch:
+    """One attempt: the first rollout of a tree (tau = 1, no e), or what grew from one rollback."""
+    task: str
+    name: str                          # "0" for the first rollout, then the parent's name and a number: "0.2.1"
+    tau: int
+    experience: str
+    turns: list[Turn]                  # from turn tau on; parent indices are set when the branch joins its tree
+    last_obs: str                      # what followed the last action
+    reflections: list[Reflection]
+    end: str                           # success, failure, horizon, context (no room left), mismatch (replay differs)
+    steps: int                         # environment steps
+    replayed: int                      # environment steps of the backtracking, counted apart
+    tokens: int                        # sampled
+
+    @property
+    def success(self) -> bool:
+        return self.end == "success"
+
+    def record(self, round_: int) -> dict:
+        return dict(round=round_, **asdict(self))
+
+    @staticmethod
+    def read(record: dict) -> "Branch":
+        fields = {key: value for key, value in record.items() if key != "round"}
+        fields["turns"] = [Turn(**turn) for turn in fields["turns"]]
+        fields["reflections"] = [Reflection(**reflection) for reflection in fields["reflections"]]
+        return Branch(**fields)
+
+
+@dataclass
+class Tree:
+    """The rollback tree of one task. Exploration grows it, distillation trains on it as it stands, the report draws it."""
+    task: str
+    turns: list[Turn] = field(default_factory=list)            # in order of birth: parents before children
+    branches: list[Branch] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)            # index of each branch's first turn, -1 if it has none
+
+    def path(self, index: int | None) -> list[Turn]:
+        """h and a up to and including turn `index`, from the root."""
+        turns: list[Turn] = []
+        while index is not None:
+            turns.append(self.turns[index])
+            index = turns[-1].parent
+        return turns[::-1]
+
+    def ancestors(self, index: int | None) -> list[int]:
+        found: list[int] = []
+        while index is not None:
+            found.append(index)
+            index = self.turns[index].parent
+        return found[::-1]
+
+    def join(self, branch: Branch, parent: int | None) -> None:
+        """Add a finished attempt below turn `parent` (the turn before tau)."""
+        self.branches.append(branch)
+        self.starts.append(len(self.turns) if branch.turns else -1)
+        for turn in branch.turns:
+            turn.parent, parent = parent, len(self.turns)
+            self.turns.append(turn)
+
+    def branch_path(self, number: int) -> list[int]:
+        """Indices of all turns of attempt `number`, the part it shares with its ancestors included."""
+        start = self.starts[number]
+        return self.ancestors(start + len(self.branches[number].turns) - 1) if start >= 0 else []
+
+
+# ----------------------------------------------------------------------------------------------------------- Algorithm 1
+
+def read_reflection(text: str, t: int) -> Reflection:
+    """(tau, e) from the answer: a line `experience: ...` and a line `step: N` with N in 1..t (or none), in any order.
+
+    Strict and total: anything else is a flaw with a name, never a crash and never a guess.
+    """
+    found: dict[str, list[str]] = {"experience": [], "step": []}
+    for line in text.split("\n"):
+        key, colon, value = line.partition(":")
+        if colon and key.strip().lower() in found:
+            found[key.strip().lower()].append(value.strip())
+    reflection = Reflection(t, text)
+    if not text.strip():
+        reflection.flaw = "empty"
+    elif len(found["step"]) != 1 or len(found["experience"]) != 1:
+        reflection.flaw = "not one step and one experience"
+    elif found["step"][0].lower() == "none":
+        pass                                           # no fault found: an answer, but nothing to roll back to
+    elif not re.fullmatch(r"[0-9]{1,6}", found["step"][0]):
+        reflection.flaw = "step is no number"
+    elif not 1 <= int(found["step"][0]) <= t:
+        reflection.flaw = "step out of range"
+    elif not found["experience"][0]:
+        reflection.flaw = "experience is empty"
+    else:
+        reflection.tau, reflection.e = int(found["step"][0]), found["experience"][0]
+    return reflection
+
+
+def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: str, name: str, reflect: bool):
+    """One attempt, as a generator for the engine; returns its Branch.
+
+    past = [] is a plain rollout. Else `past` is h_tau with the action that went wrong at its end, and this is a branch:
+    backtrack to tau, sample a'_tau with e in view, go on. Whether e stays in view is cfg.keep_experience; the turns are
+    stored without it either way, and unless it is kept, later contexts do not hold it, so that no key or value
+    computed with e in view is used again.
+    """
+    meter, tau = StepMeter(), max(1, len(past))
+    branch = Branch(task, name, tau, e, [], "", [], "horizon", 0, 0, 0)
+    horizon = min(env.max_turns, cfg.horizon or env.max_turns)
+    try:
+        obs = rollback(env, task, past, meter) if past else env.reset(task)
+    except ReplayMismatch:
+        branch.end, branch.replayed = "mismatch", meter.replayed
+        return branch
+    h = [i for turn in past[:-1] for i in turn.ids]                  # h_tau, without o_tau
+    seen = h                                                         # what pi has in view; differs from h if e is kept
+    cut = bool(past[:-1]) and past[-2].action_ids[-1] not in chat.stop
+    for t in range(tau, horizon + 1):
+        obs_ids = message(env, chat, t, TURN.format(t=t, obs=obs), cut)
+        hint = HINT.format(e=e) if e and t == tau else ""
+        seen_ids = message(env, chat, t, TURN.format(t=t, obs=obs) + hint, cut)
+        action_ids = yield Ask(seen + seen_ids, cfg.action_tokens)   # a_t ~ pi(. | h_t, q), a'_tau ~ pi(. | h_tau, q, e)
+        if action_ids is None:
+            branch.end = "context"
+            break
+        cut = action_ids[-1] not in chat.stop
+        action = chat.text(action_ids)
+        outcome = env.step(action)
+        branch.steps += 1
+        branch.tokens += len(action_ids)
+        branch.turns.append(Turn(obs, obs_ids, action, action_ids, None, e if t == tau else "",
+                                 outcome.score, outcome.success, outcome.valid))
+        h = h + obs_ids + action_ids
+        seen = seen + seen_ids + action_ids if cfg.keep_experience else h
+        obs = outcome.obs
+        if outcome.done:
+            branch.end = "success" if outcome.success else "failure"
+        failed = not outcome.success and (outcome.done or t == horizon)
+        if reflect and (failed or (t % cfg.reflect_every == 0 and not outcome.done)):
+            answer = yield Ask(h + chat.next(TURN.format(t=t + 1, obs=obs) + REFLECT, cut), cfg.reflect_tokens)
+            if answer is not None:
+                branch.tokens += len(answer)
+                branch.reflections.append(read_reflection(chat.text(answer), t))
+                branch.reflections[-1].final = failed
+        if outcome.done:
+            break
+    branch.last_obs, branch.replayed = obs, meter.replayed
+    return branch
+
+
+def message(env: Env, chat: Chat, t: int, text: str, cut: bool) -> list[int]:
+    return chat.first(env.rules, text) if t == 1 else chat.next(text, cut)
+
+
+class Growth:
+    """A tree while it grows, one level of rollbacks at a time.
+
+    The attempts of a level run in any order; the next level starts when all have ended, its requests taken in the order
+    of their parents and of tau. So the tree does not depend on the schedule, nor on whether the run was interrupted.
+    """
+    def __init__(self, task: str, cfg: Config):
+        self.tree, self.cfg, self.left = Tree(task), cfg, cfg.attempts
+        self.level: list[tuple[str, list[Turn], int | None, str]] = [
+            (str(i), [], None, "") for i in range(min(cfg.roots, cfg.attempts))]    # (name, past, parent index, e)
+        self.left -= len(self.level)
+        self.depth, self.asked = 0, set()
+        self.ended: dict[str, Branch] = {}
+
+    def end_level(self) -> None:
+        """Join the level's attempts to the tree and queue the rollbacks that they ask for, breadth first."""
+        first = len(self.tree.branches)
+        for name, _, parent, _ in self.level:
+            self.tree.join(self.ended[name], parent)
+        self.depth += 1
+        self.level = []
+        for number in range(first, len(self.tree.branches)):
+            branch, path = self.tree.branches[number], self.tree.branch_path(number)
+            for n, reflection in enumerate(branch.reflections):
+                if not reflection.tau or self.depth > self.cfg.max_depth or not self.left:
+                    continue
+                at = path[reflection.tau - 1]
+                request = (self.tree.turns[at].parent, reflection.tau, reflection.e)
+                if request not in self.asked:            # the same lesson at the same place would be the same prompt again
+                    self.asked.add(request)
+                    self.left -= 1
+                    past = self.tree.path(at)
+                    self.level.append((f"{branch.name}.{n}", past, past[-1].parent, reflection.e))
+
+
+def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, tasks: list[str], store: Jsonl,
+            round_: int = 1) -> list[Tree]:
+    """Stage 1: a rollback tree for every task. Attempts that `store` already holds are not run again."""
+    done = {(r["task"], r["name"]): Branch.read(r) for r in store.records if r["round"] == round_}
+    grown = {task: Growth(task, cfg) for task in tasks}
+    queue: deque[Job] = deque()
+    bar = tqdm(total=len(tasks), desc=f"explore, round {round_}", unit="tree")
+
+    def advance(growth: Growth) -> None:
+        """Queue what the tree wants next; levels that are on disk already join at once."""
+        while growth.level:
+            missing = []
+            for name, past, parent, e in growth.level:
+                if (growth.tree.task, name) in done:
+                    growth.ended[name] = done[growth.tree.task, name]
+                else:
+                    missing.append((name, past, e))
+            for name, past, e in missing:
+                env, task = make(), growth.tree.task
+                attempt = episode(env, chat, cfg, task, past, e, name, reflect=True)
+                queue.append(Job(attempt, random.Random(f"{cfg.seed}/{round_}/{task}/{name}"), task, snapshot=True))
+            if missing:
+                return
+            growth.end_level()
+        engine.drop(growth.tree.task)
+        bar.update()
+
+    for growth in grown.values():
+        advance(growth)
+    for job in engine.run(queue):
+        branch: Branch = job.result
+        growth = grown[branch.task]
+        store.append(branch.record(round_))
+        growth.ended[branch.name] = branch
+        if all(name in growth.ended for name, *_ in growth.level):
+            growth.end_level()
+            advance(growth)
+        solved = sum(any(b.success for b in g.ended.values()) for g in grown.values())
+        bar.set_postfix_str(f"{solved} solved, {engine.sampled / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s, "
+                            f"{1 - engine.fed / max(1, engine.seen):.0%} from the cache", refresh=False)
+    bar.close()
+    return [growth.tree for growth in grown.values()]
+
+
+# --------------------------------------------------------------------------------------------------------- the targets
+
+def best_scores(tree: Tree) -> list[float]:
+    """For each turn, the best score that anything from it on has reached."""
+    best = [turn.score for turn in tree.turns]
+    for i in reversed(range(len(best))):
+        parent = tree.turns[i].parent
+        if parent is not None:
+            best[parent] = max(best[parent], best[i])
+    return best
+
+
+def corrections(tree: Tree, which: str) -> Iterator[int]:
+    """The first turns of branches, whose action a'_tau is a target of D_cf. `which`:
+
+    all         every one
+    improved    the attempt, or one that grew from it, got further than the attempt it corrects did
+    successful  it, or one that grew from it, succeeded
+    An action equal to the one it replaces corrects nothing, and one that was cut off is no example: both are left out.
+    """
+    best, own = best_scores(tree), {branch.name: max([t.score for t in branch.turns], default=0.0) for branch in tree.branches}
+    for branch, start in zip(tree.branches, tree.starts):
+        if not branch.experience or start < 0:
+            continue
+        turn, parent_name = tree.turns[start], branch.name.rpartition(".")[0]
+        if turn.action == replaced(tree, branch, start).action:
+            continue
+        if which == "all" or (which == "successful" and best[start] >= 1.0) or (which == "improved" and best[start] > own[parent_name]):
+            yield start
+
+
+def replaced(tree: Tree, branch: Branch, start: int) -> Turn:
+    """The turn at tau of the attempt that asked for this rollback."""
+    names = [b.name for b in tree.branches]
+    parent = names.index(branch.name.rpartition(".")[0])
+    return tree.turns[tree.branch_path(parent)[branch.tau - 1]]
+
+
+@dataclass
+class Targets:
+    """(tree, turn) index pairs; a pair's context is the path to the turn, its target the turn's action."""
+    D_cf: list[tuple[int, int]]
+    D_reh: list[tuple[int, int]]
+
+
+def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
+    """D_cf: the improved actions, at most cfg.corrections_per_task a task. D_reh: all turns of a random share of the
+    successful paths, branches included (the paper: 20 %)."""
+    rng, whole = random.Random(f"targets/{cfg.seed}"), lambda turn: turn.action_ids[-1] in stop
+    D_cf, paths = [], []
+    for k, tree in enumerate(trees):
+        found = [i for i in corrections(tree, cfg.corrections) if whole(tree.turns[i])]
+        D_cf += [(k, i) for i in sorted(rng.sample(found, min(len(found), cfg.corrections_per_task)))]
+        paths += [(k, tree.branch_path(n)) for n, branch in enumerate(tree.branches) if branch.success]
+    chosen = rng.sample(paths, round(cfg.rehearsal_share * len(paths)))
+    D_reh = sorted({(k, i) for k, path in chosen for i in path if whole(trees[k].turns[i])})
+    return Targets(D_cf, D_reh)
+
+
+# ----------------------------------------------------------------------------------------------- reading and describing
+
+def read_trees(records: Iterator[dict], round_: int, tasks: list[str]) -> list[Tree]:
+    """The trees of a trees.jsonl, turns in the order in which exploration joined them."""
+    trees = {task: Tree(task) for task in tasks}
+    branches = [Branch.read(r) for r in records if r["round"] == round_ and r["task"] in trees]
+    for branch in sorted(branches, key=lambda b: (b.name.count("."), [int(n) for n in b.name.split(".")])):
+        tree, parent = trees[branch.task], branch.name.rpartition(".")[0]
+        at = tree.branch_path([b.name for b in tree.branches].index(parent))[branch.tau - 1] if parent else None
+        tree.join(branch, tree.turns[at].parent if at is not None else None)
+    return list(trees.values())
+
+
+def stage1_figures(trees: list[Tree], pairs: Targets) -> str:
+    """One line on what exploration cost and gave."""
+    branches = [b for tree in trees for b in tree.branches]
+    solved = sum(any(b.success for b in tree.branches) for tree in trees)
+    first = sum(tree.branches[0].success for tree in trees)
+    ends = {end: sum(b.end == end for b in branches) for end in ("context", "mismatch")}
+    return (f"stage 1: {solved} of {len(trees)} tasks solved ({first} by the first rollout), {len(branches)} attempts, "
+            f"{sum(b.steps for b in branches)} environment steps + {sum(b.replayed for b in branches)} replayed, "
+            f"{sum(b.tokens for b in branches)} sampled tokens; dropped: {ends['mismatch']} replays that differed, "
+            f"{ends['context']} out of context; |D_cf| = {len(pairs.D_cf)}, |D_reh| = {len(pairs.D_reh)}")
+
+
+def reflection_figures(trees: list[Tree], make: Callable[[], Env]) -> str:
+    """How good the policy's reflections are, which bounds what Stage 1 can give. Where the world can judge it (env.judge):
+    of the failures whose transcript says what was missing, the share whose reflection names it, and the share that also
+    names a turn from which the fix works."""
+    judge = getattr(make(), "judge", None)
+    flaws: dict[str, int] = {}
+    asked = told = named = works = 0
+    for tree in trees:
+        for number, branch in enumerate(tree.branches):
+            path = [tree.turns[i] for i in tree.branch_path(number)]
+            for r in branch.reflections:
+                asked += 1
+                if r.flaw:
+                    flaws[r.flaw] = flaws.get(r.flaw, 0) + 1
+                if judge and r.final:
+                    missing, right, fix = judge(tree.task, [turn.action for turn in path], r.tau, r.e)
+                    told, named, works = told + missing, named + right, works + fix
+    line = f"reflections: {asked}, not understood: {sum(flaws.values())}"
+    line += f" ({', '.join(f'{flaw} {n}' for flaw, n in sorted(flaws.items()))})" if flaws else ""
+    if told:
+        line += (f"; of {told} failures that were told what was missing, {named / told:.1%} name the right thing, "
+                 f"{works / told:.1%} also a turn from which the fix works")
+    return line

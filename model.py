@@ -1,0 +1,604 @@
+"""The model side: tokens in, tokens out. Nothing here knows of environments or trees of turns.
+
+Four parts, each usable alone:
+    load_model, LoRA         any full-attention causal LM of transformers, in 4 bits where a GPU is, with an adapter in
+                             PEFT's layout; switched off, the model is the base
+    Chat                     the ids around system, user and assistant text, found once in the chat template; from then on
+                             ids are appended and never rendered again: what the model generated is kept as it was
+    Engine                   the forking engine: hundreds of conversations side by side in one KV cache
+    pack, packed_nll         training rows that hold whole token trees, shared prefixes computed once
+"""
+import json
+import math
+import random
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generator, Iterator
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from envs import UserError
+
+# ------------------------------------------------------------------------------------------------------ loading, 4 bits
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def find_model(name: str) -> str:
+    """A local folder (as given, or beside this file, as tiny/ is) or a hub name."""
+    for folder in (Path(name), Path(__file__).parent / name):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    if Path(name).exists() or name.count("/") != 1:
+        raise UserError(f"model: {name} is no folder with a config.json, and no hub name of the form owner/name")
+    return name
+
+
+def load_model(name: str, load_in_4bit: bool | None, context: int):
+    """Returns (model, tokenizer). load_in_4bit None: on a GPU yes, on a CPU no (fp32 is faster and more exact there)."""
+    path = find_model(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        config = AutoConfig.from_pretrained(path)
+        check_attention(name, config.get_text_config(), context)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16 if device == "cuda" else torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"model: cannot load {name}: {first} (a local folder works offline; "
+                        f"`hf download {name}` fetches a hub model)") from None
+    model.eval().requires_grad_(False)
+    if load_in_4bit if load_in_4bit is not None else device == "cuda":
+        quantize(model, device)
+    return model.to(device), tokenizer
+
+
+def check_attention(name: str, config, context: int) -> None:
+    """The engine's mask is plain causal: refuse what needs another one, or a scaled head."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    if kinds - {"full_attention", "sliding_attention"} or (window and window < context):
+        raise UserError(f"model: {name} has {', '.join(sorted(kinds))} layers with a window of {window} tokens; the engine "
+                        f"needs full attention over context={context} tokens")
+    if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
+        raise UserError(f"model: {name} rescales its logits, which the engine does not do; choose another model")
+    if getattr(config, "max_position_embeddings", context) < context:
+        raise UserError(f"context: {context} is more than the {config.max_position_embeddings} tokens of {name}")
+
+
+def quantize(model: nn.Module, device: str) -> None:
+    """Replace every projection by bitsandbytes' 4-bit product (nf4, double quantised); embeddings and head stay."""
+    import bitsandbytes as bnb
+    compute = torch.bfloat16 if device == "cuda" else torch.float32
+    for parent, name, linear in projections(model):
+        four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
+                                 compute_dtype=compute, quant_type="nf4", compress_statistics=True)
+        four.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        four.bias = linear.bias
+        setattr(parent, name, four.to(device).requires_grad_(False))
+
+
+def projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, attribute, linear) of all seven projections in every layer; QLoRA adapts them all."""
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if name in PROJECTIONS and isinstance(child, nn.Linear)]
+    if not found:
+        raise UserError(f"model: {type(model).__name__} has none of the projections {', '.join(PROJECTIONS)}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------ LoRA
+
+class LoRA(nn.Module):
+    """y = W x + (alpha / r) B A x, for nn.Linear and Linear4bit alike. A (r, in), B (out, r), B = 0 at the start."""
+    def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        self.base, self.scale, self.on = base, alpha / rank, True
+        bound = 1 / math.sqrt(base.in_features)
+        first = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(first.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:      # (..., in) -> (..., out)
+        y = self.base(x)
+        if not self.on:
+            return y
+        return y + ((x.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * self.scale).to(y.dtype)
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parent, name, linear in projections(model):
+        setattr(parent, name, LoRA(linear, rank, alpha, generator))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRA]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+
+
+@contextmanager
+def adapter_off(model: nn.Module, off: bool = True) -> Iterator[None]:
+    """Inside, the model is the base (when `off`): the reference policy, at no memory."""
+    layers = lora_layers(model).values()
+    before = [layer.on for layer in layers]
+    for layer in layers:
+        layer.on = layer.on and not off
+    try:
+        yield
+    finally:
+        for layer, on in zip(layers, before):
+            layer.on = on
+
+
+def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does; peft and vLLM load them as they are."""
+    layers = lora_layers(model)
+    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
+               for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+    one = next(iter(layers.values()))
+    rank = one.lora_A.shape[0]
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=rank,
+                  lora_alpha=one.scale * rank, lora_dropout=0.0, bias="none", fan_in_fan_out=False, inference_mode=True,
+                  target_modules=sorted({name.rsplit(".", 1)[-1] for name in layers}))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json.new").write_text(json.dumps(config, indent=1))
+    (folder / "adapter_config.json.new").replace(folder / "adapter_config.json")
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Read an adapter in PEFT's layout into the model, wrapping its layers if they are not yet."""
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"adapter: {folder} has no adapter_config.json with adapter_model.safetensors beside it")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    odd = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    if odd or config.get("bias", "none") != "none":
+        raise UserError(f"adapter: {folder} uses {', '.join(odd) or 'bias'}; plain LoRA is what is read here")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if not lora_layers(model):
+        add_lora(model, config["r"], config["lora_alpha"], seed=0)
+    for name, layer in lora_layers(model).items():
+        layer.scale = config["lora_alpha"] / config["r"]
+        for part in ("lora_A", "lora_B"):
+            tensor = tensors.pop(f"base_model.model.{name}.{part}.weight", None)
+            old = getattr(layer, part)
+            if tensor is None:                          # a layer that the adapter leaves alone
+                tensor = torch.zeros_like(old)
+            if tensor.shape[1 - (part == "lora_A")] != old.shape[1 - (part == "lora_A")] and part == "lora_B":
+                raise UserError(f"adapter: {folder} was made for another model: {name}.{part} is {tuple(tensor.shape)}")
+            if tensor.shape != old.shape:
+                if tensor.shape[part == "lora_A"] != old.shape[part == "lora_A"]:
+                    raise UserError(f"adapter: {folder} was made for another model: {name}.{part} is {tuple(tensor.shape)}")
+                setattr(layer, part, nn.Parameter(tensor.to(old)))
+            else:
+                with torch.no_grad():
+                    old.copy_(tensor)
+    if tensors:
+        raise UserError(f"adapter: {folder} holds {next(iter(tensors))}, which this model does not have")
+
+
+def weights_version(model: nn.Module) -> tuple:
+    """Changes with every in-place change of an adapter weight and every switch: torch counts those by itself."""
+    return tuple((layer.on, layer.lora_A._version, layer.lora_B._version, id(layer.lora_A))
+                 for layer in lora_layers(model).values())
+
+
+# ------------------------------------------------------------------------------------------------------------ chat tokens
+
+class Chat:
+    """Turns text into the ids that surround it, by rendering the chat template once with sentinels.
+
+    A conversation is first(system, user), reply, next(user), reply, ...; the reply is the model's own ids. If a reply was
+    cut off before its end-of-turn token, next(..., cut=True) adds that token, so that every context is well formed.
+    """
+    def __init__(self, tokenizer):
+        if not tokenizer.chat_template:
+            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; choose an instruction-tuned model")
+        self.tokenizer = tokenizer
+        marks = ["\u27e6sys\u27e7", "\u27e6one\u27e7", "\u27e6two\u27e7", "\u27e6three\u27e7"]
+        system, one, two, three = marks
+        turns = [dict(role="user", content=one), dict(role="assistant", content=two), dict(role="user", content=three)]
+        text = self._render([dict(role="system", content=system)] + turns)
+        self.system_role = text is not None and system in text
+        if not self.system_role:                        # no system role: the rules open the first user message
+            turns[0]["content"] = system + "\n\n" + one
+            text = self._render(turns)
+        at = [text.find(mark) for mark in marks] if text else [-1]
+        if min(at) < 0 or sorted(at) != at:
+            raise UserError(f"model: the chat template of {tokenizer.name_or_path} loses or reorders messages")
+        ends = [start + len(mark) for start, mark in zip(at, marks)]
+        self.head, self.system_to_user = text[:at[0]], text[ends[0]:at[1]]
+        self.reply_to_user, self.user_to_reply = text[ends[2]:at[3]], text[ends[3]:]
+        self.ids = lru_cache(maxsize=1 << 16)(self._ids)          # the same observations come again and again
+        self.stop = self._stop_ids()
+
+    def _render(self, messages: list[dict]) -> str | None:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception:                               # templates raise jinja errors of their own for a missing role
+            return None
+
+    def _stop_ids(self) -> set[int]:
+        between = self.ids(self.reply_to_user)
+        if not between:
+            raise UserError(f"model: the chat template of {self.tokenizer.name_or_path} does not mark the end of a reply")
+        return {between[0]} | {i for i in [self.tokenizer.eos_token_id] if i is not None}
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def text(self, ids: list[int]) -> str:
+        """What a reply says, for people and parsers; the ids stay the truth."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def first(self, system: str, user: str) -> list[int]:
+        return self.ids(self.head + system + self.system_to_user + user + self.user_to_reply)
+
+    def next(self, user: str, cut: bool = False) -> list[int]:
+        ids = self.ids(self.reply_to_user + user + self.user_to_reply)
+        return ids if cut else ids[1:]                  # the reply ended with this token itself
+
+
+# ----------------------------------------------------------------------------------------------------- the forking engine
+
+@dataclass
+class Ask:
+    """What an episode yields: a whole context, to be answered by a reply of at most `max_new` tokens. The engine computes
+    only what it does not have yet. The episode receives the reply's ids, or None if there is no room for it."""
+    context: list[int]
+    max_new: int
+
+
+Episode = Generator[Ask, list[int] | None, Any]
+
+
+@dataclass
+class Job:
+    """An episode and what the engine needs to run it."""
+    episode: Episode
+    rng: random.Random                  # one uniform a token, so that schedules do not change samples
+    family: str                         # conversations of one family share prefixes (samples and branches of one task)
+    snapshot: bool = False              # keep the conversation's keys and values when it ends: branches will fork from it
+    result: Any = None
+    # state while it runs
+    ids: list[int] = field(default_factory=list)
+    cached: int = 0                     # the first `cached` of ids have keys and values in the row
+    reply_at: int = 0
+    max_new: int = 0
+
+
+@dataclass
+class Snapshot:
+    ids: list[int]
+    layers: list[tuple[torch.Tensor, torch.Tensor]]      # (H, len(ids), D) each
+    version: tuple
+
+    def size(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in self.layers)
+
+
+class StaleSnapshot(Exception):
+    """The weights have changed since these keys and values were computed."""
+
+
+class SlotCache:
+    """`past_key_values` as transformers' decoders see it: they call update() and nothing else.
+
+    Row i of each layer's (slots, H, capacity + 1, D) belongs to one conversation, left-aligned. Padding is written to the
+    last column, which no mask ever shows.
+    """
+    def __init__(self, slots: int, capacity: int):
+        self.slots, self.capacity = slots, capacity
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def aim(self, rows: torch.Tensor, at: torch.Tensor, span: int, whole: bool) -> None:
+        """Where the next forward writes, at (B, T) of rows (B,), and what it sees: columns 0..span-1."""
+        self.rows, self.at, self.span, self.whole = rows, at, span, whole
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer == len(self.layers):                    # k (B, H, T, D)
+            shape = (self.slots, k.shape[1], self.capacity + 1, k.shape[3])
+            self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
+        seen = []
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept[self.rows[:, None], :, self.at] = new.transpose(1, 2)
+            # rows 0..B-1 are a view; other groups (only ever a prefill) are gathered
+            seen.append(kept[:len(self.rows), :, :self.span] if self.whole else kept[:, :, :self.span][self.rows])
+        return seen[0], seen[1]
+
+    def read(self, row: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(k[row, :, :n].clone(), v[row, :, :n].clone()) for k, v in self.layers]
+
+    def write(self, row: int, layers: list[tuple[torch.Tensor, torch.Tensor]], n: int) -> None:
+        for (k, v), (new_k, new_v) in zip(self.layers, layers):
+            k[row, :, :n], v[row, :, :n] = new_k[:, :n], new_v[:, :n]
+
+    def move(self, source: int, target: int, n: int) -> None:
+        for k, v in self.layers:
+            k[target, :, :n], v[target, :, :n] = k[source, :, :n], v[source, :, :n]
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+class Engine:
+    """Runs episodes side by side: append, sample, fork.
+
+    An episode asks for a reply to a context; whatever prefix of it the row already holds stays, the rest is fed.
+    Each conversation is a row of the KV cache with its own length, so nothing is ever padded on the left. A finished one
+    leaves and a waiting one takes its row at once; the live rows stay 0..n-1, so keys and values are views. A new
+    conversation forks the longest prefix that a kept snapshot of its family shares with it, token for token: forking is
+    always exact, whatever the episode does (a hint that was in view simply is not part of a common prefix).
+    Over the budget of `snapshot_mb` the least recently used snapshots go, and their prefix is fed again.
+    """
+    def __init__(self, model, stop: set[int], slots: int, context: int, temperature: float, snapshot_mb: int):
+        self.model, self.decoder, self.head = model, model.get_decoder(), model.get_output_embeddings()
+        self.device = next(model.parameters()).device
+        self.stop, self.slots, self.context, self.temperature = stop, slots, context, temperature
+        self.budget = snapshot_mb * 2**20
+        self.cache = SlotCache(slots, context)
+        self.live: list[Job] = []
+        self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used family first
+        self.fed = self.seen = self.sampled = 0          # tokens computed, tokens of all contexts asked for, tokens drawn
+        self.limit_tokens = 16384                        # of one prefill forward, padding included: bounds its memory
+
+    @torch.inference_mode()
+    def run(self, queue: deque[Job]) -> Iterator[Job]:
+        """Run jobs until none is left, yielding each as it ends; the caller may append to `queue` meanwhile (first in,
+        first out). The order in which jobs end depends on the schedule, their results do not."""
+        try:
+            while queue or self.live:
+                yield from self._admit(queue)
+                long = [row for row, job in enumerate(self.live) if len(job.ids) - job.cached > 1]
+                # A ragged prefill costs more than a decode step: let it wait until half of the rows want one.
+                rows = long if 2 * len(long) >= len(self.live) else [r for r in range(len(self.live)) if r not in set(long)]
+                for tokens, part in self._forward(rows):
+                    for row, token in zip(part, tokens):
+                        job = self.live[row]
+                        job.ids.append(token)
+                yield from self._advance(rows)
+        finally:
+            for job in self.live:
+                job.episode.close()
+            self.live = []
+
+    def _admit(self, queue: deque[Job]) -> Iterator[Job]:
+        fresh: list[Job] = []
+        while queue and len(self.live) < self.slots:
+            job = queue.popleft()
+            if self._send(job, None):
+                self.live.append(job)
+                fresh.append(job)
+            else:
+                yield job
+        # A prompt that several fresh conversations share is computed once: its first owner feeds it, the rest fork it.
+        first = self.live.index(fresh[0]) if fresh else 0
+        leaders = {}
+        for row, job in enumerate(fresh, first):
+            best, n = self._longest(job)
+            if n < len(job.ids) - 1 and not job.snapshot and job.family not in leaders:
+                leaders[job.family] = row
+        if leaders:
+            for row in leaders.values():
+                self._fork(row)
+            list(self._forward(list(leaders.values()), upto=-1))
+            for row in leaders.values():
+                self._keep(self.live[row], row)
+        for row, job in enumerate(fresh, first):
+            if row not in leaders.values():
+                self._fork(row)
+
+    def _advance(self, rows: list[int]) -> Iterator[Job]:
+        """Give finished replies to their episodes; free the rows of ended ones."""
+        ended = []
+        for row in rows:
+            job = self.live[row]
+            if job.ids[-1] in self.stop or len(job.ids) - job.reply_at >= job.max_new:
+                reply = job.ids[job.reply_at:]
+                if not self._send(job, reply):
+                    ended.append(row)
+        for row in reversed(ended):                      # from the back, so that the row moved in is a live one
+            job = self.live[row]
+            if job.snapshot:
+                self._keep(job, row)
+            last = self.live.pop()
+            if last is not job:
+                self.cache.move(len(self.live), row, last.cached)
+                self.live[row] = last
+            yield job
+
+    def _send(self, job: Job, reply: list[int] | None) -> bool:
+        """Let the episode go on until it asks for a reply that has room; False when it has ended."""
+        try:
+            while True:
+                ask = job.episode.send(reply)
+                if len(ask.context) + ask.max_new > self.context:
+                    reply = None
+                    continue
+                job.cached = min(job.cached, common_prefix(job.ids, ask.context), len(ask.context) - 1)
+                job.ids, job.reply_at, job.max_new = list(ask.context), len(ask.context), ask.max_new
+                self.seen += len(job.ids)
+                return True
+        except StopIteration as end:
+            job.result = end.value
+            return False
+
+    def _forward(self, rows: list[int], upto: int | None = None) -> Iterator[tuple[list[int], list[int]]]:
+        """Feed the uncached tail of each row, in groups of bounded size, and sample one token after each.
+
+        With `upto` = -1 the last token is left out and nothing is sampled. Rows that are not fed in a decode step get a
+        dummy token behind their end: garbage that is masked, then overwritten; cheaper than a gather of keys and values.
+        """
+        tails = {row: self.live[row].ids[self.live[row].cached:upto] for row in rows}
+        decode = all(len(tail) == 1 for tail in tails.values()) and upto is None
+        per = max(1, self.limit_tokens // max(map(len, tails.values())))
+        for part in [rows[i:i + per] for i in range(0, len(rows), per)]:
+            batch = list(range(len(self.live))) if decode and len(part) == len(rows) else part
+            hidden = self._hidden(batch, [tails.get(row, [0]) for row in batch], whole=batch == list(range(len(batch))))
+            for row in part:
+                self.live[row].cached += len(tails[row])
+                self.fed += len(tails[row])
+            if upto is None:
+                picked = hidden if len(part) == len(batch) else hidden[[batch.index(row) for row in part]]
+                self.sampled += len(part)
+                yield self._sample(self.head(picked), [self.live[row].rng for row in part]), part
+            else:
+                yield [], part
+
+    def _hidden(self, batch: list[int], tails: list[list[int]], whole: bool) -> torch.Tensor:
+        """Hidden state (B, D) behind the last token of each tail; writes keys and values."""
+        longest = max(map(len, tails))
+        starts = torch.tensor([self.live[row].cached for row in batch])
+        sizes = torch.tensor([len(tail) for tail in tails])
+        ids = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails])              # (B, T)
+        offset = torch.arange(longest)
+        position = starts[:, None] + offset                                                      # (B, T)
+        at = torch.where(offset < sizes[:, None], position, self.context)
+        span = int((starts + sizes).max())
+        mask = torch.arange(span) <= position[..., None]                                         # (B, T, span)
+        self.cache.aim(torch.tensor(batch, device=self.device), at.to(self.device), span, whole)
+        out = self.decoder(input_ids=ids.to(self.device), position_ids=position.to(self.device), use_cache=True,
+                           attention_mask=mask[:, None].to(self.device), past_key_values=self.cache).last_hidden_state
+        return out[torch.arange(len(batch)), sizes - 1]
+
+    def _sample(self, logits: torch.Tensor, rngs: list[random.Random]) -> list[int]:
+        """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy."""
+        if self.temperature == 0:
+            return logits.argmax(-1).tolist()
+        cdf = (logits.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
+        u = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64, device=cdf.device)[:, None]
+        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)[:, 0].tolist()
+
+    # snapshots
+
+    def _longest(self, job: Job) -> tuple[Snapshot | None, int]:
+        """The kept snapshot that shares most tokens with the conversation, and how many. At least the last token stays to
+        be fed. Other families' prompts share the rules: their latest snapshot is a candidate too."""
+        own = self.kept.get(job.family, [])
+        others = next(reversed(self.kept.values()), []) if self.kept else []
+        best = max(own + others[:1], key=lambda kept: common_prefix(kept.ids, job.ids), default=None)
+        return best, min(common_prefix(best.ids, job.ids), len(job.ids) - 1) if best else 0
+
+    def _fork(self, row: int) -> None:
+        job = self.live[row]
+        snapshot, n = self._longest(job)
+        if snapshot and n > job.cached:
+            self.fork(snapshot, row, n)
+            job.cached = n
+            self.kept[job.family] = self.kept.pop(job.family, [])
+
+    def fork(self, snapshot: Snapshot, row: int, n: int) -> None:
+        """Copy the first n tokens of a snapshot into a row. Raises StaleSnapshot after a change of weights."""
+        if snapshot.version != weights_version(self.model):
+            raise StaleSnapshot("an optimiser step or a switch of the adapter came between; call drop() first")
+        self.cache.write(row, snapshot.layers, n)
+
+    def _keep(self, job: Job, row: int) -> None:
+        snapshot = Snapshot(job.ids[:job.cached], self.cache.read(row, job.cached), weights_version(self.model))
+        self.kept.setdefault(job.family, []).append(snapshot)
+        total = sum(kept.size() for family in self.kept.values() for kept in family)
+        while total > self.budget and self.kept:
+            family = next(iter(self.kept))
+            total -= self.kept[family].pop(0).size()
+            if not self.kept[family]:
+                del self.kept[family]
+
+    def drop(self, family: str | None = None) -> None:
+        """Forget the snapshots of a family that is done, or all: also to be called when the weights have changed."""
+        if family is None:
+            self.kept.clear()
+        else:
+            self.kept.pop(family, None)
+
+
+# ----------------------------------------------------------------------------------------------------- tree-packed training
+
+@dataclass
+class Segment:
+    """A run of tokens in a token tree. Its context is the chain of parents; siblings do not see each other."""
+    ids: list[int]
+    weights: list                       # per token: a number, or one for each loss (a tuple); 0: no loss
+    parent: int | None                  # index in the same list, earlier than this one
+
+
+@dataclass
+class Packed:
+    """One row of whole token trees."""
+    ids: torch.Tensor                   # (T,)
+    positions: torch.Tensor             # (T,) depth in its tree, in tokens
+    mask: torch.Tensor                  # (T, T) bool: j is an ancestor of i, or i itself
+    targets: torch.Tensor               # (N,) tokens that bear loss
+    sources: torch.Tensor               # (N,) their predecessors in the tree
+    weights: torch.Tensor               # (N, C), one column a loss
+
+
+def pack(trees: list[list[Segment]]) -> Packed:
+    """One row from whole trees: a shared prefix stands in it once. Exact: see test_packed_equals_one_pair_at_a_time."""
+    ids, positions, weights, previous, owner, ancestors = [], [], [], [], [], []
+    for tree in trees:
+        base, ends = len(ancestors), []
+        for segment in tree:
+            parent = segment.parent
+            ancestors.append({base + parent} | ancestors[base + parent] if parent is not None else set())
+            last, depth = ends[parent] if parent is not None else (-1, 0)
+            for i, (token, weight) in enumerate(zip(segment.ids, segment.weights, strict=True)):
+                previous.append(last if i == 0 else len(ids) - 1)
+                ids.append(token)
+                weights.append(weight)
+                positions.append(depth + i)
+                owner.append(len(ancestors) - 1)
+            ends.append((len(ids) - 1 if segment.ids else last, depth + len(segment.ids)))
+    n = len(ancestors)
+    above = torch.zeros(n, n, dtype=torch.bool)
+    for node, chain in enumerate(ancestors):
+        above[node, list(chain)] = True
+    seg, order = torch.tensor(owner), torch.arange(len(ids))
+    mask = above[seg][:, seg] | ((seg[:, None] == seg) & (order[:, None] >= order))              # (T, T)
+    weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)            # (T, C), (T,)
+    targets = ((weight != 0).any(1) & (before >= 0)).nonzero()[:, 0]
+    return Packed(torch.tensor(ids), torch.tensor(positions), mask, targets, before[targets], weight[targets])
+
+
+def packed_nll(model, rows: list[Packed]) -> torch.Tensor:
+    """Weighted sums of -log pi(token | its ancestors) over the rows' targets: (C,), one a loss, with gradient.
+
+    Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor.
+    """
+    device = next(model.parameters()).device
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)          # padding sees itself: no row is empty
+    for b, row in enumerate(rows):
+        n = len(row.ids)
+        ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask
+    hidden = model.get_decoder()(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False,
+                                 attention_mask=mask[:, None].to(device)).last_hidden_state      # (B, T, D)
+    picked = torch.cat([hidden[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
+    labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
+    weights = torch.cat([row.weights for row in rows]).to(device)
+    head, total = model.get_output_embeddings(), torch.zeros(weights.shape[1], device=device)
+    for part in torch.arange(len(labels)).split(4096):
+        nll = nn.functional.cross_entropy(head(picked[part]).float(), labels[part], reduction="none")
+        total = total + nll @ weights[part]
+    return total

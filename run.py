@@ -1,0 +1,257 @@
+"""What every script shares: the configuration, the run's folder, and JSONL that survives a kill -9.
+
+A run is a folder: out/<name>/ with config.yaml (resolved), trees.jsonl, samples.jsonl, metrics.jsonl, adapter/, passk.json.
+The JSONL files are append-only, one key a line: whatever stopped a run, the same command goes on where it was.
+"""
+import errno
+import fcntl
+import json
+import os
+import sys
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import yaml
+
+from envs import UserError
+
+# --------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass
+class Config:
+    """config.yaml, resolved; what each key means stands there. No value has a default here."""
+    model: str
+    load_in_4bit: bool | None
+    adapter: str
+    lora_rank: int
+    lora_alpha: float
+    context: int
+    slots: int
+    snapshot_mb: int
+    temperature: float
+    env: str
+    data: str
+    train_tasks: int
+    test_tasks: int
+    split: str
+    horizon: int | None
+    seed: int
+    out: str
+    rounds: int
+    trees: str
+    roots: int
+    reflect_every: int
+    max_depth: int
+    attempts: int
+    keep_experience: bool
+    action_tokens: int
+    reflect_tokens: int
+    corrections: str
+    corrections_per_task: int
+    rehearsal_share: float
+    beta: float
+    steps: int
+    batch_tokens: int
+    row_tokens: int
+    lr: float
+    warmup: int
+    clip: float
+    gradient_checkpointing: bool
+    checkpoint_every: int
+    samples: int
+    ks: list[int]
+    resamples: int
+    evaluate_base: bool
+
+
+RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    *[(key, lambda v: v >= 1, "must be 1 or more") for key in
+      ("lora_rank", "context", "slots", "train_tasks", "test_tasks", "rounds", "roots", "reflect_every", "attempts",
+       "action_tokens", "reflect_tokens", "corrections_per_task", "steps", "batch_tokens", "row_tokens", "checkpoint_every",
+       "samples", "resamples")],
+    *[(key, lambda v: v >= 0, "must be 0 or more") for key in ("snapshot_mb", "temperature", "max_depth", "beta", "warmup", "seed")],
+    *[(key, lambda v: 0 < v < float("inf"), "must be above 0") for key in ("lora_alpha", "lr", "clip")],
+    ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
+    ("rehearsal_share", lambda v: 0 <= v <= 1, "must lie in 0..1"),
+    ("corrections", lambda v: v in ("all", "improved", "successful"), "must be all, improved or successful"),
+    ("split", lambda v: v in ("train", "valid", "test"), "must be train, valid or test"),
+    ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
+    ("out", lambda v: bool(v.strip()), "must name a folder"),
+]
+NOT_PART_OF_RESULTS = {"out", "slots", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base", "test_tasks", "samples",
+                       "split", "adapter"}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind in (bool, bool | None)
+    if kind is float:
+        return isinstance(value, (int, float)) and value == value
+    if kind == list[int]:
+        return isinstance(value, list) and all(fits(v, int) for v in value)
+    return isinstance(value, kind)
+
+
+def says(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+        kind, str(kind).replace("int", "whole number").replace("bool", "true, false").replace("None", "null").replace("|", "or"))
+
+
+def load_config(args: list[str]) -> Config:
+    """`config.yaml [preset=NAME] [key=value ...]`. Raises UserError: one line with the key, the file and the fix."""
+    path = next((arg for arg in args if "=" not in arg), "config.yaml")
+    extra = [arg for arg in args if "=" not in arg and arg != path]
+    if extra:
+        raise UserError(f"{extra[0]}: not understood; write options as key=value")
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; config.yaml comes with the project") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected lines of `key: value`")
+    presets = settings.pop("presets", None) or {}
+    kinds = {field.name: field.type for field in fields(Config)}
+    sources = dict.fromkeys(settings, path)
+    for arg in args:
+        if "=" in arg:
+            key, text = arg.split("=", 1)
+            if key == "preset":
+                if text not in presets:
+                    raise UserError(f"preset={text}: {path} has {', '.join(presets) or 'no presets'}{nearest(text, presets)}")
+                given, where = presets[text], f"{path}, preset {text}"
+            else:
+                try:
+                    given, where = {key: number(yaml.safe_load(text) if kinds.get(key) is not str else text)}, "the command line"
+                except yaml.YAMLError:
+                    raise UserError(f"{arg}: {text!r} cannot be read as a value") from None
+            settings.update(given)
+            sources.update(dict.fromkeys(given, where))
+    for key in settings:
+        if key not in kinds:
+            raise UserError(f"{sources[key]}: there is no key {key!r}{nearest(key, kinds)}")
+        settings[key] = number(settings[key])
+        if not fits(settings[key], kinds[key]):
+            raise UserError(f"{sources[key]}: {key} is {settings[key]!r}, but must be {says(kinds[key])}")
+    for key in kinds:
+        if key not in settings:
+            raise UserError(f"{path}: the key {key} is missing; see the config.yaml that comes with the project")
+    for key, holds, message in RANGES:
+        if not holds(settings[key]):
+            raise UserError(f"{sources[key]}: {key} {message}, not {settings[key]!r}")
+    if max(settings["ks"]) > settings["samples"]:
+        raise UserError(f"{sources['ks']}: ks asks for Pass@{max(settings['ks'])}, but samples is {settings['samples']}: "
+                        f"k can be at most the number of samples")
+    if settings["row_tokens"] < settings["context"]:
+        raise UserError(f"{sources['row_tokens']}: row_tokens is {settings['row_tokens']}, but must be at least context "
+                        f"({settings['context']}), so that every episode fits into a row")
+    return Config(**settings)
+
+
+def number(value: Any) -> Any:
+    """YAML reads 1e-3 as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c.isdigit() for c in value) and "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def nearest(word: str, words: Any) -> str:
+    close = get_close_matches(word, list(words), 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# -------------------------------------------------------------------------------------------------------- the run's folder
+
+class Jsonl:
+    """Append-only records. A half-written last line (the process was killed) is cut off when the file is opened."""
+    def __init__(self, path: Path):
+        self.path = path
+        self.records = list(read_jsonl(path, repair=True)) if path.exists() else []
+        self.file = open(path, "a", encoding="utf-8")
+
+    def append(self, record: dict) -> None:
+        self.file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self.file.flush()
+        self.records.append(record)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
+    """Every record of a file. Only the last line may be damaged: it is left out, and cut off if `repair`."""
+    with open(path, "rb") as file:
+        good = 0
+        for number_, line in enumerate(file, 1):
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError
+                record = json.loads(line)
+            except ValueError:
+                if file.read(1):
+                    raise UserError(f"{path}: line {number_} is damaged, and is not the last; restore the file or delete it") from None
+                print(f"{path}: the last line was cut short (killed while writing?) and is dropped", file=sys.stderr)
+                break
+            good += len(line)
+            yield record
+    if repair and good < path.stat().st_size:
+        os.truncate(path, good)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+class RunFolder:
+    """out/<name>/, held by one process at a time."""
+    def __init__(self, config: Config):
+        self.path = Path(config.out)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"out: cannot write to {config.out}: {error.strerror}") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"out: another process is running in {config.out}; wait for it, or choose another out=") from None
+        self._settle(config)
+
+    def _settle(self, config: Config) -> None:
+        """Keep config.yaml; refuse to mix results of two configurations in one folder."""
+        kept, now = self.path / "config.yaml", dict(vars(config))
+        if kept.exists():
+            before = yaml.safe_load(kept.read_text()) or {}
+            odd = [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]
+            if odd:
+                raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, not {now[odd[0]]!r}; "
+                                f"choose another out=, or delete that folder")
+        write_aside(kept, yaml.safe_dump(now, sort_keys=False))
+
+    def jsonl(self, name: str) -> Jsonl:
+        return Jsonl(self.path / name)
+
+
+def guarded(main: Callable[[list[str]], None]) -> None:
+    """Run a script's main: the user's mistakes become one line, Ctrl-C loses nothing."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; nothing is lost: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(f"error: {error.filename or 'out'}: {error.strerror}; nothing is lost: free the way and run the same command again")
