@@ -268,7 +268,7 @@ class Ask:
 Episode = Generator[Ask, list[int] | None, Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """An episode and what the engine needs to run it."""
     episode: Episode
@@ -361,6 +361,7 @@ class Engine:
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used family first
         self.fed = self.seen = self.sampled = 0          # tokens computed, tokens of all contexts asked for, tokens drawn
         self.limit_tokens = 16384                        # of one prefill forward, padding included: bounds its memory
+        self.close = 1e-4                                # probability; far above fp32's rounding, far below a token's share
 
     @torch.inference_mode()
     def run(self, queue: deque[Job]) -> Iterator[Job]:
@@ -369,9 +370,11 @@ class Engine:
         try:
             while queue or self.live:
                 yield from self._admit(queue)
-                long = [row for row, job in enumerate(self.live) if len(job.ids) - job.cached > 1]
+                long, short = [], []
+                for row, job in enumerate(self.live):
+                    (long if len(job.ids) - job.cached > 1 else short).append(row)
                 # A ragged prefill costs more than a decode step: let it wait until half of the rows want one.
-                rows = long if 2 * len(long) >= len(self.live) else [r for r in range(len(self.live)) if r not in set(long)]
+                rows = long if len(long) >= len(short) else short
                 for tokens, part in self._forward(rows):
                     for row, token in zip(part, tokens):
                         job = self.live[row]
@@ -392,7 +395,7 @@ class Engine:
             else:
                 yield job
         # A prompt that several fresh conversations share is computed once: its first owner feeds it, the rest fork it.
-        first = self.live.index(fresh[0]) if fresh else 0
+        first = len(self.live) - len(fresh)
         leaders = {}
         for row, job in enumerate(fresh, first):
             best, n = self._longest(job)
@@ -451,9 +454,8 @@ class Engine:
         """
         tails = {row: self.live[row].ids[self.live[row].cached:upto] for row in rows}
         decode = all(len(tail) == 1 for tail in tails.values()) and upto is None
-        per = max(1, self.limit_tokens // max(map(len, tails.values())))
-        for part in [rows[i:i + per] for i in range(0, len(rows), per)]:
-            batch = list(range(len(self.live))) if decode and len(part) == len(rows) else part
+        for part in [rows] if decode else self._groups(tails):
+            batch = list(range(len(self.live))) if decode else part
             hidden = self._hidden(batch, [tails.get(row, [0]) for row in batch], whole=batch == list(range(len(batch))))
             for row in part:
                 self.live[row].cached += len(tails[row])
@@ -461,9 +463,19 @@ class Engine:
             if upto is None:
                 picked = hidden if len(part) == len(batch) else hidden[[batch.index(row) for row in part]]
                 self.sampled += len(part)
-                yield self._sample(self.head(picked), [self.live[row].rng for row in part]), part
+                yield self._sample(self.head(picked), [self.live[row] for row in part]), part
             else:
                 yield [], part
+
+    def _groups(self, tails: dict[int, list[int]]) -> list[list[int]]:
+        """Rows in groups of tails of like length, so that at most half of a group is padding, and of bounded size."""
+        groups: list[list[int]] = []
+        for row in sorted(tails, key=lambda row: len(tails[row])):
+            size = len(tails[row])
+            if not groups or size > 2 * len(tails[groups[-1][0]]) or size * len(groups[-1]) > self.limit_tokens:
+                groups.append([])
+            groups[-1].append(row)
+        return [sorted(group) for group in groups]
 
     def _hidden(self, batch: list[int], tails: list[list[int]], whole: bool) -> torch.Tensor:
         """Hidden state (B, D) behind the last token of each tail; writes keys and values."""
@@ -481,13 +493,31 @@ class Engine:
                            attention_mask=mask[:, None].to(self.device), past_key_values=self.cache).last_hidden_state
         return out[torch.arange(len(batch)), sizes - 1]
 
-    def _sample(self, logits: torch.Tensor, rngs: list[random.Random]) -> list[int]:
-        """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy."""
+    def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:
+        """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy.
+
+        Batches of other shapes round differently, by about 1e-6. A draw that falls closer than `self.close` to the edge
+        between two tokens is settled by a forward of that conversation alone, so that (in fp32) samples do not depend on
+        slots, schedule or resumption: see test_samples_do_not_depend_on_slots_memory_or_order.
+        """
+        us = torch.tensor([job.rng.random() if self.temperature else 0.0 for job in jobs], dtype=torch.float64, device=logits.device)
+        tokens, edge = self._draw(logits, us)
+        if logits.dtype == torch.float32:
+            for i in (edge < self.close).nonzero()[:, 0].tolist():
+                alone = self.decoder(input_ids=torch.tensor([jobs[i].ids], device=self.device), use_cache=False).last_hidden_state
+                tokens[i] = self._draw(self.head(alone[:, -1]), us[i:i + 1])[0][0]
+        return tokens.tolist()
+
+    def _draw(self, logits: torch.Tensor, us: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B,), and how far each draw was from falling on another token, in probability (B,)."""
         if self.temperature == 0:
-            return logits.argmax(-1).tolist()
+            best = logits.float().softmax(-1).topk(2)
+            return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
         cdf = (logits.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
-        u = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64, device=cdf.device)[:, None]
-        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)[:, 0].tolist()
+        at = (us * cdf[:, -1])[:, None]                                                          # (B, 1)
+        tokens = torch.searchsorted(cdf, at, right=True).clamp_(max=logits.shape[-1] - 1)
+        below = cdf.gather(1, (tokens - 1).clamp_(min=0)).where(tokens > 0, torch.zeros_like(at))
+        return tokens[:, 0], torch.minimum(at - below, cdf.gather(1, tokens) - at)[:, 0]
 
     # snapshots
 
@@ -505,7 +535,8 @@ class Engine:
         if snapshot and n > job.cached:
             self.fork(snapshot, row, n)
             job.cached = n
-            self.kept[job.family] = self.kept.pop(job.family, [])
+            if job.family in self.kept:
+                self.kept[job.family] = self.kept.pop(job.family)         # most recently used
 
     def fork(self, snapshot: Snapshot, row: int, n: int) -> None:
         """Copy the first n tokens of a snapshot into a row. Raises StaleSnapshot after a change of weights."""

@@ -1,0 +1,128 @@
+import json
+import math
+import random
+from itertools import combinations
+
+import pytest
+import torch
+
+from envs import Quest, UserError
+from eval import Samples, bootstrap, compare, interval, main, make_engine, pass_at_k, pick_tasks, read_samples, report, sample, table
+from model import add_lora, lora_parameters
+from run import Jsonl, RunFolder
+
+
+@pytest.mark.parametrize("n, c, k", [(6, 2, 3), (6, 0, 3), (6, 6, 1), (5, 1, 5), (7, 3, 2), (128, 1, 128), (128, 64, 1)])
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_success(n, c, k):
+    if n < 10:
+        subsets = list(combinations(range(n), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(min(s) < c for s in subsets) / len(subsets))
+    assert pass_at_k(n, c, k) == pytest.approx(1 - math.comb(n - c, k) / math.comb(n, k))
+
+
+def test_pass_at_k_refuses_k_above_n():
+    with pytest.raises(ValueError, match="pass@9 cannot"):
+        pass_at_k(8, 1, 9)
+
+
+def records(rates, n=40, policy="base", seed=0, refused=1):
+    rng = random.Random(seed)
+    return [dict(policy=policy, weights="w", task=f"t{t:02d}", sample=i, success=rng.random() < rate, score=0.0, turns=5, tokens=20,
+                 refused=refused if i % 2 else 0, end="failure", difficulty="easy" if rate > 0.3 else "hard")
+            for t, rate in enumerate(rates) for i in range(n)]
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """Tasks drawn from a known distribution: the 95 % bootstrap over tasks covers its mean in about 95 % of draws."""
+    rng, hits = random.Random(5), 0
+    for _ in range(200):
+        rates = torch.tensor([rng.betavariate(1, 3) for _ in range(64)])
+        low, high = interval(rates[bootstrap(64, 1000)].mean(-1))
+        hits += low <= 0.25 <= high
+    assert 0.90 <= hits / 200 <= 0.985
+
+
+def test_figures_are_what_counting_gives():
+    rs = records([0.0, 0.5, 1.0])
+    samples = Samples(rs, "x")
+    figures = samples.figures([1, 2], 500)
+    wins = sum(r["success"] for r in rs)
+    assert figures["Pass@1"][0] == pytest.approx(wins / len(rs))
+    met = [r for r in rs if r["refused"]]
+    assert figures["recovery"][0] == pytest.approx(sum(r["success"] for r in met) / len(met))
+    assert figures["Pass@1"][1] <= figures["Pass@1"][0] <= figures["Pass@1"][2]
+    assert samples.difficulties()["hard"] == (1, 0.0, 0.0) and samples.difficulties()["easy"][0] == 2
+    assert samples.means()["turns"] == 5
+
+
+def test_the_paired_interval_is_narrower_than_the_unpaired_one():
+    rng = random.Random(0)
+    rates = [rng.random() * 0.8 for _ in range(50)]
+    a, b = Samples(records(rates), "a"), Samples(records([r + 0.1 for r in rates], seed=1), "b")
+    estimate, low, high = compare(a, b, [1], 1000)["Pass@1"]
+    fa, fb = a.figures([1], 1000)["Pass@1"], b.figures([1], 1000)["Pass@1"]
+    assert low > 0 and high - low < 0.5 * ((fa[2] - fa[1]) + (fb[2] - fb[1]))
+    assert estimate == pytest.approx(fb[0] - fa[0])
+
+
+def test_policies_on_other_tasks_are_not_compared():
+    with pytest.raises(UserError, match="not sampled on the same tasks"):
+        compare(Samples(records([0.1, 0.2]), "a"), Samples(records([0.1, 0.2, 0.3]), "b"), [1], 10)
+
+
+def test_no_figure_is_shown_for_more_samples_than_there_are():
+    assert "Pass@8" in table([Samples(records([0.1], n=8), "a")], [8, 16], 10)
+    assert "Pass@16" not in table([Samples(records([0.1], n=8), "a")], [8, 16], 10)
+
+
+def test_sampling_goes_on_where_it_stopped_and_refuses_another_adapter(own_tiny, settings):
+    model, chat = own_tiny
+    add_lora(model, 4, 8, seed=0)
+    cfg = settings("samples=4", "ks=[1,4]")
+    folder, tasks = RunFolder(cfg), Quest().tasks("test")[:6]
+    store = folder.jsonl("samples.jsonl")
+    sample(model, chat, cfg, store, "base", tasks)
+    whole = sorted(map(json.dumps, store.records))
+    store.close()
+    lines = (folder.path / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder.path / "samples.jsonl").write_text("".join(lines[:7]) + lines[7][:30])
+    store = folder.jsonl("samples.jsonl")
+    assert len(store.records) == 7
+    sample(model, chat, cfg, store, "base", tasks)
+    assert sorted(map(json.dumps, store.records)) == whole and len(whole) == 24
+    sample(model, chat, cfg, store, "leafe", tasks[:1])
+    with torch.no_grad():
+        lora_parameters(model)[1].add_(1.0)
+    with pytest.raises(UserError, match="samples of another adapter"):
+        sample(model, chat, cfg, store, "leafe", tasks[:1])
+
+
+def test_every_figure_is_recomputed_from_samples_jsonl_without_a_model(settings, capsys):
+    cfg = settings("ks=[1,8]", "test_tasks=4")
+    folder = RunFolder(cfg)
+    tasks = pick_tasks(cfg, "test", 4)
+    rows = records([0.1, 0.2, 0.4, 0.5], n=8) + records([0.3, 0.4, 0.6, 0.9], n=8, policy="leafe", seed=2)
+    (folder.path / "samples.jsonl").write_text("".join(
+        json.dumps(r | {"task": tasks[int(r["task"][1:])]}) + "\n" for r in rows))
+    shown = report(folder.path, cfg, tasks)
+    main(["table", cfg.out])
+    assert capsys.readouterr().out == shown + "\n"
+    passk = json.loads((folder.path / "passk.json").read_text())
+    assert passk["leafe"]["Pass@1"]["estimate"] > passk["base"]["Pass@1"]["estimate"]
+    main(["compare", f"{cfg.out}:base", cfg.out])
+    assert "difference" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no samples.jsonl"):
+        read_samples(str(folder.path / "nowhere"))
+
+
+def test_more_tasks_than_the_split_has_is_one_line(settings, tmp_path):
+    with pytest.raises(UserError, match="has 512 tasks in its test split, not 600"):
+        pick_tasks(settings("test_tasks=600"), "test", 600)
+    (tmp_path / "only_train.txt").write_text("; 0\n#####\n#@$.#\n#####\n")
+    with pytest.raises(UserError, match="has 0 tasks in its test split"):
+        pick_tasks(settings("env=sokoban", f"data={tmp_path}/only_train.txt"), "test", 1)
+
+
+def test_the_engine_takes_its_settings_from_the_configuration(tiny, settings):
+    engine = make_engine(*tiny, settings("slots=5", "temperature=0.5", "snapshot_mb=3"))
+    assert (engine.slots, engine.temperature, engine.budget, engine.context) == (5, 0.5, 3 * 2**20, 640)

@@ -1,0 +1,246 @@
+import random
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+from envs import Outcome, Quest
+from leafe import (HINT, REFLECT, TURN, Branch, Tree, Turn, best_scores, corrections, episode, explore, read_reflection, read_trees,
+                   targets)
+from model import Engine, Job
+from run import Jsonl
+
+
+# the reflection's grammar
+
+@pytest.mark.parametrize("text, tau, e", [
+    ("experience: the attic needs the torch.\nstep: 3", 3, "the attic needs the torch."),
+    ("step: 1\nexperience: x", 1, "x"),
+    ("  Step : 5 \n\n EXPERIENCE :  go: there \nthank you", 5, "go: there"),
+    ("experience: none\nstep: none", 0, "")])
+def test_a_well_formed_reflection_is_read(text, tau, e):
+    reflection = read_reflection(text, 5)
+    assert (reflection.tau, reflection.e, reflection.flaw) == (tau, e, "")
+
+
+@pytest.mark.parametrize("text, flaw", [
+    ("", "empty"), (" \n ", "empty"), ("sorry", "not one step and one experience"), ("step: 3", "not one step and one experience"),
+    ("experience: x", "not one step and one experience"), ("experience: x\nstep: 0", "step out of range"),
+    ("experience: x\nstep: 6", "step out of range"), ("experience: x\nstep: -1", "step is no number"),
+    ("experience: x\nstep: three", "step is no number"), ("experience: x\nstep: 1 2 3", "step is no number"),
+    ("experience: x\nstep: 2.5", "step is no number"), ("experience: x\nstep: ٣", "step is no number"),
+    ("experience: x\nstep:", "step is no number"), ("experience:\nstep: 2", "experience is empty"),
+    ("experience: x\nstep: 1\nstep: 2", "not one step and one experience"),
+    ("experience: x\nexperience: y\nstep: 2", "not one step and one experience"),
+    ("experience: x\nstep: " + "9" * 5000, "step is no number"), ("step 3 experience x " * 500, "not one step and one experience")])
+def test_anything_else_is_a_counted_flaw_and_no_rollback(text, flaw):
+    reflection = read_reflection(text, 5)
+    assert (reflection.flaw, reflection.tau, reflection.e, reflection.text) == (flaw, 0, "", text)
+
+
+# one attempt
+
+def act(chat, attempt, replies):
+    """Drive an episode with given texts; returns (branch, contexts as text)."""
+    contexts, reply = [], None
+    try:
+        while True:
+            ask = attempt.send(reply)
+            contexts.append(chat.tokenizer.decode(ask.context))
+            reply = (chat.ids(text) if (text := next(replies)) else []) + [chat.tokenizer.eos_token_id]
+    except StopIteration as end:
+        return end.value, contexts
+
+
+def forever(text):
+    while True:
+        yield text
+
+
+def test_a_failed_episode_is_reflected_on_every_k_turns_and_at_its_end(tiny, settings):
+    cfg, chat = settings("reflect_every=3"), tiny[1]
+
+    def replies():
+        while True:
+            yield from ["take hat"] * 3 + ["experience: the cat.\nstep: 2"]
+    branch, contexts = act(chat, episode(Quest(), chat, cfg, "train-1-0000", [], "", "0", True), replies())
+    assert [r.t for r in branch.reflections] == [3, 6, 8] and [r.final for r in branch.reflections] == [False, False, True]
+    assert branch.end == "failure" and branch.steps == 8 and not any(turn.valid for turn in branch.turns)
+    assert sum(REFLECT.strip() in c.replace("step: n", "step: N") for c in contexts) == 3
+    assert REFLECT.lower().strip() not in contexts[4]                      # the next turn does not see it
+
+
+@pytest.mark.parametrize("keep", ["true", "false"])
+def test_the_branch_sees_e_at_tau_and_the_tree_never_holds_it(keep, tiny, settings):
+    cfg, chat = settings(f"keep_experience={keep}", "reflect_every=99"), tiny[1]
+    root, plain = act(chat, episode(Quest(), chat, cfg, "train-2-0001", [], "", "0", False), forever("take hat"))
+    branch, contexts = act(chat, episode(Quest(), chat, cfg, "train-2-0001", root.turns[:3], "look behind the harp.", "0.0", False),
+                           forever("take spoon"))
+    assert branch.tau == 3 and branch.replayed == 2 and branch.turns[0].obs == root.turns[2].obs
+    hint = HINT.format(e="look behind the harp.")
+    assert contexts[0].count(hint) == 1 and contexts[0].replace(hint, "") == plain[2]      # right behind o_tau, h_tau as it was
+    assert all((hint in c) == (keep == "true") for c in contexts[1:])
+    assert branch.turns[0].experience and not any(turn.experience for turn in branch.turns[1:])
+    assert branch.turns[0].obs_ids == root.turns[2].obs_ids
+    assert "harp" not in chat.tokenizer.decode([i for turn in branch.turns for i in turn.ids])
+
+
+@pytest.mark.parametrize("said", ["", "dance", "go", "x y z " * 400])
+def test_whatever_the_model_says_the_episode_ends_in_order(said, tiny, settings):
+    cfg, chat = settings(), tiny[1]
+    branch, _ = act(chat, episode(Quest(), chat, cfg, "train-1-0000", [], "", "0", True), forever(said))
+    assert branch.end == "failure" and len(branch.turns) == 8 and all(r.flaw for r in branch.reflections)
+
+
+def test_a_reply_that_was_cut_off_gets_its_end_of_turn_in_the_next_message(tiny, settings):
+    cfg, chat = settings("reflect_every=99"), tiny[1]
+    attempt, end = episode(Quest(), chat, cfg, "train-1-0000", [], "", "0", False), chat.tokenizer.eos_token_id
+    attempt.send(None)
+    endless = chat.ids("go go go")
+    ask = attempt.send(endless)
+    at = ask.context.index(endless[0], len(ask.context) - 60)
+    assert endless[-1] not in chat.stop and ask.context.count(end) == 3
+    branch = None
+    try:
+        while True:
+            attempt.send(endless)
+    except StopIteration as stop:
+        branch = stop.value
+    assert branch.turns[1].obs_ids[0] == end and branch.turns[1].action_ids == endless and at > 0
+    again, _ = act(chat, episode(Quest(), chat, cfg, "train-1-0000", branch.turns[:3], "", "0.0", False), forever("go"))
+    assert again.turns[0].obs_ids == branch.turns[2].obs_ids
+
+
+class Drifting(Quest):
+    """A world that does not replay: every reset of the process reads differently."""
+    resets = 0
+
+    def reset(self, task):
+        Drifting.resets += 1
+        return super().reset(task) + f" visit {Drifting.resets}."
+
+
+def test_a_branch_whose_replay_differs_is_dropped_and_counted(own_tiny, settings, tmp_path):
+    model, chat = own_tiny
+    cfg = settings("corrections=all")
+    store = Jsonl(tmp_path / "trees.jsonl")
+    trees = explore(engine_for(own_tiny, cfg), chat, Drifting, cfg, Quest().tasks("train")[:6], store)
+    branches = [b for tree in trees for b in tree.branches if b.name != "0"]
+    assert branches and all(b.end == "mismatch" and not b.turns for b in branches)
+    assert targets(trees, cfg, chat.stop).D_cf == []
+
+
+def test_a_horizon_shorter_than_the_world_s_ends_the_episode(tiny, settings):
+    cfg, chat = settings("horizon=3"), tiny[1]
+    branch, _ = act(chat, episode(Quest(), chat, cfg, "train-4-0003", [], "", "0", True), forever("take hat"))
+    assert branch.end == "horizon" and len(branch.turns) == 3 and branch.reflections[-1].final
+
+
+# trees
+
+def engine_for(tiny, cfg, slots=32):
+    return Engine(tiny[0], tiny[1].stop, slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
+
+
+def grow(tiny, cfg, path, slots=32, tasks=10):
+    store = Jsonl(path)
+    trees = explore(engine_for(tiny, cfg, slots), tiny[1], Quest, cfg, Quest().tasks("train")[:tasks], store)
+    store.close()
+    return trees
+
+
+def test_trees_keep_to_the_budget_the_depth_and_breadth_first_order(tiny, settings, tmp_path):
+    cfg = settings("attempts=9", "max_depth=3", "roots=2", "reflect_every=4")
+    trees = grow(tiny, cfg, tmp_path / "t.jsonl")
+    assert max(b.name.count(".") for tree in trees for b in tree.branches) > 1
+    for tree in trees:
+        depths = [b.name.count(".") for b in tree.branches]
+        assert len(tree.branches) <= 9 and max(depths) <= 3 and depths == sorted(depths) and depths[:2] == [0, 0]
+        for number, branch in enumerate(tree.branches):
+            path = tree.branch_path(number)
+            assert [tree.turns[i].obs for i in path[branch.tau - 1:]] == [turn.obs for turn in branch.turns]
+            assert all(i < j for i, j in zip(path, path[1:]))
+            env = Quest()                                              # the tree holds what really happens in the world
+            obs = env.reset(tree.task)
+            for i in path:
+                assert obs == tree.turns[i].obs
+                obs = env.step(tree.turns[i].action).obs
+
+
+def test_trees_do_not_depend_on_the_schedule_and_read_back_equal(tiny, settings, tmp_path):
+    cfg = settings("attempts=8")
+    one, two = grow(tiny, cfg, tmp_path / "a.jsonl", slots=32), grow(tiny, cfg, tmp_path / "b.jsonl", slots=3)
+    assert one == two
+    assert read_trees(iter(Jsonl(tmp_path / "b.jsonl").records), 1, [tree.task for tree in one]) == one
+
+
+def test_an_interrupted_exploration_ends_with_the_same_trees(tiny, settings, tmp_path):
+    cfg = settings("attempts=8")
+    whole = grow(tiny, cfg, tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    for kept in (0, 1, len(lines) // 2, len(lines)):
+        path = tmp_path / f"{kept}.jsonl"
+        path.write_text("".join(lines[:kept]))
+        assert grow(tiny, cfg, path) == whole
+        assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+# targets
+
+def turn(action, parent, score=0.0, experience="", success=False):
+    return Turn("obs", [1], action, [2], parent, experience, score, success)
+
+
+def tree_by_hand():
+    """0 fails; 0.0 goes further; 0.1 repeats the old action; 0.0.0 succeeds."""
+    tree = Tree("t")
+
+    def branch(name, tau, e, turns, end):
+        return Branch("t", name, tau, e, turns, "", [], end, len(turns), 0, 0)
+    tree.join(branch("0", 1, "", [turn("a", None), turn("b", None), turn("c", None)], "failure"), None)            # turns 0 1 2
+    tree.join(branch("0.0", 2, "e1", [turn("B", None, 0.5, "e1"), turn("d", None, 0.5)], "failure"), 0)           # turns 3 4
+    tree.join(branch("0.1", 3, "e2", [turn("c", None, 0.0, "e2")], "failure"), 1)                                 # turn 5
+    tree.join(branch("0.0.0", 3, "e3", [turn("D", None, 1.0, "e3", True)], "success"), 3)                         # turn 6
+    return tree
+
+
+def test_corrections_are_first_turns_that_changed_something(settings):
+    tree = tree_by_hand()
+    assert best_scores(tree) == [1.0, 0.0, 0.0, 1.0, 0.5, 0.0, 1.0]
+    assert list(corrections(tree, "all")) == [3, 6]                        # 5 took the very action that it should replace
+    assert list(corrections(tree, "improved")) == [3, 6]
+    tree.turns[6].score, tree.turns[3].score = 0.0, 0.5
+    assert list(corrections(tree, "successful")) == [] and list(corrections(tree, "improved")) == [3]
+
+
+def test_rehearsal_takes_whole_successful_paths_branches_included(settings):
+    tree = tree_by_hand()
+    pairs = targets([tree, tree_by_hand()], settings("rehearsal_share=0.5", "corrections=successful"), {2})
+    assert pairs.D_cf == [(0, 3), (0, 6), (1, 3), (1, 6)]
+    assert pairs.D_reh in ([(0, 0), (0, 3), (0, 6)], [(1, 0), (1, 3), (1, 6)])       # one of two paths
+
+
+def test_an_action_that_was_cut_off_is_no_target(settings):
+    tree = tree_by_hand()
+    tree.turns[3].action_ids = [9]
+    pairs = targets([tree], settings("rehearsal_share=1", "corrections=all"), {2})
+    assert pairs.D_cf == [(0, 6)] and pairs.D_reh == [(0, 0), (0, 6)]
+
+
+def test_corrections_are_capped_for_each_task(settings):
+    pairs = targets([tree_by_hand()], settings("corrections_per_task=1", "corrections=all"), {2})
+    assert len(pairs.D_cf) == 1
+
+
+def test_worlds_without_sense_do_not_stop_the_engine(tiny, settings, tmp_path):
+    class Empty(Quest):
+        def reset(self, task):
+            return ""
+
+        def step(self, action):
+            return Outcome("", 0.0, False, False, False)
+    cfg = settings("horizon=3", "attempts=3")
+    engine = engine_for(tiny, cfg)
+    jobs = deque(Job(episode(Empty(), tiny[1], cfg, "t", [], "", str(i), True), random.Random(i), "t") for i in range(4))
+    assert [job.result.end for job in engine.run(jobs)] == ["horizon"] * 4
+    assert TURN and Path(tmp_path).exists()

@@ -1,0 +1,334 @@
+import json
+import random
+from collections import deque
+
+import pytest
+import torch
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+
+from conftest import ROOT
+from envs import Quest, UserError
+from leafe import episode, targets
+from model import (Ask, Chat, Engine, Job, LoRA, Segment, Snapshot, StaleSnapshot, adapter_off, add_lora, check_attention, load_adapter,
+                   load_model, lora_layers, lora_parameters, pack, packed_nll, quantize, save_adapter, weights_version)
+
+SHAPE = dict(vocab_size=470, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=64, max_position_embeddings=640, tie_word_embeddings=False, initializer_range=0.5)
+
+
+def family(name):
+    torch.manual_seed(3)
+    return {"llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+            "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+            "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
+            "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+            }[name]().eval().requires_grad_(False)
+
+
+def shake(model, seed=1, size=0.3):
+    """Give the adapter weights that matter."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * size)
+
+
+def spy(attempt, log):
+    """Run an episode and note every context that it asked with, and the reply it got."""
+    reply = None
+    while True:
+        try:
+            ask = attempt.send(reply)
+        except StopIteration as end:
+            return end.value
+        reply = yield ask
+        log.append((ask, reply))
+
+
+def play_trees(engine, chat, cfg, tasks, log, seed=0):
+    """Plain rollouts, then branches at random tau with a hint, from rollouts that have ended: all through one engine."""
+    rng, branches = random.Random(seed), []
+    queue = deque(Job(spy(episode(Quest(), chat, cfg, task, [], "", "0", True), log), random.Random(task), task, snapshot=True)
+                  for task in tasks)
+    for job in engine.run(queue):
+        branch = job.result
+        branches.append(branch)
+        if branch.name == "0":
+            for n in range(2):
+                past = branch.turns[:rng.randint(1, len(branch.turns))]
+                queue.append(Job(spy(episode(Quest(), chat, cfg, branch.task, past, "the attic needs the rope from the cellar.",
+                                             f"0.{n}", True), log), random.Random(branch.task), branch.task, snapshot=True))
+    return branches
+
+
+@pytest.mark.parametrize("name, keep, slots", [("tiny", True, 7), ("tiny", False, 64), ("llama", True, 5), ("qwen2", False, 9),
+                                               ("qwen3", True, 9), ("mistral", False, 5), ("adapter", True, 6)])
+def test_forked_generation_equals_generate_token_for_token(name, keep, slots, tiny, own_tiny, settings):
+    chat = tiny[1]
+    model = own_tiny[0] if name == "adapter" else tiny[0] if name == "tiny" else family(name)
+    if name == "adapter":
+        add_lora(model, 4, 8, seed=0)
+        shake(model)
+    cfg = settings(f"keep_experience={str(keep).lower()}", "temperature=0", "reflect_every=3", "action_tokens=6", "reflect_tokens=9")
+    engine, log = Engine(model, chat.stop, slots, cfg.context, 0, snapshot_mb=64), []
+    branches = play_trees(engine, chat, cfg, Quest().tasks("valid")[:12], log)
+    assert len(branches) == 36 and len(log) > 200
+    assert engine.fed < 0.5 * engine.seen                         # it did fork and did keep what it had
+    for ask, reply in log:
+        context = torch.tensor([ask.context])
+        out = model.generate(context, attention_mask=torch.ones_like(context), do_sample=False, max_new_tokens=ask.max_new,
+                             eos_token_id=list(chat.stop), pad_token_id=0)
+        assert out[0, context.shape[1]:].tolist() == reply
+
+
+def test_samples_do_not_depend_on_slots_memory_or_order(tiny, settings):
+    model, chat = tiny
+    cfg, found = settings(), []
+    for slots, memory, reverse in ((64, 64, False), (3, 64, False), (20, 0, True)):
+        tasks = Quest().tasks("valid")[:10]
+        engine = Engine(model, chat.stop, slots, cfg.context, 1.0, memory)
+        jobs = [Job(episode(Quest(), chat, cfg, task, [], "", str(i), True), random.Random(f"{task}/{i}"), task, snapshot=True)
+                for task in tasks for i in range(3)]
+        queue = deque(reversed(jobs) if reverse else jobs)
+        found.append(sorted(((b := job.result).task, b.name, [t.action_ids for t in b.turns]) for job in engine.run(queue)))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_stale_snapshot_is_refused_after_a_step_and_after_a_switch(own_tiny):
+    model, chat = own_tiny
+    add_lora(model, 4, 8, seed=0)
+
+    def one():
+        yield Ask(chat.first("rules", "step 1: you are in the hall."), 4)
+    for change in ("step", "switch"):
+        engine = Engine(model, chat.stop, 2, 64, 0, 64)
+        list(engine.run(deque([Job(one(), random.Random(0), "a", snapshot=True)])))
+        snapshot = engine.kept["a"][0]
+        engine.fork(snapshot, 0, 3)                               # fresh: taken
+        if change == "step":
+            optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-9)
+            for parameter in lora_parameters(model):
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            with pytest.raises(StaleSnapshot):
+                engine.fork(snapshot, 0, 3)
+        else:
+            with adapter_off(model), pytest.raises(StaleSnapshot):
+                engine.fork(snapshot, 0, 3)
+            engine.fork(snapshot, 0, 3)                           # switched back: the same weights again
+
+
+def test_snapshot_memory_stays_within_its_budget(tiny, settings):
+    model, chat = tiny
+    cfg = settings()
+    engine = Engine(model, chat.stop, 8, cfg.context, 1.0, snapshot_mb=1)
+    play_trees(engine, chat, cfg, Quest().tasks("valid")[:6], [])
+    assert 0 < sum(s.size() for kept in engine.kept.values() for s in kept) <= 2**20
+
+
+def test_an_episode_that_outgrows_the_context_ends_and_is_counted(tiny, settings):
+    model, chat = tiny
+    cfg = settings("context=150")
+    engine = Engine(model, chat.stop, 4, cfg.context, 1.0, 8)
+    branches = [job.result for job in engine.run(deque(
+        Job(episode(Quest(), chat, cfg, task, [], "", "0", False), random.Random(0), task) for task in Quest().tasks("valid")[2:6]))]
+    assert {b.end for b in branches} == {"context"} and all(b.turns for b in branches)
+
+
+# training rows
+
+def trees_for_packing(tiny, settings):
+    from leafe import explore
+    from run import Jsonl
+    model, chat = tiny
+    cfg = settings("corrections=all", "rehearsal_share=1", "attempts=8")
+    cfg_path = __import__("pathlib").Path(cfg.out)
+    cfg_path.mkdir(parents=True, exist_ok=True)
+    store = Jsonl(cfg_path / "trees.jsonl")
+    engine = Engine(model, chat.stop, 32, cfg.context, 1.0, 64)
+    trees = explore(engine, chat, Quest, cfg, Quest().tasks("train")[:8], store)
+    return cfg, trees, targets(trees, cfg, chat.stop)
+
+
+def test_packed_equals_one_pair_at_a_time(tiny, own_tiny, settings):
+    from train import rows_of
+    cfg, trees, pairs = trees_for_packing(tiny, settings)
+    assert len(pairs.D_cf) >= 8
+    model, _ = own_tiny
+    model.double()                                                # fp32 rounding would hide a small mistake
+    add_lora(model, 4, 8, seed=0)
+    model.double()
+    shake(model, size=0.05)
+    for parameter in lora_parameters(model):
+        parameter.requires_grad_(True)
+    total = torch.zeros(2, dtype=torch.double)
+    for group in rows_of(trees, pairs, cfg):
+        assert sum(len(s.ids) for tree in group for s in tree) <= cfg.row_tokens
+        losses = packed_nll(model, [pack(group)])
+        losses.sum().backward()
+        total += losses.detach()
+    packed = [p.grad.clone() for p in lora_parameters(model)]
+    for p in lora_parameters(model):
+        p.grad = None
+    plain = torch.zeros(2, dtype=torch.double)
+    for column, (part, weight) in enumerate(((pairs.D_cf, 1.0), (pairs.D_reh, cfg.beta))):
+        for k, i in part:                                         # the slow twin: one (history, action) a forward
+            path = trees[k].path(i)
+            context = [token for turn in path[:-1] for token in turn.ids] + path[-1].obs_ids
+            ids = torch.tensor([context + path[-1].action_ids])
+            logits = model(input_ids=ids).logits[0, len(context) - 1:-1]
+            nll = torch.nn.functional.cross_entropy(logits, ids[0, len(context):], reduction="sum") * weight / len(part)
+            nll.backward()
+            plain[column] += nll.detach()
+    assert torch.allclose(total, plain, rtol=1e-5)
+    for p, old in zip(lora_parameters(model), packed):
+        assert (p.grad - old).norm() <= 1e-5 * old.norm() and old.norm() > 0
+
+
+def test_packed_rows_in_fp32_are_within_1e_5_of_one_at_a_time(tiny):
+    model = tiny[0]
+    torch.manual_seed(0)
+    words = lambda n: torch.randint(6, 400, (n,)).tolist()       # noqa: E731
+    tree = [Segment(words(40), [0.0] * 40, None)] + [Segment(words(9), [0.0] * 6 + [1.0] * 3, parent) for parent in (0, 0, 1, 1, 2)]
+    one, two = pack([tree]), pack([tree, [Segment(words(12), [0.0, 1.0] * 6, None)]])
+    alone = 0.0
+    for i in range(1, 6):
+        chain, at = [], i
+        while at is not None:
+            chain, at = tree[at].ids + chain, tree[at].parent
+        ids = torch.tensor([chain])
+        alone += torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, -4:-1], ids[0, -3:], reduction="sum").item()
+    assert packed_nll(model, [one])[0].item() == pytest.approx(alone, rel=1e-5)
+    both = packed_nll(model, [one, two])[0].item()               # padded side by side
+    assert both == pytest.approx(packed_nll(model, [one])[0].item() + packed_nll(model, [two])[0].item(), rel=1e-5)
+
+
+# adapters and loading
+
+def test_the_adapter_loads_in_peft_and_peft_s_loads_here(own_tiny, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    model, _ = own_tiny
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny").eval()
+    ids = torch.randint(6, 400, (2, 30))
+    plain = model(input_ids=ids).logits
+    add_lora(model, 8, 16, seed=0)
+    shake(model, size=0.1)
+    ours = model(input_ids=ids).logits
+    save_adapter(model, tmp_path / "ours", "tiny")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    assert torch.equal(theirs(input_ids=ids).logits, ours) and not torch.allclose(ours, plain)
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), LoraConfig(
+        r=3, lora_alpha=9, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+    made.save_pretrained(tmp_path / "theirs")
+    load_adapter(model, tmp_path / "theirs")                      # another rank, fewer layers
+    assert torch.allclose(model(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-5)
+
+
+def test_the_adapter_switched_off_is_the_base_exactly(own_tiny):
+    model, _ = own_tiny
+    ids = torch.randint(6, 400, (1, 20))
+    plain = model(input_ids=ids).logits
+    add_lora(model, 4, 8, seed=0)
+    assert torch.equal(model(input_ids=ids).logits, plain)        # B = 0
+    shake(model)
+    version = weights_version(model)
+    with adapter_off(model):
+        assert torch.equal(model(input_ids=ids).logits, plain) and weights_version(model) != version
+    assert not torch.equal(model(input_ids=ids).logits, plain) and weights_version(model) == version
+
+
+def test_four_bit_trains_only_the_adapter_and_reloads_to_equal_logits(own_tiny, tmp_path):
+    import bitsandbytes as bnb
+    (model, _), ids = own_tiny, torch.randint(6, 400, (1, 20))
+    exact = model(input_ids=ids).logits
+    quantize(model, "cpu")
+    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) == 7 * model.config.num_hidden_layers
+    coarse = model(input_ids=ids).logits
+    assert 0 < (coarse - exact).abs().mean() < 0.5 * exact.abs().mean()
+    add_lora(model, 4, 8, seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lora" not in name}
+    for parameter in lora_parameters(model):
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = packed_nll(model, [pack([[Segment(ids[0].tolist(), [1.0] * 20, None)]])]).sum()
+        loss.backward(), optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "lora" not in name)
+    with adapter_off(model):
+        assert torch.equal(model(input_ids=ids).logits, coarse)
+    save_adapter(model, tmp_path, "tiny")
+    again, _ = load_model("tiny", True, 640)
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_loading_mistakes_are_one_line(tmp_path, own_tiny):
+    for name in ("nowhere", str(tmp_path), "a/b/c"):
+        with pytest.raises(UserError, match="model: .*no folder with a config.json"):
+            load_model(name, None, 64)
+    with pytest.raises(UserError, match="context: 99999 is more"):
+        load_model("tiny", None, 99999)
+    with pytest.raises(UserError, match="adapter: .*has no adapter_config.json"):
+        load_adapter(own_tiny[0], tmp_path)
+    other = family("llama")
+    add_lora(other, 4, 8, seed=0)
+    save_adapter(other, tmp_path / "other", "llama")
+    with pytest.raises(UserError, match="adapter: .*was made for another model"):
+        load_adapter(own_tiny[0], tmp_path / "other")
+    config = json.loads((tmp_path / "other/adapter_config.json").read_text())
+    (tmp_path / "other/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(UserError, match="use_dora"):
+        load_adapter(other, tmp_path / "other")
+
+
+def test_a_model_whose_attention_the_engine_cannot_mask_is_refused():
+    with pytest.raises(UserError, match="full attention"):
+        check_attention("m", MistralConfig(sliding_window=128), 256)
+    check_attention("m", MistralConfig(sliding_window=512), 256)
+    check_attention("m", Qwen2Config(), 256)
+
+
+# chat tokens
+
+def test_chat_pieces_rebuild_what_the_template_renders(tiny):
+    chat, tokenizer = tiny[1], tiny[1].tokenizer
+    messages = [dict(role="system", content="you are in a house"), dict(role="user", content="step 1: find the crown."),
+                dict(role="assistant", content="go attic"), dict(role="user", content="step 2: the attic is dark.")]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    pieces = chat.first("you are in a house", "step 1: find the crown.") + chat.ids("go attic<|end|>") + chat.next("step 2: the attic is dark.")
+    assert pieces == rendered
+    assert chat.next("step 2", cut=True) == [tokenizer.eos_token_id] + chat.next("step 2")
+
+
+@pytest.mark.parametrize("template, system", [
+    ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}<assistant>", False),
+    ("{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}<|end|>{% endif %}{% endfor %}<assistant>", False),
+    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}<assistant>", True)])
+def test_a_template_without_a_system_role_gets_the_rules_in_the_first_message(template, system, tiny):
+    import copy
+    tokenizer = copy.deepcopy(tiny[1].tokenizer)
+    tokenizer.chat_template = template
+    chat = Chat(tokenizer)
+    assert chat.system_role is system
+    assert "you are in a house" in tokenizer.decode(chat.first("you are in a house", "step 1"))
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}", "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_a_model_without_a_usable_chat_template_is_refused(template, tiny):
+    import copy
+    tokenizer = copy.deepcopy(tiny[1].tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="chat template"):
+        Chat(tokenizer)
+
+
+def test_lora_wraps_all_seven_projections_of_every_layer(own_tiny):
+    model, _ = own_tiny
+    add_lora(model, 4, 8, seed=0)
+    assert len(lora_layers(model)) == 7 * model.config.num_hidden_layers
+    assert all(isinstance(layer, LoRA) for layer in lora_layers(model).values())
+    assert isinstance(Snapshot([1], [(torch.zeros(1, 1, 1),) * 2], ()).size(), int)

@@ -1,0 +1,198 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT
+from leafe import targets
+from model import Chat, add_lora, load_model, lora_parameters, pack
+from run import Jsonl
+from test_leafe import grow, tree_by_hand
+from train import distil, epoch, rows_of
+
+
+def train(out, *args, **kwargs):
+    return subprocess.Popen([sys.executable, "train.py", "config.yaml", "preset=smoke", f"out={out}", *args], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def results(out):
+    """Everything that a run's end consists of, in an order that does not depend on the schedule."""
+    lines = {name: sorted((out / name).read_text().splitlines()) for name in ("trees.jsonl", "samples.jsonl")}
+    return lines, json.loads((out / "passk.json").read_text()), load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def same(a, b):
+    return a[0] == b[0] and a[1] == b[1] and a[2].keys() == b[2].keys() and all(torch.equal(a[2][key], b[2][key]) for key in a[2])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted smoke run: (folder, stdout, seconds)."""
+    out, began = tmp_path_factory.mktemp("whole") / "run", time.time()
+    process = train(out)
+    shown, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return out, shown, time.time() - began
+
+
+def test_a_run_ends_with_the_table_the_figures_and_where_the_results_lie(whole):
+    out, shown, _ = whole
+    assert "stage 1:" in shown and "reflections:" in shown and "name the right thing" in shown
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("Pass@")] == ["Pass@1", "Pass@2", "Pass@4", "Pass@8"]
+    assert f"results: {out}/" in shown
+    for name in ("config.yaml", "trees.jsonl", "samples.jsonl", "metrics.jsonl", "passk.json", "adapter/adapter_model.safetensors"):
+        assert (out / name).stat().st_size > 0, name
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == list(range(1, 7))
+
+
+def test_the_same_command_again_changes_nothing_and_shows_the_same_table(whole):
+    out, shown, _ = whole
+    before = results(out)
+    process = train(out)
+    again, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert same(before, results(out))
+    assert again.split("%", 1)[1].split("results:")[0] == shown[shown.index("%         "):].split("%", 1)[1].split("results:")[0]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_ten_random_moments_ends_as_if_it_had_not_been(whole, tmp_path):
+    expected, seconds = results(whole[0]), whole[2]
+    rng, killed, out = random.Random(0), 0, tmp_path / "run"
+    for _ in range(10):
+        process = train(out, start_new_session=True)
+        try:
+            process.wait(timeout=rng.uniform(0.3, 0.75) * seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            killed += 1
+        process.communicate()
+        if killed % 3 == 0:                                           # sometimes the kill comes in the middle of a line
+            for name in ("samples.jsonl", "trees.jsonl"):
+                path = out / name
+                if path.exists() and path.stat().st_size > 40:
+                    os.truncate(path, path.stat().st_size - 20)
+        if (out / "passk.json").exists():                             # it got through: start over
+            assert same(expected, results(out))
+            shutil.rmtree(out)
+    process = train(out)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert same(expected, results(out)) and killed >= 5
+
+
+@pytest.mark.slow
+def test_two_rounds_explore_anew_with_the_improved_policy(tmp_path):
+    process = train(tmp_path / "run", "rounds=2", "evaluate_base=false", "corrections=all")
+    shown, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    rounds = [json.loads(line)["round"] for line in (tmp_path / "run/trees.jsonl").read_text().splitlines()]
+    assert set(rounds) == {1, 2} and shown.count("stage 1:") == 2
+    one, two = (load_file(tmp_path / f"run/adapter_{r}/adapter_model.safetensors") for r in (1, 2))
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_l_reh_alone_runs_on_the_trees_of_another_run(whole, tmp_path):
+    process = train(tmp_path / "run", "beta=.inf", f"trees={whole[0]}", "evaluate_base=false", "rehearsal_share=1")
+    shown, errors = process.communicate(timeout=600)
+    if "nothing to train on" in errors:                               # no success in so small an exploration
+        assert process.returncode == 1 and "Traceback" not in errors
+    else:
+        assert process.returncode == 0, errors
+        assert all(json.loads(line)["L_cf"] == 0 for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert not (tmp_path / "run/trees.jsonl").exists()
+
+
+def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
+    process = train(tmp_path / "run", "samples=64", "ks=[1]")
+    while not (tmp_path / "run/samples.jsonl").exists() or (tmp_path / "run/samples.jsonl").stat().st_size < 500:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "nothing is lost" in errors and "Traceback" not in errors
+
+
+# distillation alone
+
+def distilled(folder, settings, trees, stop, until=None, **extra):
+    """The adapter after cfg.steps; with `until`, killed there first and gone on with from the checkpoint."""
+    cfg = settings("corrections=all", "rehearsal_share=1", "steps=7", "checkpoint_every=2", "batch_tokens=1024",
+                   *[f"{k}={v}" for k, v in extra.items()])
+    pairs = targets(trees, cfg, stop)
+
+    def start():
+        model, tokenizer = load_model("tiny", None, 640)
+        add_lora(model, 4, 8, seed=0)
+        return model, Chat(tokenizer)
+    folder.mkdir(exist_ok=True)
+    model, _ = start()
+    if until:
+        class Killed(Exception):
+            pass
+
+        class Dying(Jsonl):
+            def append(self, record):
+                super().append(record)
+                if record["step"] == until:
+                    raise Killed
+        with pytest.raises(Killed):
+            distil(model, trees, pairs, cfg, folder, Dying(folder / "metrics.jsonl"), 1)
+        model, _ = start()
+    metrics = Jsonl(folder / "metrics.jsonl")
+    distil(model, trees, pairs, cfg, folder, metrics, 1)
+    return [p.detach().clone() for p in lora_parameters(model)], metrics.records
+
+
+def test_a_resumed_distillation_equals_an_uninterrupted_one(tiny, settings, tmp_path):
+    cfg = settings("attempts=6")
+    trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=6)
+    whole, records = distilled(tmp_path / "a", settings, trees, tiny[1].stop)
+    assert records[-1]["L_cf"] < records[0]["L_cf"]
+    for until in (1, 2, 5, 7):
+        again, _ = distilled(tmp_path / f"b{until}", settings, trees, tiny[1].stop, until)
+        assert all(torch.equal(p, q) for p, q in zip(whole, again))
+    checkpointed, _ = distilled(tmp_path / "c", settings, trees, tiny[1].stop, gradient_checkpointing="true")
+    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(whole, checkpointed))
+
+
+def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings, tmp_path):
+    """Each pair is in one batch of an epoch, and the weights add up to 1 for L_cf and beta for L_reh, times tokens an action."""
+    cfg = settings("beta=0.5", "corrections=all", "rehearsal_share=1", "batch_tokens=1024")
+    trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=8)
+    pairs = targets(trees, cfg, tiny[1].stop)
+    rows = [pack(group) for group in rows_of(trees, pairs, cfg)]
+    batches = epoch(rows, cfg, 3)
+    assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows)) and len(batches) > 1
+    total = sum(row.weights.double().sum(0) for row in rows)
+    length = [sum(len(trees[k].turns[i].action_ids) for k, i in part) / max(1, len(part)) for part in (pairs.D_cf, pairs.D_reh)]
+    assert total.tolist() == pytest.approx([length[0], 0.5 * length[1]], rel=1e-4)
+    assert epoch(rows, cfg, 3) != epoch(rows, cfg, 4)
+
+
+def test_beta_infinite_leaves_l_reh_alone(settings):
+    cfg = settings("beta=.inf", "corrections=all", "rehearsal_share=1")
+    trees = [tree_by_hand()]
+    rows = rows_of(trees, targets(trees, cfg, {2}), cfg)
+    total = sum(pack(group).weights.sum(0) for group in rows)
+    assert total.tolist() == pytest.approx([0.0, 1.0])
+
+
+def test_no_row_is_longer_than_its_budget(tiny, settings, tmp_path):
+    cfg = settings("corrections=all", "rehearsal_share=1", "attempts=12", "row_tokens=640")
+    trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=6)
+    pairs = targets(trees, cfg, tiny[1].stop)
+    rows = [pack(group) for group in rows_of(trees, pairs, cfg)]
+    assert max(len(row.ids) for row in rows) <= 640
+    bearing = sum(len(trees[k].turns[i].action_ids) for k, i in {*pairs.D_cf, *pairs.D_reh})
+    assert sum(len(row.targets) for row in rows) == bearing           # every target once
