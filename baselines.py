@@ -1,12 +1,15 @@
-"""What LEAFE is compared with, over the same engine, episodes and budget. So far the contenders of Stage 1 (Table 3):
+"""What LEAFE is compared with, over the same engine, episodes and budget. So far the contenders of Stage 1
+(Table 3):
 
-    python baselines.py config.yaml out=out/quest     needs that run's trees; prints who solves more training tasks
+    python baselines.py config.yaml out=out/quest     needs that run's trees;
+                                                      prints who solves more training tasks
 
     IS    independent sampling: plain rollouts
-    IR    iterative refinement: on failure reflect, and retry from the start with all reflections so far in view
+    IR    iterative refinement: on failure reflect, and retry from the start with all reflections so far
+          in view
     IR-1  the same with the latest reflection alone in view
-Each gets, task by task, the environment steps that LEAFE's tree took, the steps of its replays included, and may finish
-the attempt in which they run out: if anything, the comparison favours them.
+Each gets, task by task, the environment steps that LEAFE's tree took, the steps of its replays included, and
+may finish the attempt in which they run out: if anything, the comparison favours them.
 """
 import random
 from collections import deque
@@ -25,27 +28,30 @@ CONTENDERS = ("IS", "IR", "IR-1")
 
 
 def contend(chat: Chat, cfg: Config, method: str, task: str, budget: int):
-    """Attempts at one task until `budget` environment steps are used; a generator for the engine, returns a record."""
+    """Attempts at one task until `budget` steps are used; a generator for the engine, returns a record."""
     refine = method != "IS"
-    cfg = replace(cfg, keep_experience=True, reflect_every=10**9)                # reflect on failure, keep e in view throughout
+    cfg = replace(cfg, keep_experience=True, reflect_every=10**9)      # reflect on failure, keep e in view
     steps = tokens = attempts = wins = 0
     lessons: list[str] = []
     while steps < budget:
         e = "\nexperience: ".join(lessons[-1:] if method == "IR-1" else lessons)
-        branch: Branch = yield from episode(make_env(cfg.env, cfg.data), chat, cfg, task, [], e, str(attempts), refine)
+        branch: Branch = yield from episode(make_env(cfg.env, cfg.data), chat, cfg, task, [], e,
+                                            str(attempts), refine)
         steps, tokens, attempts = steps + branch.steps, tokens + branch.tokens, attempts + 1
         wins += branch.success
         lessons += [r.e for r in branch.reflections if r.tau and r.e not in lessons]
-        if branch.end in ("context", "mismatch"):                                # no room for more lessons: forget the oldest
+        if branch.end in ("context", "mismatch"):                      # no more room: forget the oldest
             lessons = lessons[1:]
             steps += not branch.steps
-    return dict(method=method, task=task, solved=wins > 0, wins=wins, attempts=attempts, steps=steps, tokens=tokens)
+    return dict(method=method, task=task, solved=wins > 0, wins=wins, attempts=attempts, steps=steps,
+                tokens=tokens)
 
 
 def run_contenders(engine: Engine, chat: Chat, cfg: Config, trees: list[Tree], store: Jsonl) -> None:
     done = {(r["method"], r["task"]) for r in store.records}
     budgets = {tree.task: sum(b.steps + b.replayed for b in tree.branches) for tree in trees}
-    queue = deque(Job(contend(chat, cfg, method, task, budget), random.Random(f"{cfg.seed}/{method}/{task}"), task)
+    queue = deque(Job(contend(chat, cfg, method, task, budget),
+                      random.Random(f"{cfg.seed}/{method}/{task}"), task)
                   for method in CONTENDERS for task, budget in budgets.items() if (method, task) not in done)
     for job in tqdm(engine.run(queue), total=len(queue), desc="IS and IR", unit="task", disable=not queue):
         store.append(job.result)
@@ -54,7 +60,8 @@ def run_contenders(engine: Engine, chat: Chat, cfg: Config, trees: list[Tree], s
 def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
     """Share of training tasks solved, with 95 % intervals over tasks; differences are paired."""
     solved = {"tree": torch.tensor([float(any(b.success for b in tree.branches)) for tree in trees])}
-    spent = {"tree": (sum(b.steps for tree in trees for b in tree.branches), sum(b.replayed for tree in trees for b in tree.branches),
+    spent = {"tree": (sum(b.steps for tree in trees for b in tree.branches),
+                      sum(b.replayed for tree in trees for b in tree.branches),
                       sum(b.tokens for tree in trees for b in tree.branches))}
     for method in CONTENDERS:
         by_task = {r["task"]: r for r in records if r["method"] == method}
@@ -66,7 +73,8 @@ def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
     for method, hits in solved.items():
         own = (float(hits.mean()), *interval(hits[index].mean(-1)))
         gap = solved["tree"] - hits
-        difference = cell((float(gap.mean()), *interval(gap[index].mean(-1))), "+") if method != "tree" else ""
+        difference = (cell((float(gap.mean()), *interval(gap[index].mean(-1))), "+")
+                      if method != "tree" else "")
         lines.append(f"{method:6}{cell(own):>24}{difference:>24}" + "".join(f"{n:10}" for n in spent[method]))
     return "\n".join(lines)
 

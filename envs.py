@@ -1,24 +1,27 @@
 """Text worlds behind one small protocol: text in, text out. Nothing here knows of models or tokens.
 
     python envs.py                          what there is
-    python envs.py quest                    play a task by hand (undo = rollback by replay, hint = admissible actions)
+    python envs.py quest                    play a task by hand (undo = rollback by replay,
+                                            hint = admissible actions)
     python envs.py sokoban test-1-0003      play that task
     python envs.py sokoban data=levels.txt  play level files in Boxoban's format
 
-A world must be deterministic: `reset(task)` and the same actions give the same observations, always. That is all that
-backtracking needs (the paper's Reset(E), then replay a_1 .. a_{tau-1}), and `rollback` checks it at every turn.
+A world must be deterministic: `reset(task)` and the same actions give the same observations, always. That is
+all that backtracking needs (the paper's Reset(E), then replay a_1 .. a_{tau-1}), and `rollback` checks it at
+every turn.
 
-Quest is the embedded default, made so that LEAFE's effect is visible. The thing to find lies behind a chain of one to
-four obstacles. What an obstacle needs is told only by its refusal ("the attic is dark. you need the torch from the
-cellar."), differs from task to task, and more things lie about than are of use; one thing fits in the hand; the candle
-burns down; a key breaks in the wrong lock and a rope bridge holds once. So no fixed habit solves it: one must read the
-refusals and act on them. Sokoban is the paper's: 6x6 rooms, pushing boxes onto goals, no undo.
+Quest is the embedded default, made so that LEAFE's effect is visible. The thing to find lies behind a chain
+of one to four obstacles. What an obstacle needs is told only by its refusal ("the attic is dark. you need the
+torch from the cellar."), differs from task to task, and more things lie about than are of use; one thing fits
+in the hand; the candle burns down; a key breaks in the wrong lock and a rope bridge holds once. So no fixed
+habit solves it: one must read the refusals and act on them. Sokoban is the paper's: 6x6 rooms, pushing boxes
+onto goals, no undo.
 """
 import random
 import re
 import sys
-from collections import deque
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, Sequence
 
@@ -64,8 +67,8 @@ class StepMeter:
 def rollback(env: Env, task: str, turns: Sequence, meter: StepMeter | None = None) -> str:
     """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack).
 
-    `turns` are those before and including tau (anything with .obs and .action); the action of the last is not replayed.
-    Returns o_tau. Raises ReplayMismatch if any observation differs from the recorded one.
+    `turns` are those before and including tau (anything with .obs and .action); the action of the last is not
+    replayed. Returns o_tau. Raises ReplayMismatch if any observation differs from the recorded one.
     """
     obs = env.reset(task)
     for i, turn in enumerate(turns):
@@ -81,7 +84,7 @@ def rollback(env: Env, task: str, turns: Sequence, meter: StepMeter | None = Non
     return obs
 
 
-# ---------------------------------------------------------------------------------------------------------------- quest
+# ------------------------------------------------------------------------------------------------------ quest
 
 ROOMS = "attic cellar chapel garden island kitchen library stable study tower vault workshop".split()
 TREASURES = "crown goblet harp mirror ring violin".split()
@@ -97,9 +100,9 @@ def listing(things: Sequence[str]) -> str:
 
 class Quest:
     """A house of rooms. Task ids are `<split>-<needs>-<number>`, needs 1..4; the id alone seeds the world."""
-    rules = ("you are in a house and look for a treasure. you can go to a room or take a thing. you can carry one thing. "
-             "answer with one action, like: go cellar, or: take lamp")
-    slack = 3                                     # turns beyond the shortest solution, counted without foreknowledge
+    rules = ("you are in a house and look for a treasure. you can go to a room or take a thing. you can "
+             "carry one thing. answer with one action, like: go cellar, or: take lamp")
+    slack = 3                                     # turns beyond the shortest solution, without foreknowledge
     max_turns = 3 * 4 + 2 + slack
     sizes = {"train": 512, "valid": 256, "test": 512, "corpus": 10_000_000}
 
@@ -112,24 +115,26 @@ class Quest:
     def reset(self, task: str) -> str:
         match = re.fullmatch(r"(train|valid|test|corpus)-([1-4])-(\d{4,7})", task)
         if not match or int(match[3]) >= self.sizes[match[1]]:
-            raise UserError(f"quest has no task {task!r}; ids look like train-2-0001 (split, needs 1 to 4, number)")
+            raise UserError(f"quest has no task {task!r}; ids look like train-2-0001 "
+                            f"(split, needs 1 to 4, number)")
         rng = random.Random("quest/" + task)
         needs = int(match[2])
-        self.rooms = rng.sample(ROOMS, needs + 4)                      # the first `needs` are barred, the first holds the goal
+        self.rooms = rng.sample(ROOMS, needs + 4)   # the first `needs` are barred, the first holds the goal
         self.treasure = rng.choice(TREASURES)
-        tools = rng.sample(list(NEEDS), needs + 3)                     # the first `needs` are of use
+        tools = rng.sample(list(NEEDS), needs + 3)  # the first `needs` are of use
         barred, free = self.rooms[:needs], self.rooms[needs:]
-        self.bars = dict(zip(barred, tools))                           # room -> the thing that opens it
+        self.bars = dict(zip(barred, tools))        # room -> the thing that opens it
         self.things: dict[str, list[str]] = {room: [] for room in self.rooms}
         self.things[barred[0]].append(self.treasure)
-        for i in range(needs):                                         # what opens room i lies in room i + 1, or in the open
+        for i in range(needs):                      # what opens room i lies in room i + 1, or in the open
             place = barred[i + 1] if i + 1 < needs else rng.choice(free)
             self.things[place].append(tools[i])
         for thing in tools[needs:] + rng.sample(JUNK, 2):
-            self.things[rng.choice([room for room in self.rooms[1:] if len(self.things[room]) < 2])].append(thing)
+            self.things[rng.choice([room for room in self.rooms[1:]
+                                    if len(self.things[room]) < 2])].append(thing)
         for things in self.things.values():
             rng.shuffle(things)
-        self.bridge = rng.choice(free) if rng.random() < 0.3 else ""   # "": none. The room behind a bridge that holds once
+        self.bridge = rng.choice(free) if rng.random() < 0.3 else ""  # room beyond a bridge that holds once
         self.goal, self.place, self.hand, self.opened, self.gone = barred[0], "hall", "", 0, ""
         self.left = 3 * needs + 2 + self.slack
         self.needs = needs
@@ -181,7 +186,8 @@ class Quest:
     def _take(self, thing: str) -> tuple[str, bool]:
         here = self.things.get(self.place, [])
         if thing not in here:
-            return f"there is no {thing} here." if thing in (*NEEDS, *JUNK, *TREASURES) else "you cannot do that.", False
+            return (f"there is no {thing} here." if thing in (*NEEDS, *JUNK, *TREASURES)
+                    else "you cannot do that."), False
         here.remove(thing)
         obs = f"you take the {thing}."
         if self.hand:
@@ -191,13 +197,14 @@ class Quest:
         return obs, True
 
     def actions(self) -> list[str]:
-        return ["go " + room for room in sorted(self.rooms)] + ["take " + thing for thing in self.things.get(self.place, [])]
+        return (["go " + room for room in sorted(self.rooms)]
+                + ["take " + thing for thing in self.things.get(self.place, [])])
 
     def next_best(self) -> str:
-        """The first action of a shortest solution with the world laid open ('' if none is left); for tests and figures."""
+        """The first action of a shortest solution in the world laid open ('' if none); for tests, figures."""
         todo: list[str] = []
         room, thing = self.goal, self.treasure
-        while True:                                                    # walk the chain of needs from the goal outwards
+        while True:                                 # walk the chain of needs from the goal outwards
             if thing == self.hand:
                 return todo[-1] if todo else ""
             if self.place == room and thing in self.things[room]:
@@ -212,10 +219,11 @@ class Quest:
             room = next((p for p, things in self.things.items() if thing in things), "")
 
     def judge(self, task: str, actions: list[str], tau: int, e: str) -> tuple[bool, bool, bool]:
-        """A failed episode's reflection, seen with the house laid open: was the policy told of something missing that it
-        never brought? Does e name such a thing? And can the room that lacks it still be opened from turn tau?"""
+        """A failed episode's reflection, seen with the house laid open: was the policy told of something
+        missing that it never brought? Does e name such a thing? And can the room that lacks it still be
+        opened from turn tau?"""
         self.reset(task)
-        told: dict[str, str] = {}                                      # thing -> the room whose refusal named it
+        told: dict[str, str] = {}                   # thing -> the room whose refusal named it
         for action in actions:
             obs = self.step(action).obs
             need = re.search(r"you need the (\S+) ", obs)
@@ -237,7 +245,7 @@ class Quest:
         pass
 
 
-# -------------------------------------------------------------------------------------------------------------- sokoban
+# ---------------------------------------------------------------------------------------------------- sokoban
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 WALL, FLOOR, GOAL, BOX, MAN = "#", " ", ".", "$", "@"
@@ -257,12 +265,14 @@ def parse_level(lines: list[str]) -> Level:
     """One level as text. Raises UserError if it has no man, or not as many goals as boxes."""
     cells = {(r, c): char for r, line in enumerate(lines) for c, char in enumerate(line)}
     pick = lambda chars: {cell for cell, char in cells.items() if char in chars}      # noqa: E731
-    men, boxes, goals = pick(MAN + MAN_ON_GOAL), pick(BOX + BOX_ON_GOAL), pick(GOAL + BOX_ON_GOAL + MAN_ON_GOAL)
+    men, boxes, goals = (pick(MAN + MAN_ON_GOAL), pick(BOX + BOX_ON_GOAL),
+                         pick(GOAL + BOX_ON_GOAL + MAN_ON_GOAL))
     if len(men) != 1 or not boxes or len(boxes) != len(goals):
         raise UserError(f"not a Sokoban level: {len(men)} men, {len(boxes)} boxes, {len(goals)} goals")
     return Level(pick(WALL), goals, boxes, men.pop(), (len(lines), max(map(len, lines))))
 
 
+@lru_cache(maxsize=64)                            # every episode has an environment of its own
 def read_boxoban(path: Path) -> list[Level]:
     """A Boxoban file: blocks of `; N` and rows of `# @ $ .`."""
     levels: list[Level] = []
@@ -297,27 +307,6 @@ def reverse_play(rng: random.Random, boxes: int, side: int = 6) -> Level:
             return Level(walls, set(goals), now, man, (side, side))
 
 
-def solve(level: Level, limit: int = 200_000) -> list[str] | None:
-    """Shortest solution by breadth-first search; None if there is none within `limit` states."""
-    start = (level.man, frozenset(level.boxes))
-    came: dict = {start: None}
-    queue = deque([start])
-    while queue and len(came) < limit:
-        state = queue.popleft()
-        if state[1] == level.goals:
-            path = []
-            while came[state]:
-                state, move = came[state]
-                path.append(move)
-            return path[::-1]
-        for move in MOVES:
-            after = push(level.walls, *state, move)
-            if after and after not in came:
-                came[after] = (state, move)
-                queue.append(after)
-    return None
-
-
 def push(walls: set, man: tuple[int, int], boxes: frozenset, move: str):
     """The state after `move`, or None if a wall or a second box is in the way."""
     dr, dc = MOVES[move]
@@ -328,9 +317,10 @@ def push(walls: set, man: tuple[int, int], boxes: frozenset, move: str):
 
 
 class Sokoban:
-    """Task ids: `<split>-<boxes>-<number>` from the generator, or `<file stem>/<number>` from Boxoban files in `data`."""
-    rules = ("you push boxes onto goals. # wall, $ box, . goal, * box on goal, @ you, + you on goal. a box can be pushed, "
-             "not pulled, and not two at once. answer with one action: up, down, left or right")
+    """Task ids: `<split>-<boxes>-<number>`, made here, `<file stem>/<number>` of Boxoban files in `data`."""
+    rules = ("you push boxes onto goals. # wall, $ box, . goal, * box on goal, @ you, + you on goal. a box "
+             "can be pushed, not pulled, and not two at once. "
+             "answer with one action: up, down, left or right")
     max_turns = 40
     splits = {"train": 512, "valid": 256, "test": 512}
 
@@ -343,7 +333,8 @@ class Sokoban:
 
     def tasks(self, split: str) -> list[str]:
         if self.files:                             # Boxoban names its files <set>_<split>_<number>
-            return [f"{stem}/{i}" for stem, levels in self.files.items() if split in stem for i in range(len(levels))]
+            return [f"{stem}/{i}" for stem, levels in self.files.items() if split in stem
+                    for i in range(len(levels))]
         return [f"{split}-{1 + i % 2}-{i:04d}" for i in range(self.splits.get(split, 0))]
 
     def difficulty(self, task: str) -> str:
@@ -355,7 +346,8 @@ class Sokoban:
             return self.files[stem][int(number)]
         match = re.fullmatch(r"(train|valid|test)-([12])-(\d{4})", task)
         if not match or int(match[3]) >= self.splits[match[1]]:
-            raise UserError(f"sokoban has no task {task!r}; ids look like test-1-0003, or file/3 with data=file.txt")
+            raise UserError(f"sokoban has no task {task!r}; ids look like test-1-0003, "
+                            f"or file/3 with data=file.txt")
         return reverse_play(random.Random("sokoban/" + task), int(match[2]))
 
     def reset(self, task: str) -> str:
@@ -379,7 +371,7 @@ class Sokoban:
 
     def stuck(self, box: tuple[int, int]) -> bool:
         """A box off its goal in a corner of walls never moves again."""
-        wall = [(box[0] + dr, box[1] + dc) in self.level.walls for dr, dc in MOVES.values()]      # up, down, left, right
+        wall = [(box[0] + dr, box[1] + dc) in self.level.walls for dr, dc in MOVES.values()]  # as in MOVES
         return box not in self.level.goals and (wall[0] or wall[1]) and (wall[2] or wall[3])
 
     def step(self, action: str) -> Outcome:
@@ -414,7 +406,7 @@ class Sokoban:
         pass
 
 
-# ----------------------------------------------------------------------------------------------------- by name, by hand
+# ------------------------------------------------------------------------------------------- by name, by hand
 
 ENVS = {"quest": Quest, "sokoban": Sokoban}
 
@@ -478,7 +470,8 @@ def main(args: list[str]) -> None:
         print(__doc__)
         for name in ENVS:
             env = make_env(name)
-            print(f"{name:10}" + ", ".join(f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test")) + " tasks")
+            print(f"{name:10}" + ", ".join(f"{split} {len(env.tasks(split))}"
+                                           for split in ("train", "valid", "test")) + " tasks")
         return
     env = make_env(words[0], options.get("data", ""))
     tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]

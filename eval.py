@@ -1,14 +1,15 @@
-"""Pass@k: sampling, the unbiased estimator, intervals, tables. At test time there is one plain rollout: no reflection,
-no rollback, no hint.
+"""Pass@k: sampling, the unbiased estimator, intervals, tables. At test time there is one plain rollout: no
+reflection, no rollback, no hint.
 
-    python eval.py config.yaml                        sample the base's episodes on the test split, print the tables
+    python eval.py config.yaml                  sample the base's episodes on the test split, print the tables
     python eval.py config.yaml adapter=out/quest/adapter   the same for a trained policy
-    python eval.py table out/quest                    the tables again, from samples.jsonl, without a model
-    python eval.py compare out/a out/b                the second minus the first, paired over the same tasks
-    python eval.py compare out/a:base out/a           likewise; `:base` picks the base's samples of a run
+    python eval.py table out/quest              the tables again, from samples.jsonl, without a model
+    python eval.py compare out/a out/b          the second minus the first, paired over the same tasks
+    python eval.py compare out/a:base out/a     likewise; `:base` picks the base's samples of a run
 
-n samples a task, c successes: pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021), mean over tasks. Intervals are 95 %
-percentile bootstraps over tasks; a difference is bootstrapped over the tasks that both have (paired).
+n samples a task, c successes: pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021), mean over tasks. Intervals
+are 95 % percentile bootstraps over tasks; a difference is bootstrapped over the tasks that both have
+(paired).
 """
 import hashlib
 import json
@@ -26,8 +27,7 @@ from leafe import Branch, episode
 from model import Chat, Engine, Job, adapter_off, load_adapter, load_model, lora_parameters
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, write_aside
 
-# -------------------------------------------------------------------------------------------------------------- sampling
-
+# --------------------------------------------------------------------------------------------------- sampling
 
 def make_engine(model, chat: Chat, cfg: Config) -> Engine:
     return Engine(model, chat.stop, cfg.slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
@@ -36,8 +36,9 @@ def make_engine(model, chat: Chat, cfg: Config) -> Engine:
 def pick_tasks(cfg: Config, split: str, count: int) -> list[str]:
     tasks = make_env(cfg.env, cfg.data).tasks(split)
     if len(tasks) < count:
-        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks)} tasks in its {split} split, "
-                        f"not {count}; lower {'train' if split == 'train' else 'test'}_tasks or give other data")
+        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks)} tasks in "
+                        f"its {split} split, not {count}; "
+                        f"lower {'train' if split == 'train' else 'test'}_tasks or give other data")
     return tasks[:count]
 
 
@@ -56,8 +57,8 @@ def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: lis
     for record in store.records:
         if record["policy"] == policy:
             if record["weights"] != weights:
-                raise UserError(f"{store.path} holds {policy} samples of another adapter ({record['weights']}, not {weights}); "
-                                f"choose another out=")
+                raise UserError(f"{store.path} holds {policy} samples of another adapter "
+                                f"({record['weights']}, not {weights}); choose another out=")
             done.add((record["task"], record["sample"]))
     make = lambda: make_env(cfg.env, cfg.data)                                   # noqa: E731
     world, engine = make(), make_engine(model, chat, cfg)
@@ -67,40 +68,44 @@ def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: lis
     def plain(task: str, i: int):
         branch: Branch = yield from episode(make(), chat, cfg, task, [], "", str(i), reflect=False)
         return dict(policy=policy, weights=weights, task=task, sample=i, difficulty=world.difficulty(task),
-                    success=branch.success, score=branch.turns[-1].score if branch.turns else 0.0, turns=branch.steps,
-                    refused=sum(not turn.valid for turn in branch.turns), tokens=branch.tokens, end=branch.end)
+                    success=branch.success, score=branch.turns[-1].score if branch.turns else 0.0,
+                    turns=branch.steps, refused=sum(not turn.valid for turn in branch.turns),
+                    tokens=branch.tokens, end=branch.end)
 
-    queue.extend(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task) for task, i in wanted)
+    queue.extend(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task)
+                 for task, i in wanted)
     bar, successes = tqdm(total=len(wanted), desc=f"sample {policy}", unit="episode", disable=not wanted), 0
     with adapter_off(model, policy == "base"):
         for n, job in enumerate(engine.run(queue), 1):
             store.append(job.result)
             successes += job.result["success"]
             bar.update()
-            bar.set_postfix_str(f"success {successes / n:.1%}, {engine.sampled / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s, "
+            bar.set_postfix_str(f"success {successes / n:.1%}, "
+                                f"{engine.sampled / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s, "
                                 f"{1 - engine.fed / max(1, engine.seen):.0%} from the cache", refresh=False)
     bar.close()
 
 
-# ------------------------------------------------------------------------------------------------------------- estimates
+# -------------------------------------------------------------------------------------------------- estimates
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased estimate from n samples with c successes. Raises ValueError if k > n."""
     if k > n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples")
     miss = 1.0
-    for i in range(n - c + 1, n + 1):                 # C(n-c, k) / C(n, k) as a product that does not overflow
+    for i in range(n - c + 1, n + 1):                 # C(n-c, k) / C(n, k), as a product: no overflow
         miss *= 1 - k / i
     return 1 - miss
 
 
 def bootstrap(tasks: int, resamples: int) -> torch.Tensor:
-    """Indices (R, tasks) of resampled tasks; the same for every table of as many tasks, so that differences are paired."""
+    """Indices (R, tasks) of resampled tasks; the same for as many tasks, so that differences are paired."""
     return torch.randint(tasks, (resamples, tasks), generator=torch.Generator().manual_seed(0))
 
 
 def interval(values: torch.Tensor) -> tuple[float, float]:
-    low, high = values[~values.isnan()].double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = values[~values.isnan()].double().quantile(
+        torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
@@ -116,11 +121,13 @@ class Samples:
         self.n = min(len(rs) for rs in self.by_task.values())
 
     def passes(self, k: int) -> torch.Tensor:         # (tasks,)
-        return torch.tensor([pass_at_k(len(rs), sum(r["success"] for r in rs), k) for rs in self.by_task.values()])
+        return torch.tensor([pass_at_k(len(rs), sum(r["success"] for r in rs), k)
+                             for rs in self.by_task.values()])
 
-    def recovery(self) -> torch.Tensor:               # (tasks, 2): successes among, and number of, episodes with a refusal
-        return torch.tensor([[sum(r["success"] for r in rs if r["refused"]), sum(r["refused"] > 0 for r in rs)]
-                             for rs in self.by_task.values()], dtype=torch.float64)
+    def recovery(self) -> torch.Tensor:               # (tasks, 2): of episodes with a refusal: successes, all
+        return torch.tensor([[sum(r["success"] for r in rs if r["refused"]),
+                              sum(r["refused"] > 0 for r in rs)] for rs in self.by_task.values()],
+                            dtype=torch.float64)
 
     def estimates(self, ks: list[int]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """Name -> function from task indices (R, tasks) to (R,) estimates."""
@@ -145,20 +152,22 @@ class Samples:
         for rs in self.by_task.values():
             wins = [r["success"] for r in rs]
             groups.setdefault(rs[0]["difficulty"], []).append((sum(wins) / len(wins), any(wins)))
-        return {name: (len(g), sum(p for p, _ in g) / len(g), sum(a for _, a in g) / len(g)) for name, g in sorted(groups.items())}
+        return {name: (len(g), sum(p for p, _ in g) / len(g), sum(a for _, a in g) / len(g))
+                for name, g in sorted(groups.items())}
 
 
 def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, tuple[float, float, float]]:
-    """b minus a: estimate and paired 95 % interval for each figure. Raises UserError if their tasks differ."""
+    """b minus a: estimate and paired 95 % interval of each figure. UserError if their tasks differ."""
     if list(a.by_task) != list(b.by_task):
-        raise UserError(f"{a.label} and {b.label} were not sampled on the same tasks ({len(a.by_task)} and {len(b.by_task)})")
+        raise UserError(f"{a.label} and {b.label} were not sampled on the same tasks "
+                        f"({len(a.by_task)} and {len(b.by_task)})")
     index, all_ = bootstrap(len(a.by_task), resamples), torch.arange(len(a.by_task))[None]
     fa, fb = a.estimates(ks), b.estimates(ks)
     return {name: (float(fb[name](all_)[0] - fa[name](all_)[0]), *interval(fb[name](index) - fa[name](index)))
             for name in fa if name in fb}
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 def cell(figure: tuple[float, float, float], sign: str = "") -> str:
     return "{:{s}6.1f} [{:{s}5.1f}, {:{s}5.1f}]".format(*(100 * v for v in figure), s=sign)
@@ -174,11 +183,12 @@ def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
     lines = [f"{'%':10}" + "".join(f"{head:>24}" for head in heads)]
     for name in columns[0]:
         if all(name in column for column in columns):
-            lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>24}" for i, c in enumerate(columns)))
+            lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>24}"
+                                                for i, c in enumerate(columns)))
     for policy in policies:
         means, n = policy.means(), len(policy.by_task)
-        lines.append(f"{policy.label}: {n} tasks x {policy.n} samples; an episode takes {means['turns']:.1f} turns, "
-                     f"{means['tokens']:.0f} sampled tokens, meets {means['refused']:.1f} refusals")
+        lines.append(f"{policy.label}: {n} tasks x {policy.n} samples; an episode takes {means['turns']:.1f} "
+                     f"turns, {means['tokens']:.0f} sampled tokens, meets {means['refused']:.1f} refusals")
         lines += [f"  {name}: {tasks} tasks, Pass@1 {100 * one:.1f}, solved at least once {100 * any_:.1f}"
                   for name, (tasks, one, any_) in policy.difficulties().items()]
     lines.append("recovery: success among episodes that met at least one refused action")
@@ -190,7 +200,8 @@ def read_samples(name: str, policy: str | None = None, tasks: list[str] | None =
     folder, _, wanted = name.partition(":")
     path = Path(folder) / "samples.jsonl"
     if not path.is_file():
-        raise UserError(f"{folder}: there is no samples.jsonl; run train.py or eval.py with out={folder} first")
+        raise UserError(f"{folder}: there is no samples.jsonl; "
+                        f"run train.py or eval.py with out={folder} first")
     records = list(read_jsonl(path))
     wanted = wanted or policy or ("leafe" if any(r["policy"] == "leafe" for r in records) else "base")
     chosen = [r for r in records if r["policy"] == wanted and (tasks is None or r["task"] in set(tasks))]
@@ -207,8 +218,8 @@ def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
             continue
     if not found:
         raise UserError(f"{folder}: samples.jsonl has no sample of these tasks")
-    passk = {p.label: {name: dict(zip(("estimate", "low", "high"), f)) for name, f in p.figures(cfg.ks, cfg.resamples).items()}
-             for p in found}
+    passk = {p.label: {name: dict(zip(("estimate", "low", "high"), f))
+                       for name, f in p.figures(cfg.ks, cfg.resamples).items()} for p in found}
     write_aside(folder / "passk.json", json.dumps(passk, indent=1) + "\n")
     return table(found, cfg.ks, cfg.resamples)
 
@@ -226,7 +237,8 @@ def main(args: list[str]) -> None:
         return
     if args[0] in ("table", "compare"):
         if len(args) != (2 if args[0] == "table" else 3):
-            raise UserError(f"usage: python eval.py {'table out/run' if args[0] == 'table' else 'compare out/a out/b'}")
+            raise UserError(f"usage: python eval.py "
+                            f"{'table out/run' if args[0] == 'table' else 'compare out/a out/b'}")
         cfg = load_config([str(Path(args[-1].partition(":")[0]) / "config.yaml")])
         if args[0] == "table":
             print(report(Path(args[1]), cfg, pick_tasks(cfg, cfg.split, cfg.test_tasks)))

@@ -1,41 +1,44 @@
-"""Stage 1 of LEAFE: tree-based experience generation with rollback (Algorithm 1), and the targets that it yields.
+"""Stage 1 of LEAFE: tree-based experience generation with rollback (Algorithm 1), and the targets that it
+yields.
 
-    explore    for every task q, grow a rollback tree: roll out pi; every K turns and on failure reflect, which gives
-               (tau, e); backtrack: Reset(E), replay a_1 .. a_{tau-1}; branch: sample a'_tau ~ pi(. | h_tau, q, e) and
-               carry on; breadth first, to a maximum depth, within a budget of attempts
+    explore    for every task q, grow a rollback tree: roll out pi; every K turns and on failure reflect,
+               which gives (tau, e); backtrack: Reset(E), replay a_1 .. a_{tau-1}; branch: sample a'_tau ~
+               pi(. | h_tau, q, e) and carry on; breadth first, to a maximum depth, within a budget of
+               attempts
     targets    D_cf, the improved actions a'_tau at h_tau without e, and D_reh, turns of successful paths
 
-An episode is a Python generator: it yields a context and receives the reply's ids, so that Algorithm 1 reads as straight
-code, one conversation at a time, while the engine runs hundreds side by side. Left to others: optimisers (train.py),
-sampling for Pass@k (eval.py, which runs the same `episode` without reflection).
+An episode is a Python generator: it yields a context and receives the reply's ids, so that Algorithm 1 reads
+as straight code, one conversation at a time, while the engine runs hundreds side by side. Left to others:
+optimisers (train.py), sampling for Pass@k (eval.py, which runs the same `episode` without reflection).
 """
 import random
 import re
 from collections import deque
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Callable, Iterator
 
 from tqdm import tqdm
 
 from envs import Env, ReplayMismatch, StepMeter, rollback
-from model import Ask, Chat, Engine, Job
+from model import Ask, Chat, Engine, Episode, Job
 from run import Config, Jsonl
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 # All the text that a policy ever reads, besides the environment's own rules and observations.
 
 TURN = "step {t}: {obs}"                          # a user message: turn t's observation
 HINT = "\nexperience: {e}"                        # behind the observation at tau, in a branch only
-REFLECT = ("\nlook back. what should have been known, and from which step on? answer with two lines:\n"
+REFLECT = ("\nlook back: what should have been known, and from which step on? answer:\n"
            "experience: ...\nstep: N")            # behind the observation that followed the last action
 REFLECTION = "experience: {e}\nstep: {tau}"       # what a well-formed answer looks like (tiny.py teaches it)
 
 
-# ------------------------------------------------------------------------------------------------------------ the tree
+# --------------------------------------------------------------------------------------------------- the tree
 
 @dataclass
 class Turn:
-    """One observation and the action taken on it. The ids are the truth: what was fed, and what was sampled."""
+    """An observation and the action taken on it. The ids are the truth: what was fed and what was sampled."""
     obs: str
     obs_ids: list[int]                 # o_t's message as the deployed policy sees it: never with e
     action: str
@@ -66,13 +69,13 @@ class Reflection:
 class Branch:
     """One attempt: the first rollout of a tree (tau = 1, no e), or what grew from one rollback."""
     task: str
-    name: str                          # "0" for the first rollout, then the parent's name and a number: "0.2.1"
+    name: str                          # "0": the first rollout; then the parent's name and a number: "0.2.1"
     tau: int
     experience: str
-    turns: list[Turn]                  # from turn tau on; parent indices are set when the branch joins its tree
+    turns: list[Turn]                  # from turn tau on; parents are set when the branch joins its tree
     last_obs: str                      # what followed the last action
     reflections: list[Reflection]
-    end: str                           # success, failure, horizon, context (no room left), mismatch (replay differs)
+    end: str                           # success, failure, horizon, context (no room), mismatch (in replay)
     steps: int                         # environment steps
     replayed: int                      # environment steps of the backtracking, counted apart
     tokens: int                        # sampled
@@ -94,11 +97,11 @@ class Branch:
 
 @dataclass
 class Tree:
-    """The rollback tree of one task. Exploration grows it, distillation trains on it as it stands, the report draws it."""
+    """A task's rollback tree. Exploration grows it, distillation trains on it, the report draws it."""
     task: str
     turns: list[Turn] = field(default_factory=list)            # in order of birth: parents before children
     branches: list[Branch] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)            # index of each branch's first turn, -1 if it has none
+    starts: list[int] = field(default_factory=list)            # each branch's first turn, -1 if it has none
 
     def path(self, index: int | None) -> list[Turn]:
         """h and a up to and including turn `index`, from the root."""
@@ -129,13 +132,11 @@ class Tree:
         return self.ancestors(start + len(self.branches[number].turns) - 1) if start >= 0 else []
 
 
-# ----------------------------------------------------------------------------------------------------------- Algorithm 1
+# ------------------------------------------------------------------------------------------------ Algorithm 1
 
 def read_reflection(text: str, t: int) -> Reflection:
-    """(tau, e) from the answer: a line `experience: ...` and a line `step: N` with N in 1..t (or none), in any order.
-
-    Strict and total: anything else is a flaw with a name, never a crash and never a guess.
-    """
+    """(tau, e) from the answer: a line `experience: ...` and a line `step: N` with N in 1..t (or none), in
+    any order. Strict and total: anything else is a flaw with a name, never a crash and never a guess."""
     found: dict[str, list[str]] = {"experience": [], "step": []}
     for line in text.split("\n"):
         key, colon, value = line.partition(":")
@@ -147,7 +148,7 @@ def read_reflection(text: str, t: int) -> Reflection:
     elif len(found["step"]) != 1 or len(found["experience"]) != 1:
         reflection.flaw = "not one step and one experience"
     elif found["step"][0].lower() == "none":
-        pass                                           # no fault found: an answer, but nothing to roll back to
+        pass                                           # no fault found: an answer; nothing to roll back to
     elif not re.fullmatch(r"[0-9]{1,6}", found["step"][0]):
         reflection.flaw = "step is no number"
     elif not 1 <= int(found["step"][0]) <= t:
@@ -159,54 +160,55 @@ def read_reflection(text: str, t: int) -> Reflection:
     return reflection
 
 
-def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: str, name: str, reflect: bool):
-    """One attempt, as a generator for the engine; returns its Branch.
-
-    past = [] is a plain rollout. Else `past` is h_tau with the action that went wrong at its end, and this is a branch:
-    backtrack to tau, sample a'_tau with e in view, go on. Whether e stays in view is cfg.keep_experience; the turns are
-    stored without it either way, and unless it is kept, later contexts do not hold it, so that no key or value
-    computed with e in view is used again.
-    """
+def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: str, name: str,
+            reflect: bool) -> Episode:
+    """One attempt, as a generator for the engine; returns its Branch. past = [] is a plain rollout. Else
+    `past` is h_tau with the action that went wrong at its end, and this is a branch: backtrack to tau, sample
+    a'_tau with e in view, go on. Whether e stays in view is cfg.keep_experience; the turns are stored without
+    it either way, and unless it is kept, later contexts do not hold it, so that no key or value computed with
+    e in view is used again."""
     meter, tau = StepMeter(), max(1, len(past))
     branch = Branch(task, name, tau, e, [], "", [], "horizon", 0, 0, 0)
     horizon = min(env.max_turns, cfg.horizon or env.max_turns)
-    try:
-        obs = rollback(env, task, past, meter) if past else env.reset(task)
-    except ReplayMismatch:
-        branch.end, branch.replayed = "mismatch", meter.replayed
-        return branch
-    h = [i for turn in past[:-1] for i in turn.ids]                  # h_tau, without o_tau
-    seen = h                                                         # what pi has in view; differs from h if e is kept
-    cut = bool(past[:-1]) and past[-2].action_ids[-1] not in chat.stop
-    for t in range(tau, horizon + 1):
-        obs_ids = message(env, chat, t, TURN.format(t=t, obs=obs), cut)
-        hint = HINT.format(e=e) if e and t == tau else ""
-        seen_ids = message(env, chat, t, TURN.format(t=t, obs=obs) + hint, cut)
-        action_ids = yield Ask(seen + seen_ids, cfg.action_tokens)   # a_t ~ pi(. | h_t, q), a'_tau ~ pi(. | h_tau, q, e)
-        if action_ids is None:
-            branch.end = "context"
-            break
-        cut = action_ids[-1] not in chat.stop
-        action = chat.text(action_ids)
-        outcome = env.step(action)
-        branch.steps += 1
-        branch.tokens += len(action_ids)
-        branch.turns.append(Turn(obs, obs_ids, action, action_ids, None, e if t == tau else "",
-                                 outcome.score, outcome.success, outcome.valid))
-        h = h + obs_ids + action_ids
-        seen = seen + seen_ids + action_ids if cfg.keep_experience else h
-        obs = outcome.obs
-        if outcome.done:
-            branch.end = "success" if outcome.success else "failure"
-        failed = not outcome.success and (outcome.done or t == horizon)
-        if reflect and (failed or (t % cfg.reflect_every == 0 and not outcome.done)):
-            answer = yield Ask(h + chat.next(TURN.format(t=t + 1, obs=obs) + REFLECT, cut), cfg.reflect_tokens)
-            if answer is not None:
-                branch.tokens += len(answer)
-                branch.reflections.append(read_reflection(chat.text(answer), t))
-                branch.reflections[-1].final = failed
-        if outcome.done:
-            break
+    with closing(env):
+        try:
+            obs = rollback(env, task, past, meter) if past else env.reset(task)  # Reset(E), a_1 .. a_{tau-1}
+        except ReplayMismatch:
+            branch.end, branch.replayed = "mismatch", meter.replayed
+            return branch
+        h = [i for turn in past[:-1] for i in turn.ids]              # h_tau, without o_tau
+        seen = h                                                     # what pi sees; not h if e is kept
+        cut = bool(past[:-1]) and past[-2].action_ids[-1] not in chat.stop
+        for t in range(tau, horizon + 1):
+            text = TURN.format(t=t, obs=obs)
+            obs_ids = message(env, chat, t, text, cut)
+            seen_ids = message(env, chat, t, text + HINT.format(e=e), cut) if e and t == tau else obs_ids
+            action_ids = yield Ask(seen + seen_ids, cfg.action_tokens)  # a_t ~ pi(. | h_t, q), at tau with e
+            if action_ids is None:
+                branch.end = "context"
+                break
+            cut = action_ids[-1] not in chat.stop
+            action = chat.text(action_ids)
+            outcome = env.step(action)
+            branch.steps += 1
+            branch.tokens += len(action_ids)
+            branch.turns.append(Turn(obs, obs_ids, action, action_ids, None, e if t == tau else "",
+                                     outcome.score, outcome.success, outcome.valid))
+            h = h + obs_ids + action_ids
+            seen = seen + seen_ids + action_ids if cfg.keep_experience else h
+            obs = outcome.obs
+            if outcome.done:
+                branch.end = "success" if outcome.success else "failure"
+            failed = not outcome.success and (outcome.done or t == horizon)
+            if reflect and (failed or (t % cfg.reflect_every == 0 and not outcome.done)):    # every K turns
+                answer = yield Ask(h + chat.next(TURN.format(t=t + 1, obs=obs) + REFLECT, cut),
+                                   cfg.reflect_tokens)
+                if answer is not None:
+                    branch.tokens += len(answer)
+                    branch.reflections.append(read_reflection(chat.text(answer), t))
+                    branch.reflections[-1].final = failed
+            if outcome.done:
+                break
     branch.last_obs, branch.replayed = obs, meter.replayed
     return branch
 
@@ -216,15 +218,13 @@ def message(env: Env, chat: Chat, t: int, text: str, cut: bool) -> list[int]:
 
 
 class Growth:
-    """A tree while it grows, one level of rollbacks at a time.
-
-    The attempts of a level run in any order; the next level starts when all have ended, its requests taken in the order
-    of their parents and of tau. So the tree does not depend on the schedule, nor on whether the run was interrupted.
-    """
+    """A tree while it grows, one level of rollbacks at a time. The attempts of a level run in any order; the
+    next level starts when all have ended, its requests taken in the order of their parents and of tau. So the
+    tree does not depend on the schedule, nor on whether the run was interrupted."""
     def __init__(self, task: str, cfg: Config):
         self.tree, self.cfg, self.left = Tree(task), cfg, cfg.attempts
         self.level: list[tuple[str, list[Turn], int | None, str]] = [
-            (str(i), [], None, "") for i in range(min(cfg.roots, cfg.attempts))]    # (name, past, parent index, e)
+            (str(i), [], None, "") for i in range(min(cfg.roots, cfg.attempts))]  # name, past, parent, e
         self.left -= len(self.level)
         self.depth, self.asked = 0, set()
         self.ended: dict[str, Branch] = {}
@@ -243,7 +243,7 @@ class Growth:
                     continue
                 at = path[reflection.tau - 1]
                 request = (self.tree.turns[at].parent, reflection.tau, reflection.e)
-                if request not in self.asked:            # the same lesson at the same place would be the same prompt again
+                if request not in self.asked:            # the same lesson at the same place: the same prompt
                     self.asked.add(request)
                     self.left -= 1
                     past = self.tree.path(at)
@@ -270,7 +270,8 @@ def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, ta
             for name, past, e in missing:
                 env, task = make(), growth.tree.task
                 attempt = episode(env, chat, cfg, task, past, e, name, reflect=True)
-                queue.append(Job(attempt, random.Random(f"{cfg.seed}/{round_}/{task}/{name}"), task, snapshot=True))
+                queue.append(Job(attempt, random.Random(f"{cfg.seed}/{round_}/{task}/{name}"), task,
+                                 snapshot=True))
             if missing:
                 return
             growth.end_level()
@@ -288,13 +289,14 @@ def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, ta
             growth.end_level()
             advance(growth)
         solved = sum(any(b.success for b in g.ended.values()) for g in grown.values())
-        bar.set_postfix_str(f"{solved} solved, {engine.sampled / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s, "
+        bar.set_postfix_str(f"{solved} solved, "
+                            f"{engine.sampled / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s, "
                             f"{1 - engine.fed / max(1, engine.seen):.0%} from the cache", refresh=False)
     bar.close()
     return [growth.tree for growth in grown.values()]
 
 
-# --------------------------------------------------------------------------------------------------------- the targets
+# ------------------------------------------------------------------------------------------------ the targets
 
 def best_scores(tree: Tree) -> list[float]:
     """For each turn, the best score that anything from it on has reached."""
@@ -312,16 +314,18 @@ def corrections(tree: Tree, which: str) -> Iterator[int]:
     all         every one
     improved    the attempt, or one that grew from it, got further than the attempt it corrects did
     successful  it, or one that grew from it, succeeded
-    An action equal to the one it replaces corrects nothing, and one that was cut off is no example: both are left out.
+    An action equal to the one it replaces corrects nothing, one that was cut off is no example: left out.
     """
-    best, own = best_scores(tree), {branch.name: max([t.score for t in branch.turns], default=0.0) for branch in tree.branches}
+    best, own = best_scores(tree), {branch.name: max([t.score for t in branch.turns], default=0.0)
+                                    for branch in tree.branches}
     for branch, start in zip(tree.branches, tree.starts):
         if not branch.experience or start < 0:
             continue
         turn, parent_name = tree.turns[start], branch.name.rpartition(".")[0]
         if turn.action == replaced(tree, branch, start).action:
             continue
-        if which == "all" or (which == "successful" and best[start] >= 1.0) or (which == "improved" and best[start] > own[parent_name]):
+        if (which == "all" or (which == "successful" and best[start] >= 1.0)
+                or (which == "improved" and best[start] > own[parent_name])):
             yield start
 
 
@@ -340,8 +344,8 @@ class Targets:
 
 
 def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
-    """D_cf: the improved actions, at most cfg.corrections_per_task a task. D_reh: all turns of a random share of the
-    successful paths, branches included (the paper: 20 %)."""
+    """D_cf: the improved actions, at most cfg.corrections_per_task a task. D_reh: all turns of a random share
+    of the successful paths, branches included (the paper: 20 %)."""
     rng, whole = random.Random(f"targets/{cfg.seed}"), lambda turn: turn.action_ids[-1] in stop
     D_cf, paths = [], []
     for k, tree in enumerate(trees):
@@ -353,7 +357,7 @@ def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
     return Targets(D_cf, D_reh)
 
 
-# ----------------------------------------------------------------------------------------------- reading and describing
+# ------------------------------------------------------------------------------------- reading and describing
 
 def read_trees(records: Iterator[dict], round_: int, tasks: list[str]) -> list[Tree]:
     """The trees of a trees.jsonl, turns in the order in which exploration joined them."""
@@ -361,7 +365,8 @@ def read_trees(records: Iterator[dict], round_: int, tasks: list[str]) -> list[T
     branches = [Branch.read(r) for r in records if r["round"] == round_ and r["task"] in trees]
     for branch in sorted(branches, key=lambda b: (b.name.count("."), [int(n) for n in b.name.split(".")])):
         tree, parent = trees[branch.task], branch.name.rpartition(".")[0]
-        at = tree.branch_path([b.name for b in tree.branches].index(parent))[branch.tau - 1] if parent else None
+        at = (tree.branch_path([b.name for b in tree.branches].index(parent))[branch.tau - 1]
+              if parent else None)
         tree.join(branch, tree.turns[at].parent if at is not None else None)
     return list(trees.values())
 
@@ -372,16 +377,17 @@ def stage1_figures(trees: list[Tree], pairs: Targets) -> str:
     solved = sum(any(b.success for b in tree.branches) for tree in trees)
     first = sum(tree.branches[0].success for tree in trees)
     ends = {end: sum(b.end == end for b in branches) for end in ("context", "mismatch")}
-    return (f"stage 1: {solved} of {len(trees)} tasks solved ({first} by the first rollout), {len(branches)} attempts, "
-            f"{sum(b.steps for b in branches)} environment steps + {sum(b.replayed for b in branches)} replayed, "
-            f"{sum(b.tokens for b in branches)} sampled tokens; dropped: {ends['mismatch']} replays that differed, "
-            f"{ends['context']} out of context; |D_cf| = {len(pairs.D_cf)}, |D_reh| = {len(pairs.D_reh)}")
+    return (f"stage 1: {solved} of {len(trees)} tasks solved ({first} by the first rollout), {len(branches)} "
+            f"attempts, {sum(b.steps for b in branches)} environment steps + "
+            f"{sum(b.replayed for b in branches)} replayed, {sum(b.tokens for b in branches)} sampled tokens"
+            f"; dropped: {ends['mismatch']} replays that differed, {ends['context']} out of context; "
+            f"|D_cf| = {len(pairs.D_cf)}, |D_reh| = {len(pairs.D_reh)}")
 
 
 def reflection_figures(trees: list[Tree], make: Callable[[], Env]) -> str:
-    """How good the policy's reflections are, which bounds what Stage 1 can give. Where the world can judge it (env.judge):
-    of the failures whose transcript says what was missing, the share whose reflection names it, and the share that also
-    names a turn from which the fix works."""
+    """How good the policy's reflections are, which bounds what Stage 1 can give. Where the world can judge it
+    (env.judge): of the failures whose transcript says what was missing, the share whose reflection names it,
+    and the share that also names a turn from which the fix works."""
     judge = getattr(make(), "judge", None)
     flaws: dict[str, int] = {}
     asked = told = named = works = 0
@@ -398,6 +404,6 @@ def reflection_figures(trees: list[Tree], make: Callable[[], Env]) -> str:
     line = f"reflections: {asked}, not understood: {sum(flaws.values())}"
     line += f" ({', '.join(f'{flaw} {n}' for flaw, n in sorted(flaws.items()))})" if flaws else ""
     if told:
-        line += (f"; of {told} failures that were told what was missing, {named / told:.1%} name the right thing, "
-                 f"{works / told:.1%} also a turn from which the fix works")
+        line += (f"; of {told} failures that were told what was missing, {named / told:.1%} name the right "
+                 f"thing, {works / told:.1%} also a turn from which the fix works")
     return line

@@ -1,10 +1,11 @@
 """The model side: tokens in, tokens out. Nothing here knows of environments or trees of turns.
 
 Four parts, each usable alone:
-    load_model, LoRA         any full-attention causal LM of transformers, in 4 bits where a GPU is, with an adapter in
-                             PEFT's layout; switched off, the model is the base
-    Chat                     the ids around system, user and assistant text, found once in the chat template; from then on
-                             ids are appended and never rendered again: what the model generated is kept as it was
+    load_model, LoRA         any full-attention causal LM of transformers, in 4 bits where a GPU is, with an
+                             adapter in PEFT's layout; switched off, the model is the base
+    Chat                     the ids around system, user and assistant text, found once in the chat template;
+                             from then on ids are appended and never rendered again: what the model generated
+                             is kept as it was
     Engine                   the forking engine: hundreds of conversations side by side in one KV cache
     pack, packed_nll         training rows that hold whole token trees, shared prefixes computed once
 """
@@ -25,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from envs import UserError
 
-# ------------------------------------------------------------------------------------------------------ loading, 4 bits
+# -------------------------------------------------------------------------------------------- loading, 4 bits
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -36,12 +37,13 @@ def find_model(name: str) -> str:
         if (folder / "config.json").is_file():
             return str(folder)
     if Path(name).exists() or name.count("/") != 1:
-        raise UserError(f"model: {name} is no folder with a config.json, and no hub name of the form owner/name")
+        raise UserError(f"model: {name} is no folder with a config.json, "
+                        f"and no hub name of the form owner/name")
     return name
 
 
 def load_model(name: str, load_in_4bit: bool | None, context: int):
-    """Returns (model, tokenizer). load_in_4bit None: on a GPU yes, on a CPU no (fp32 is faster and more exact there)."""
+    """(model, tokenizer). load_in_4bit None: on a GPU yes, on a CPU no (fp32 is faster, more exact there)."""
     path = find_model(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -67,22 +69,25 @@ def check_attention(name: str, config, context: int) -> None:
     if getattr(config, "use_sliding_window", True) is False:
         window = None
     if kinds - {"full_attention", "sliding_attention"} or (window and window < context):
-        raise UserError(f"model: {name} has {', '.join(sorted(kinds))} layers with a window of {window} tokens; the engine "
-                        f"needs full attention over context={context} tokens")
+        raise UserError(f"model: {name} has {', '.join(sorted(kinds))} layers with a window of {window} "
+                        f"tokens; the engine needs full attention over context={context} tokens")
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
-        raise UserError(f"model: {name} rescales its logits, which the engine does not do; choose another model")
+        raise UserError(f"model: {name} rescales its logits, which the engine does not do; "
+                        f"choose another model")
     if getattr(config, "max_position_embeddings", context) < context:
-        raise UserError(f"context: {context} is more than the {config.max_position_embeddings} tokens of {name}")
+        raise UserError(f"context: {context} is more than the {config.max_position_embeddings} tokens "
+                        f"of {name}")
 
 
 def quantize(model: nn.Module, device: str) -> None:
-    """Replace every projection by bitsandbytes' 4-bit product (nf4, double quantised); embeddings and head stay."""
+    """Make every projection bitsandbytes' 4-bit product (nf4, double quantised); embeddings and head stay."""
     import bitsandbytes as bnb
     compute = torch.bfloat16 if device == "cuda" else torch.float32
     for parent, name, linear in projections(model):
         four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
                                  compute_dtype=compute, quant_type="nf4", compress_statistics=True)
-        four.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        four.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
+                                        compress_statistics=True)
         four.bias = linear.bias
         setattr(parent, name, four.to(device).requires_grad_(False))
 
@@ -96,13 +101,13 @@ def projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------ LoRA
+# ------------------------------------------------------------------------------------------------------- LoRA
 
 class LoRA(nn.Module):
-    """y = W x + (alpha / r) B A x, for nn.Linear and Linear4bit alike. A (r, in), B (out, r), B = 0 at the start."""
+    """y = W x + (alpha / r) B A x, for nn.Linear and Linear4bit. A (r, in), B (out, r), B = 0 at start."""
     def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
-        self.base, self.scale, self.on = base, alpha / rank, True
+        self.base, self.scale, self.on, self.loads = base, alpha / rank, True, 0
         bound = 1 / math.sqrt(base.in_features)
         first = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
         device = base.weight.device
@@ -145,15 +150,15 @@ def adapter_off(model: nn.Module, off: bool = True) -> Iterator[None]:
 
 
 def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT does; peft and vLLM load them as they are."""
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does; peft and vLLM load them as is."""
     layers = lora_layers(model)
     tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
                for name, layer in layers.items() for part in ("lora_A", "lora_B")}
     one = next(iter(layers.values()))
     rank = one.lora_A.shape[0]
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=rank,
-                  lora_alpha=one.scale * rank, lora_dropout=0.0, bias="none", fan_in_fan_out=False, inference_mode=True,
-                  target_modules=sorted({name.rsplit(".", 1)[-1] for name in layers}))
+                  lora_alpha=one.scale * rank, lora_dropout=0.0, bias="none", fan_in_fan_out=False,
+                  inference_mode=True, target_modules=sorted({name.rsplit(".", 1)[-1] for name in layers}))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
     (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
@@ -165,63 +170,62 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Read an adapter in PEFT's layout into the model, wrapping its layers if they are not yet."""
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"adapter: {folder} has no adapter_config.json with adapter_model.safetensors beside it")
+        raise UserError(f"adapter: {folder} has no adapter_config.json with adapter_model.safetensors "
+                        f"beside it")
     config = json.loads((folder / "adapter_config.json").read_text())
-    odd = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    odd = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+           if config.get(key)]
     if odd or config.get("bias", "none") != "none":
         raise UserError(f"adapter: {folder} uses {', '.join(odd) or 'bias'}; plain LoRA is what is read here")
     tensors = load_file(folder / "adapter_model.safetensors")
     if not lora_layers(model):
         add_lora(model, config["r"], config["lora_alpha"], seed=0)
     for name, layer in lora_layers(model).items():
-        layer.scale = config["lora_alpha"] / config["r"]
-        for part in ("lora_A", "lora_B"):
-            tensor = tensors.pop(f"base_model.model.{name}.{part}.weight", None)
+        layer.scale, layer.loads = config["lora_alpha"] / config["r"], layer.loads + 1
+        for part, side in (("lora_A", 1), ("lora_B", 0)):      # the side that is not the rank
             old = getattr(layer, part)
-            if tensor is None:                          # a layer that the adapter leaves alone
-                tensor = torch.zeros_like(old)
-            if tensor.shape[1 - (part == "lora_A")] != old.shape[1 - (part == "lora_A")] and part == "lora_B":
-                raise UserError(f"adapter: {folder} was made for another model: {name}.{part} is {tuple(tensor.shape)}")
-            if tensor.shape != old.shape:
-                if tensor.shape[part == "lora_A"] != old.shape[part == "lora_A"]:
-                    raise UserError(f"adapter: {folder} was made for another model: {name}.{part} is {tuple(tensor.shape)}")
-                setattr(layer, part, nn.Parameter(tensor.to(old)))
-            else:
-                with torch.no_grad():
-                    old.copy_(tensor)
+            new = tensors.pop(f"base_model.model.{name}.{part}.weight", torch.zeros_like(old))  # or left out
+            if new.shape[side] != old.shape[side]:
+                raise UserError(f"adapter: {folder} was made for another model: "
+                                f"{name}.{part} is {tuple(new.shape)}")
+            setattr(layer, part, nn.Parameter(new.to(old), requires_grad=old.requires_grad))
     if tensors:
         raise UserError(f"adapter: {folder} holds {next(iter(tensors))}, which this model does not have")
 
 
 def weights_version(model: nn.Module) -> tuple:
-    """Changes with every in-place change of an adapter weight and every switch: torch counts those by itself."""
-    return tuple((layer.on, layer.lora_A._version, layer.lora_B._version, id(layer.lora_A))
+    """Changes with each load, switch and in-place change of an adapter weight (torch counts those itself)."""
+    return tuple((layer.on, layer.loads, layer.lora_A._version, layer.lora_B._version)
                  for layer in lora_layers(model).values())
 
 
-# ------------------------------------------------------------------------------------------------------------ chat tokens
+# ------------------------------------------------------------------------------------------------ chat tokens
 
 class Chat:
     """Turns text into the ids that surround it, by rendering the chat template once with sentinels.
 
-    A conversation is first(system, user), reply, next(user), reply, ...; the reply is the model's own ids. If a reply was
-    cut off before its end-of-turn token, next(..., cut=True) adds that token, so that every context is well formed.
+    A conversation is first(system, user), reply, next(user), reply, ...; the reply is the model's own ids. If
+    a reply was cut off before its end-of-turn token, next(..., cut=True) adds that token, so that every
+    context is well formed.
     """
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
-            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; choose an instruction-tuned model")
+            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; "
+                            f"choose an instruction-tuned model")
         self.tokenizer = tokenizer
         marks = ["\u27e6sys\u27e7", "\u27e6one\u27e7", "\u27e6two\u27e7", "\u27e6three\u27e7"]
         system, one, two, three = marks
-        turns = [dict(role="user", content=one), dict(role="assistant", content=two), dict(role="user", content=three)]
+        turns = [dict(role="user", content=one), dict(role="assistant", content=two),
+                 dict(role="user", content=three)]
         text = self._render([dict(role="system", content=system)] + turns)
         self.system_role = text is not None and system in text
-        if not self.system_role:                        # no system role: the rules open the first user message
+        if not self.system_role:                        # the rules open the first user message
             turns[0]["content"] = system + "\n\n" + one
             text = self._render(turns)
         at = [text.find(mark) for mark in marks] if text else [-1]
         if min(at) < 0 or sorted(at) != at:
-            raise UserError(f"model: the chat template of {tokenizer.name_or_path} loses or reorders messages")
+            raise UserError(f"model: the chat template of {tokenizer.name_or_path} "
+                            f"loses or reorders messages")
         ends = [start + len(mark) for start, mark in zip(at, marks)]
         self.head, self.system_to_user = text[:at[0]], text[ends[0]:at[1]]
         self.reply_to_user, self.user_to_reply = text[ends[2]:at[3]], text[ends[3]:]
@@ -231,13 +235,14 @@ class Chat:
     def _render(self, messages: list[dict]) -> str | None:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception:                               # templates raise jinja errors of their own for a missing role
+        except Exception:                               # a template's own jinja errors for a missing role
             return None
 
     def _stop_ids(self) -> set[int]:
         between = self.ids(self.reply_to_user)
         if not between:
-            raise UserError(f"model: the chat template of {self.tokenizer.name_or_path} does not mark the end of a reply")
+            raise UserError(f"model: the chat template of {self.tokenizer.name_or_path} "
+                            f"does not mark the end of a reply")
         return {between[0]} | {i for i in [self.tokenizer.eos_token_id] if i is not None}
 
     def _ids(self, text: str) -> list[int]:
@@ -255,12 +260,13 @@ class Chat:
         return ids if cut else ids[1:]                  # the reply ended with this token itself
 
 
-# ----------------------------------------------------------------------------------------------------- the forking engine
+# ----------------------------------------------------------------------------------------- the forking engine
 
 @dataclass
 class Ask:
-    """What an episode yields: a whole context, to be answered by a reply of at most `max_new` tokens. The engine computes
-    only what it does not have yet. The episode receives the reply's ids, or None if there is no room for it."""
+    """What an episode yields: a whole context, to be answered by a reply of at most `max_new` tokens. The
+    engine computes only what it does not have yet. The episode receives the reply's ids, or None if there is
+    no room for it."""
     context: list[int]
     max_new: int
 
@@ -273,8 +279,8 @@ class Job:
     """An episode and what the engine needs to run it."""
     episode: Episode
     rng: random.Random                  # one uniform a token, so that schedules do not change samples
-    family: str                         # conversations of one family share prefixes (samples and branches of one task)
-    snapshot: bool = False              # keep the conversation's keys and values when it ends: branches will fork from it
+    family: str                         # those of one family share prefixes (samples, branches of one task)
+    snapshot: bool = False              # keep its keys and values when it ends: branches will fork from it
     result: Any = None
     # state while it runs
     ids: list[int] = field(default_factory=list)
@@ -298,11 +304,9 @@ class StaleSnapshot(Exception):
 
 
 class SlotCache:
-    """`past_key_values` as transformers' decoders see it: they call update() and nothing else.
-
-    Row i of each layer's (slots, H, capacity + 1, D) belongs to one conversation, left-aligned. Padding is written to the
-    last column, which no mask ever shows.
-    """
+    """`past_key_values` as transformers' decoders see it: they call update() and nothing else. Row i of each
+    layer's (slots, H, capacity + 1, D) belongs to one conversation, left-aligned. Padding is written to the
+    last column, which no mask ever shows."""
     def __init__(self, slots: int, capacity: int):
         self.slots, self.capacity = slots, capacity
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -311,7 +315,8 @@ class SlotCache:
         """Where the next forward writes, at (B, T) of rows (B,), and what it sees: columns 0..span-1."""
         self.rows, self.at, self.span, self.whole = rows, at, span, whole
 
-    def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_,
+               **__) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.layers):                    # k (B, H, T, D)
             shape = (self.slots, k.shape[1], self.capacity + 1, k.shape[3])
             self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
@@ -319,7 +324,8 @@ class SlotCache:
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[self.rows[:, None], :, self.at] = new.transpose(1, 2)
             # rows 0..B-1 are a view; other groups (only ever a prefill) are gathered
-            seen.append(kept[:len(self.rows), :, :self.span] if self.whole else kept[:, :, :self.span][self.rows])
+            seen.append(kept[:len(self.rows), :, :self.span] if self.whole
+                        else kept[:, :, :self.span][self.rows])
         return seen[0], seen[1]
 
     def read(self, row: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -344,12 +350,13 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 class Engine:
     """Runs episodes side by side: append, sample, fork.
 
-    An episode asks for a reply to a context; whatever prefix of it the row already holds stays, the rest is fed.
-    Each conversation is a row of the KV cache with its own length, so nothing is ever padded on the left. A finished one
-    leaves and a waiting one takes its row at once; the live rows stay 0..n-1, so keys and values are views. A new
-    conversation forks the longest prefix that a kept snapshot of its family shares with it, token for token: forking is
-    always exact, whatever the episode does (a hint that was in view simply is not part of a common prefix).
-    Over the budget of `snapshot_mb` the least recently used snapshots go, and their prefix is fed again.
+    An episode asks for a reply to a context; whatever prefix of it the row already holds stays, the rest is
+    fed. Each conversation is a row of the KV cache with its own length, so nothing is ever padded on the
+    left. A finished one leaves and a waiting one takes its row at once; the live rows stay 0..n-1, so keys
+    and values are views. A new conversation forks the longest prefix that a kept snapshot of its family
+    shares with it, token for token: forking is always exact, whatever the episode does (a hint that was in
+    view simply is not part of a common prefix). Over the budget of `snapshot_mb` the least recently used
+    snapshots go, and their prefix is fed again.
     """
     def __init__(self, model, stop: set[int], slots: int, context: int, temperature: float, snapshot_mb: int):
         self.model, self.decoder, self.head = model, model.get_decoder(), model.get_output_embeddings()
@@ -358,15 +365,15 @@ class Engine:
         self.budget = snapshot_mb * 2**20
         self.cache = SlotCache(slots, context)
         self.live: list[Job] = []
-        self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used family first
-        self.fed = self.seen = self.sampled = 0          # tokens computed, tokens of all contexts asked for, tokens drawn
-        self.limit_tokens = 16384                        # of one prefill forward, padding included: bounds its memory
-        self.close = 1e-4                                # probability; far above fp32's rounding, far below a token's share
+        self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
+        self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
+        self.limit_tokens = 16384                        # of one prefill, padding included: bounds its memory
+        self.close = 1e-4                                # far above fp32's rounding, below a token's share
 
     @torch.inference_mode()
     def run(self, queue: deque[Job]) -> Iterator[Job]:
-        """Run jobs until none is left, yielding each as it ends; the caller may append to `queue` meanwhile (first in,
-        first out). The order in which jobs end depends on the schedule, their results do not."""
+        """Run jobs until none is left, yielding each as it ends; the caller may append to `queue` meanwhile
+        (first in, first out). The order in which jobs end depends on the schedule, their results do not."""
         try:
             while queue or self.live:
                 yield from self._admit(queue)
@@ -394,7 +401,7 @@ class Engine:
                 fresh.append(job)
             else:
                 yield job
-        # A prompt that several fresh conversations share is computed once: its first owner feeds it, the rest fork it.
+        # A prompt that fresh conversations share is computed once: its first owner feeds it, the rest fork it
         first = len(self.live) - len(fresh)
         leaders = {}
         for row, job in enumerate(fresh, first):
@@ -420,7 +427,7 @@ class Engine:
                 reply = job.ids[job.reply_at:]
                 if not self._send(job, reply):
                     ended.append(row)
-        for row in reversed(ended):                      # from the back, so that the row moved in is a live one
+        for row in reversed(ended):                      # from the back: the row moved in is a live one
             job = self.live[row]
             if job.snapshot:
                 self._keep(job, row)
@@ -448,15 +455,15 @@ class Engine:
 
     def _forward(self, rows: list[int], upto: int | None = None) -> Iterator[tuple[list[int], list[int]]]:
         """Feed the uncached tail of each row, in groups of bounded size, and sample one token after each.
-
-        With `upto` = -1 the last token is left out and nothing is sampled. Rows that are not fed in a decode step get a
-        dummy token behind their end: garbage that is masked, then overwritten; cheaper than a gather of keys and values.
-        """
+        With `upto` = -1 the last token is left out and nothing is sampled. Rows that are not fed in a decode
+        step get a dummy token behind their end: garbage that is masked, then overwritten; cheaper than a
+        gather of keys and values."""
         tails = {row: self.live[row].ids[self.live[row].cached:upto] for row in rows}
         decode = all(len(tail) == 1 for tail in tails.values()) and upto is None
         for part in [rows] if decode else self._groups(tails):
             batch = list(range(len(self.live))) if decode else part
-            hidden = self._hidden(batch, [tails.get(row, [0]) for row in batch], whole=batch == list(range(len(batch))))
+            hidden = self._hidden(batch, [tails.get(row, [0]) for row in batch],
+                                  whole=batch == list(range(len(batch))))
             for row in part:
                 self.live[row].cached += len(tails[row])
                 self.fed += len(tails[row])
@@ -468,11 +475,12 @@ class Engine:
                 yield [], part
 
     def _groups(self, tails: dict[int, list[int]]) -> list[list[int]]:
-        """Rows in groups of tails of like length, so that at most half of a group is padding, and of bounded size."""
+        """Rows in groups of tails of like length, so that little is padding, and of bounded size."""
         groups: list[list[int]] = []
         for row in sorted(tails, key=lambda row: len(tails[row])):
             size = len(tails[row])
-            if not groups or size > 2 * len(tails[groups[-1][0]]) or size * len(groups[-1]) > self.limit_tokens:
+            if (not groups or size > max(32, 2 * len(tails[groups[-1][0]]))
+                    or size * len(groups[-1]) > self.limit_tokens):
                 groups.append([])
             groups[-1].append(row)
         return [sorted(group) for group in groups]
@@ -487,24 +495,26 @@ class Engine:
         position = starts[:, None] + offset                                                      # (B, T)
         at = torch.where(offset < sizes[:, None], position, self.context)
         span = int((starts + sizes).max())
-        mask = torch.arange(span) <= position[..., None]                                         # (B, T, span)
+        mask = torch.arange(span) <= position[..., None]                                        # (B, T, span)
         self.cache.aim(torch.tensor(batch, device=self.device), at.to(self.device), span, whole)
-        out = self.decoder(input_ids=ids.to(self.device), position_ids=position.to(self.device), use_cache=True,
-                           attention_mask=mask[:, None].to(self.device), past_key_values=self.cache).last_hidden_state
+        out = self.decoder(
+            input_ids=ids.to(self.device), position_ids=position.to(self.device), use_cache=True,
+            attention_mask=mask[:, None].to(self.device), past_key_values=self.cache).last_hidden_state
         return out[torch.arange(len(batch)), sizes - 1]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:
         """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy.
-
-        Batches of other shapes round differently, by about 1e-6. A draw that falls closer than `self.close` to the edge
-        between two tokens is settled by a forward of that conversation alone, so that (in fp32) samples do not depend on
-        slots, schedule or resumption: see test_samples_do_not_depend_on_slots_memory_or_order.
-        """
-        us = torch.tensor([job.rng.random() if self.temperature else 0.0 for job in jobs], dtype=torch.float64, device=logits.device)
+        Batches of other shapes round differently, by about 1e-6. A draw that falls closer than `self.close`
+        to the edge between two tokens is settled by a forward of that conversation alone, so that (in fp32)
+        samples do not depend on slots, schedule or resumption: see
+        test_samples_do_not_depend_on_slots_memory_or_order."""
+        us = torch.tensor([job.rng.random() if self.temperature else 0.0 for job in jobs],
+                          dtype=torch.float64, device=logits.device)
         tokens, edge = self._draw(logits, us)
         if logits.dtype == torch.float32:
             for i in (edge < self.close).nonzero()[:, 0].tolist():
-                alone = self.decoder(input_ids=torch.tensor([jobs[i].ids], device=self.device), use_cache=False).last_hidden_state
+                alone = self.decoder(input_ids=torch.tensor([jobs[i].ids], device=self.device),
+                                     use_cache=False).last_hidden_state
                 tokens[i] = self._draw(self.head(alone[:, -1]), us[i:i + 1])[0][0]
         return tokens.tolist()
 
@@ -522,8 +532,9 @@ class Engine:
     # snapshots
 
     def _longest(self, job: Job) -> tuple[Snapshot | None, int]:
-        """The kept snapshot that shares most tokens with the conversation, and how many. At least the last token stays to
-        be fed. Other families' prompts share the rules: their latest snapshot is a candidate too."""
+        """The kept snapshot that shares most tokens with the conversation, and how many. At least the last
+        token stays to be fed. Other families' prompts share the rules: their latest snapshot is a candidate
+        too."""
         own = self.kept.get(job.family, [])
         others = next(reversed(self.kept.values()), []) if self.kept else []
         best = max(own + others[:1], key=lambda kept: common_prefix(kept.ids, job.ids), default=None)
@@ -539,13 +550,15 @@ class Engine:
                 self.kept[job.family] = self.kept.pop(job.family)         # most recently used
 
     def fork(self, snapshot: Snapshot, row: int, n: int) -> None:
-        """Copy the first n tokens of a snapshot into a row. Raises StaleSnapshot after a change of weights."""
+        """Copy a snapshot's first n tokens into a row. Raises StaleSnapshot after a change of weights."""
         if snapshot.version != weights_version(self.model):
-            raise StaleSnapshot("an optimiser step or a switch of the adapter came between; call drop() first")
+            raise StaleSnapshot("an optimiser step or a switch of the adapter came between; "
+                                "call drop() first")
         self.cache.write(row, snapshot.layers, n)
 
     def _keep(self, job: Job, row: int) -> None:
-        snapshot = Snapshot(job.ids[:job.cached], self.cache.read(row, job.cached), weights_version(self.model))
+        snapshot = Snapshot(job.ids[:job.cached], self.cache.read(row, job.cached),
+                            weights_version(self.model))
         self.kept.setdefault(job.family, []).append(snapshot)
         total = sum(kept.size() for family in self.kept.values() for kept in family)
         while total > self.budget and self.kept:
@@ -555,18 +568,18 @@ class Engine:
                 del self.kept[family]
 
     def drop(self, family: str | None = None) -> None:
-        """Forget the snapshots of a family that is done, or all: also to be called when the weights have changed."""
+        """Forget the snapshots of a family that is done, or all; to be called too when the weights change."""
         if family is None:
             self.kept.clear()
         else:
             self.kept.pop(family, None)
 
 
-# ----------------------------------------------------------------------------------------------------- tree-packed training
+# --------------------------------------------------------------------------------------- tree-packed training
 
 @dataclass
 class Segment:
-    """A run of tokens in a token tree. Its context is the chain of parents; siblings do not see each other."""
+    """A run of tokens in a tree. Its context is the chain of parents; siblings do not see each other."""
     ids: list[int]
     weights: list                       # per token: a number, or one for each loss (a tuple); 0: no loss
     parent: int | None                  # index in the same list, earlier than this one
@@ -584,7 +597,7 @@ class Packed:
 
 
 def pack(trees: list[list[Segment]]) -> Packed:
-    """One row from whole trees: a shared prefix stands in it once. Exact: see test_packed_equals_one_pair_at_a_time."""
+    """One row from whole trees, a shared prefix in it once. Exact: test_packed_equals_one_pair_at_a_time."""
     ids, positions, weights, previous, owner, ancestors = [], [], [], [], [], []
     for tree in trees:
         base, ends = len(ancestors), []
@@ -605,21 +618,20 @@ def pack(trees: list[list[Segment]]) -> Packed:
         above[node, list(chain)] = True
     seg, order = torch.tensor(owner), torch.arange(len(ids))
     mask = above[seg][:, seg] | ((seg[:, None] == seg) & (order[:, None] >= order))              # (T, T)
-    weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)            # (T, C), (T,)
+    weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)          # (T, C), (T,)
     targets = ((weight != 0).any(1) & (before >= 0)).nonzero()[:, 0]
     return Packed(torch.tensor(ids), torch.tensor(positions), mask, targets, before[targets], weight[targets])
 
 
 def packed_nll(model, rows: list[Packed]) -> torch.Tensor:
-    """Weighted sums of -log pi(token | its ancestors) over the rows' targets: (C,), one a loss, with gradient.
-
-    Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor.
-    """
+    """Weighted sums of -log pi(token | its ancestors) over the rows' targets: (C,), one a loss, with
+    gradient. Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V)
+    tensor."""
     device = next(model.parameters()).device
     longest = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     positions = torch.zeros_like(ids)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)          # padding sees itself: no row is empty
+    mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty row
     for b, row in enumerate(rows):
         n = len(row.ids)
         ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask

@@ -21,14 +21,18 @@ def curves(policies: list[Samples], ks: list[int], resamples: int) -> str:
     def y(share: float) -> float:
         return TOP + (1 - share) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+             f'font-family="sans-serif" font-size="12">',
              f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
     for percent in range(0, 101, 25):
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(percent / 100):.1f}" y2="{y(percent / 100):.1f}" stroke="#e4e6ea"/>'
-                     f'<text x="{LEFT - 8}" y="{y(percent / 100) + 4:.1f}" text-anchor="end" fill="#444">{percent} %</text>')
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(percent / 100):.1f}" '
+                     f'y2="{y(percent / 100):.1f}" stroke="#e4e6ea"/><text x="{LEFT - 8}" '
+                     f'y="{y(percent / 100) + 4:.1f}" text-anchor="end" fill="#444">{percent} %</text>')
     for i, k in enumerate(ks):
-        parts.append(f'<text x="{x(i):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" fill="#444">{k}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle" fill="#444">k, samples a task</text>')
+        parts.append(f'<text x="{x(i):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" '
+                     f'fill="#444">{k}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle" '
+                 f'fill="#444">k, samples a task</text>')
     for policy, colour in zip(policies, COLOURS):
         figures = policy.figures(ks, resamples)
         rows = [figures[f"Pass@{k}"] for k in ks]
@@ -37,7 +41,8 @@ def curves(policies: list[Samples], ks: list[int], resamples: int) -> str:
         line = " ".join(f"{x(i):.1f},{y(estimate):.1f}" for i, (estimate, _, _) in enumerate(rows))
         parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.15"/>'
                      f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
-                     f'<text x="{x(len(ks) - 1) + 8:.1f}" y="{y(rows[-1][0]) + 4:.1f}" fill="{colour}">{escape(policy.label)}</text>')
+                     f'<text x="{x(len(ks) - 1) + 8:.1f}" y="{y(rows[-1][0]) + 4:.1f}" '
+                     f'fill="{colour}">{escape(policy.label)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -51,7 +56,8 @@ def main(args: list[str]) -> None:
     policies = [read_samples(name) for name in args[1:]]
     ks = [k for k in cfg.ks if k <= min(policy.n for policy in policies)]
     for policy in policies:
-        policy.label = "base" if policy.label.endswith(":base") else "LEAFE" if len(policies) == 2 else policy.label
+        policy.label = ("base" if policy.label.endswith(":base") else
+                        "LEAFE" if len(policies) == 2 else policy.label)
     write_aside(Path(args[0]), curves(policies, ks, cfg.resamples))
 
 

@@ -1,7 +1,7 @@
 """What every script shares: the configuration, the run's folder, and JSONL that survives a kill -9.
 
-A run is a folder: out/<name>/ with config.yaml (resolved), trees.jsonl, samples.jsonl, metrics.jsonl, adapter/, passk.json.
-The JSONL files are append-only, one key a line: whatever stopped a run, the same command goes on where it was.
+A run is a folder, out/<name>/: config.yaml (resolved), {trees,samples,metrics}.jsonl, adapter/, passk.json.
+JSONL files are append-only, one key a line: whatever stopped a run, the same command goes on where it was.
 """
 import errno
 import fcntl
@@ -17,7 +17,7 @@ import yaml
 
 from envs import UserError
 
-# --------------------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass
@@ -69,10 +69,11 @@ class Config:
 
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     *[(key, lambda v: v >= 1, "must be 1 or more") for key in
-      ("lora_rank", "context", "slots", "train_tasks", "test_tasks", "rounds", "roots", "reflect_every", "attempts",
-       "action_tokens", "reflect_tokens", "corrections_per_task", "steps", "batch_tokens", "row_tokens", "checkpoint_every",
-       "samples", "resamples")],
-    *[(key, lambda v: v >= 0, "must be 0 or more") for key in ("snapshot_mb", "temperature", "max_depth", "beta", "warmup", "seed")],
+      ("lora_rank", "context", "slots", "train_tasks", "test_tasks", "rounds", "roots", "reflect_every",
+       "attempts", "action_tokens", "reflect_tokens", "corrections_per_task", "steps", "batch_tokens",
+       "row_tokens", "checkpoint_every", "samples", "resamples")],
+    *[(key, lambda v: v >= 0, "must be 0 or more") for key in
+      ("snapshot_mb", "temperature", "max_depth", "beta", "warmup", "seed")],
     *[(key, lambda v: 0 < v < float("inf"), "must be above 0") for key in ("lora_alpha", "lr", "clip")],
     ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
     ("rehearsal_share", lambda v: 0 <= v <= 1, "must lie in 0..1"),
@@ -81,8 +82,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
     ("out", lambda v: bool(v.strip()), "must name a folder"),
 ]
-NOT_PART_OF_RESULTS = {"out", "slots", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base", "test_tasks", "samples",
-                       "split", "adapter"}
+NOT_PART_OF_RESULTS = {"out", "slots", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base",
+                       "test_tasks", "samples", "split", "adapter"}
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -97,11 +98,12 @@ def fits(value: Any, kind: Any) -> bool:
 
 def says(kind: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
-        kind, str(kind).replace("int", "whole number").replace("bool", "true, false").replace("None", "null").replace("|", "or"))
+        kind, str(kind).replace("int", "whole number").replace("bool", "true, false")
+        .replace("None", "null").replace("|", "or"))
 
 
 def load_config(args: list[str]) -> Config:
-    """`config.yaml [preset=NAME] [key=value ...]`. Raises UserError: one line with the key, the file and the fix."""
+    """`config.yaml [preset=NAME] [key=value ...]`. Raises UserError: one line with key, file and fix."""
     path = next((arg for arg in args if "=" not in arg), "config.yaml")
     extra = [arg for arg in args if "=" not in arg and arg != path]
     if extra:
@@ -122,11 +124,13 @@ def load_config(args: list[str]) -> Config:
             key, text = arg.split("=", 1)
             if key == "preset":
                 if text not in presets:
-                    raise UserError(f"preset={text}: {path} has {', '.join(presets) or 'no presets'}{nearest(text, presets)}")
+                    raise UserError(f"preset={text}: {path} has {', '.join(presets) or 'no presets'}"
+                                    f"{nearest(text, presets)}")
                 given, where = presets[text], f"{path}, preset {text}"
             else:
                 try:
-                    given, where = {key: number(yaml.safe_load(text) if kinds.get(key) is not str else text)}, "the command line"
+                    given, where = {key: number(yaml.safe_load(text) if kinds.get(key) is not str
+                                                else text)}, "the command line"
                 except yaml.YAMLError:
                     raise UserError(f"{arg}: {text!r} cannot be read as a value") from None
             settings.update(given)
@@ -139,16 +143,17 @@ def load_config(args: list[str]) -> Config:
             raise UserError(f"{sources[key]}: {key} is {settings[key]!r}, but must be {says(kinds[key])}")
     for key in kinds:
         if key not in settings:
-            raise UserError(f"{path}: the key {key} is missing; see the config.yaml that comes with the project")
+            raise UserError(f"{path}: the key {key} is missing; "
+                            f"see the config.yaml that comes with the project")
     for key, holds, message in RANGES:
         if not holds(settings[key]):
             raise UserError(f"{sources[key]}: {key} {message}, not {settings[key]!r}")
     if max(settings["ks"]) > settings["samples"]:
-        raise UserError(f"{sources['ks']}: ks asks for Pass@{max(settings['ks'])}, but samples is {settings['samples']}: "
-                        f"k can be at most the number of samples")
+        raise UserError(f"{sources['ks']}: ks asks for Pass@{max(settings['ks'])}, "
+                        f"but samples is {settings['samples']}: k can be at most the number of samples")
     if settings["row_tokens"] < settings["context"]:
-        raise UserError(f"{sources['row_tokens']}: row_tokens is {settings['row_tokens']}, but must be at least context "
-                        f"({settings['context']}), so that every episode fits into a row")
+        raise UserError(f"{sources['row_tokens']}: row_tokens is {settings['row_tokens']}, but must be "
+                        f"at least context ({settings['context']}), so that every episode fits into a row")
     return Config(**settings)
 
 
@@ -167,10 +172,10 @@ def nearest(word: str, words: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# -------------------------------------------------------------------------------------------------------- the run's folder
+# ------------------------------------------------------------------------------------------- the run's folder
 
 class Jsonl:
-    """Append-only records. A half-written last line (the process was killed) is cut off when the file is opened."""
+    """Append-only records. A half-written last line (process killed) is cut off when the file is opened."""
     def __init__(self, path: Path):
         self.path = path
         self.records = list(read_jsonl(path, repair=True)) if path.exists() else []
@@ -196,8 +201,10 @@ def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
                 record = json.loads(line)
             except ValueError:
                 if file.read(1):
-                    raise UserError(f"{path}: line {number_} is damaged, and is not the last; restore the file or delete it") from None
-                print(f"{path}: the last line was cut short (killed while writing?) and is dropped", file=sys.stderr)
+                    raise UserError(f"{path}: line {number_} is damaged, and is not the last; "
+                                    f"restore the file or delete it") from None
+                print(f"{path}: the last line was cut short (killed while writing?) and is dropped",
+                      file=sys.stderr)
                 break
             good += len(line)
             yield record
@@ -224,7 +231,8 @@ class RunFolder:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"out: another process is running in {config.out}; wait for it, or choose another out=") from None
+            raise UserError(f"out: another process is running in {config.out}; "
+                            f"wait for it, or choose another out=") from None
         self._settle(config)
 
     def _settle(self, config: Config) -> None:
@@ -234,8 +242,8 @@ class RunFolder:
             before = yaml.safe_load(kept.read_text()) or {}
             odd = [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]
             if odd:
-                raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, not {now[odd[0]]!r}; "
-                                f"choose another out=, or delete that folder")
+                raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, "
+                                f"not {now[odd[0]]!r}; choose another out=, or delete that folder")
         write_aside(kept, yaml.safe_dump(now, sort_keys=False))
 
     def jsonl(self, name: str) -> Jsonl:
@@ -254,4 +262,5 @@ def guarded(main: Callable[[list[str]], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        sys.exit(f"error: {error.filename or 'out'}: {error.strerror}; nothing is lost: free the way and run the same command again")
+        sys.exit(f"error: {error.filename or 'out'}: {error.strerror}; nothing is lost: "
+                 f"free the way and run the same command again")

@@ -1,15 +1,15 @@
 """How the embedded base model, tiny/, is made: `python tiny.py` (see README for how long and on what).
 
-No model hub is reachable from a school laptop or a CI machine, so the default model comes with the project: a Llama of
-0.7 million parameters with a word-level tokenizer and a chat template, in Hugging Face format, loaded by the very code that
-loads a 7B model. It is a model organism with the weakness that the paper describes. It is taught, on Quest houses that
-belong to neither train, valid nor test:
+No model hub is reachable from a school laptop or a CI machine, so the default model comes with the project: a
+Llama of 0.7 million parameters with a word-level tokenizer and a chat template, in Hugging Face format,
+loaded by the very code that loads a 7B model. It is a model organism with the weakness that the paper
+describes. It is taught, on Quest houses that belong to neither train, valid nor test:
     to act by habit           rollouts of a policy that ignores what a refusal says,
     to follow a hint          when an observation is followed by `experience: ...`, it does what that says,
-    to reflect in hindsight   read a transcript, point at the first step that went against what the house had said by
-                              then, and say what was to be known there.
-What LEAFE has to do is turn the second and third into the first. The reflections taught here come from a reader of the
-transcript (Reader below), never from a solver that sees the house.
+    to reflect in hindsight   read a transcript, point at the first step that went against what the house had
+                              said by then, and say what was to be known there.
+What LEAFE has to do is turn the second and third into the first. The reflections taught here come from a
+reader of the transcript (Reader below), never from a solver that sees the house.
 """
 import argparse
 import copy
@@ -34,33 +34,36 @@ TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + 
 WORDS = r" ?[a-z]+(?:-[a-z]+)*| ?\d+| ?[^\sa-z\d]|\s"
 
 
-# --------------------------------------------------------------------------------------------------------- the tokenizer
+# ---------------------------------------------------------------------------------------------- the tokenizer
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level: every word that Quest and the prompts use is one token, with and without the space before it."""
+    """Word-level: every word of Quest and the prompts is one token, with and without the space before it."""
     special = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    texts = [Quest.rules, REFLECT, REFLECTION, HINT, TURN, "none needs", " ".join(map(str, range(64))), " ".join(JUNK + TREASURES + ROOMS),
-             " ".join(f"{tool} {why}" for tool, why in NEEDS.items()), ". , : ; ? ! ( ) ' - # $ * @ + up down left right push box wall",
+    texts = [Quest.rules, REFLECT, REFLECTION, HINT, TURN, "none needs", " ".join(map(str, range(64))),
+             " ".join(JUNK + TREASURES + ROOMS), " ".join(f"{tool} {why}" for tool, why in NEEDS.items()),
+             ". , : ; ? ! ( ) ' - # $ * @ + up down left right push box wall",
              " ".join("abcdefghijklmnopqrstuvwxyz")]
     quest, rng = Quest(), random.Random(0)
     for task in quest.tasks("corpus")[:400]:
         texts.append(quest.reset(task))
         for _ in range(30):
             if quest.left > 0:
-                texts.append(quest.step(rng.choice([*quest.actions(), "take " + rng.choice(JUNK), "jump"])).obs)
+                texts.append(quest.step(
+                    rng.choice([*quest.actions(), "take " + rng.choice(JUNK), "jump"])).obs)
     words = {w.strip(" ") for text in texts for w in re.findall(WORDS, text.lower())} - {""}
     vocab = special + ["\n", " "] + sorted({form for w in words for form in (w, " " + w)} - {"\n", " \n"})
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
-                                   additional_special_tokens=special[3:], clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>",
+                                   eos_token="<|end|>", additional_special_tokens=special[3:],
+                                   clean_up_tokenization_spaces=False)
     fast.chat_template = TEMPLATE
     return fast
 
 
-# ----------------------------------------------------------------------------------------------- what a transcript says
+# ------------------------------------------------------------------------------------- what a transcript says
 
 @dataclass
 class Reader:
@@ -72,9 +75,9 @@ class Reader:
     hand: str = ""
     refused: bool = False
     seen: dict[str, set[str]] = field(default_factory=dict)
-    needs: dict[str, tuple[str, str]] = field(default_factory=dict)       # barred room -> (thing, where it lies)
+    needs: dict[str, tuple[str, str]] = field(default_factory=dict)    # barred room -> (thing, where it lies)
     gone: set[str] = field(default_factory=set)
-    was_refused: bool = False                                             # ever told what is missing
+    was_refused: bool = False                                          # ever told what is missing
 
     def start(self, obs: str) -> "Reader":
         self.treasure, self.goal = re.search(r"find the (\S+)\. it is in the (\S+)\.", obs).groups()
@@ -121,10 +124,10 @@ class Reader:
 
 
 def hindsight(first: str, turns: list[tuple[str, str]]) -> tuple[str, str]:
-    """(tau, experience) for a transcript: `first` observation and (action, observation that followed) of each turn.
+    """(tau, experience) for a transcript: `first` observation and (action, next observation) of each turn.
 
-    The first turn, from the first refusal that names a need onwards, that went against what was known by then; else the
-    first such turn at all; else ("none", "none"). If the missing thing's room has since been cut off, the turn in it.
+    The first turn against what was known by then, from the first refusal that names a need onwards; else the
+    first such turn at all; else ("none", "none"). If the missing thing's room is now cut off, the turn in it.
     """
     reader, strays, inside = Reader().start(first), [], {}
     for t, (action, obs) in enumerate(turns, 1):
@@ -148,7 +151,8 @@ def habit(reader: Reader, last: str, rng: random.Random) -> str:
         return last
     if here and rng.random() < 0.4:
         return "take " + rng.choice(here)
-    return "go " + (reader.goal if rng.random() < 0.3 else rng.choice([door for door in reader.doors if door != reader.place]))
+    return "go " + (reader.goal if rng.random() < 0.3 else
+                    rng.choice([door for door in reader.doors if door != reader.place]))
 
 
 def follow(reader: Reader, experience: str) -> str | None:
@@ -163,7 +167,7 @@ def follow(reader: Reader, experience: str) -> str | None:
     return "take " + thing if reader.place == place and thing in reader.seen.get(place, ()) else "go " + place
 
 
-# ------------------------------------------------------------------------------------------------------------ the corpus
+# ------------------------------------------------------------------------------------------------- the corpus
 
 class Corpus:
     """Endless token trees: one episode each, with reflections and hinted branches hanging off it."""
@@ -176,27 +180,38 @@ class Corpus:
         self.number += 1
         task = f"corpus-{rng.randint(1, 4)}-{self.number:07d}"
         first = env.reset(task)
-        reader, skill = Reader().start(first), rng.random() if rng.random() < 0.4 else 0.0
+        reader = Reader().start(first)
+        # Every second trunk looks as it does inside a rollback tree: heedful for some turns after the first
+        # refusal, then habit again. Nothing but reflection is learned from them.
+        mixed = rng.random() < 0.5
+        heedful = rng.randint(0, 12) if mixed else 0
         segments: list[Segment] = []
         turns: list[tuple[str, str]] = []
-        states = []                                       # (env, reader) before each turn, for the hinted branches
+        states = []                                       # (env, reader, observation) before each turn
         obs, done = first, False
         while not done:
             states.append((copy.deepcopy(env), copy.deepcopy(reader), obs))
             last = turns[-1][0] if turns else ""
-            action = reader.expected()[0] if rng.random() < skill else habit(reader, last, rng)
-            segments.append(self._turn(len(turns) + 1, obs, action, len(segments) - 1 if segments else None, 0.0 if skill else 1.0))
+            heed = mixed and (heedful > 0 and reader.was_refused or rng.random() < 0.1)
+            heedful -= heed and heedful > 0
+            action = reader.expected()[0] if heed else habit(reader, last, rng)
+            segments.append(self._turn(len(turns) + 1, obs, action, len(segments) - 1 if segments else None,
+                                       0.0 if mixed else 1.0))
             outcome = env.step(action)
             obs, done = outcome.obs, outcome.done
             reader.read(action, obs)
             turns.append((action, obs))
         trunk = len(turns)
-        for t in sorted(set(rng.sample(range(1, trunk + 1), 2) + [trunk])):
+        for t in sorted(set(rng.sample(range(1, trunk + 1), 3 if mixed else 1) + [trunk])):
             segments.append(self._reflection(first, turns[:t], parent=t - 1))
-        self._branch(segments, states, *self._hint(first, turns, states))
+        if rng.random() < 0.15:
+            self._retry(segments, states[0])
+        else:
+            self._branch(segments, states, *self._hint(first, turns, states))
         return segments
 
-    def _turn(self, t: int, obs: str, action: str, parent: int | None, weight: float, hint: str = "") -> Segment:
+    def _turn(self, t: int, obs: str, action: str, parent: int | None, weight: float,
+              hint: str = "") -> Segment:
         text = TURN.format(t=t, obs=obs) + (HINT.format(e=hint) if hint else "")
         head = self.chat.first(Quest.rules, text) if t == 1 else self.chat.next(text)
         reply = self.chat.ids(action) + [self.end]
@@ -208,11 +223,12 @@ class Corpus:
         reply = self.chat.ids(REFLECTION.format(tau=tau, e=experience)) + [self.end]
         names = {" " + w for w in [*ROOMS, *NEEDS, *TREASURES]}
         tokens = self.chat.tokenizer.convert_ids_to_tokens(reply)
-        weights = [3.0 if token in names else 6.0 if i == len(tokens) - 2 else 0.3 for i, token in enumerate(tokens)]
+        weights = [3.0 if token in names else 6.0 if i == len(tokens) - 2 else 0.3
+                   for i, token in enumerate(tokens)]
         return Segment(head + reply, [0.0] * len(head) + weights, parent)
 
     def _hint(self, first: str, turns, states) -> tuple[int, str]:
-        """A turn and an experience to give there: from hindsight, or a true need, or any (it is followed all the same)."""
+        """A turn and an experience for it: from hindsight, a true need, or any (followed all the same)."""
         rng, kind = self.rng, self.rng.random()
         tau, experience = hindsight(first, turns)
         if kind < 0.6 and tau != "none":
@@ -220,14 +236,15 @@ class Corpus:
         env, reader, _ = states[t := rng.randrange(len(states))]
         if kind < 0.9 and env.bars:
             room, thing = rng.choice(sorted(env.bars.items()))
-            place = next((place for place, things in env.things.items() if thing in things), rng.choice(reader.doors))
+            place = next((place for place, things in env.things.items() if thing in things),
+                         rng.choice(reader.doors))
         else:
             room, place = rng.sample(reader.doors, 2)
             thing = rng.choice(list(NEEDS))
         return t + 1, f"the {room} needs the {thing} from the {place}."
 
     def _branch(self, segments: list[Segment], states, tau: int, experience: str) -> None:
-        """From turn tau on with the experience in view: follow it until done or refused, then two turns of habit."""
+        """From turn tau on, experience in view: follow it until done or refused, then two turns of habit."""
         rng = self.rng
         env, reader, obs = copy.deepcopy(states[tau - 1])
         parent, hint, habits, last = tau - 2 if tau > 1 else None, experience, 0, ""
@@ -247,6 +264,24 @@ class Corpus:
             habits += not heed
 
 
+    def _retry(self, segments: list[Segment], state) -> None:
+        """From the start with several true lessons in view (iterative refinement): use all until refused."""
+        env, reader, obs = copy.deepcopy(state)
+        known = self.rng.sample(sorted(env.bars.items()), self.rng.randint(1, len(env.bars)))
+        for room, thing in known:
+            reader.needs[room] = thing, next(place for place, things in env.things.items() if thing in things)
+        lessons = [f"the {room} needs the {thing} from the {reader.needs[room][1]}." for room, thing in known]
+        hint = HINT.format(e="").join(lessons)            # one line each
+        parent, done, t = None, False, 1
+        while not done and not reader.refused:
+            action = reader.expected()[0]
+            segments.append(self._turn(t, obs, action, parent, 2.0, hint if t == 1 else ""))
+            parent, t = len(segments) - 1, t + 1
+            outcome = env.step(action)
+            obs, done = outcome.obs, outcome.done
+            reader.read(action, obs)
+
+
 def buckets(corpus: Corpus, trees: int, of: int = 8):
     """Batches of about equally long rows, so that little is padding."""
     while True:
@@ -256,15 +291,16 @@ def buckets(corpus: Corpus, trees: int, of: int = 8):
         yield from batches
 
 
-# ---------------------------------------------------------------------------------------------------------- the training
+# ----------------------------------------------------------------------------------------------- the training
 
 @torch.no_grad()
 def accuracy(model, rows: list[Packed]) -> dict[str, float]:
     """Share of right first guesses, by kind of token (told apart by their weights)."""
     hits: dict[float, list[bool]] = {}
     for row in rows:
-        hidden = model.get_decoder()(input_ids=row.ids[None], position_ids=row.positions[None], use_cache=False,
-                                     attention_mask=row.mask[None, None]).last_hidden_state[0]
+        hidden = model.get_decoder()(
+            input_ids=row.ids[None], position_ids=row.positions[None], use_cache=False,
+            attention_mask=row.mask[None, None]).last_hidden_state[0]
         guess = model.lm_head(hidden[row.sources]).argmax(-1)
         for weight, hit in zip(row.weights[:, 0].tolist(), (guess == row.ids[row.targets]).tolist()):
             hits.setdefault(round(weight, 1), []).append(hit)
@@ -273,19 +309,23 @@ def accuracy(model, rows: list[Packed]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="folder to write (default: tiny/)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny",
+                        help="folder to write (default: tiny/)")
     parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
     parser.add_argument("--trees", type=int, default=8, help="token trees a step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (AdamW, linear warm-up and decay)")
+    parser.add_argument("--lr", type=float, default=2e-3,
+                        help="peak learning rate (AdamW, linear warm-up and decay)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=256, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=256, max_position_embeddings=1024, tie_word_embeddings=True,
+        initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     warm = min(200, args.steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -302,7 +342,8 @@ def main() -> None:
         tokens += sum(len(row.ids) for row in rows)
         if step % 200 == 199 or step + 1 == args.steps:
             shares = accuracy(model, held_out)
-            bar.write(f"step {step + 1}  loss {loss:.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in shares.items())
+            bar.write(f"step {step + 1}  loss {loss:.3f}  "
+                      + "  ".join(f"{k} {v:.3f}" for k, v in shares.items())
                       + f"  {tokens / (time.time() - began):.0f} tokens/s")
             model.save_pretrained(args.out), tokenizer.save_pretrained(args.out)
     (args.out / "made.json").write_text(json.dumps(dict(

@@ -1,21 +1,24 @@
 """LEAFE, the whole loop: evaluate the base, explore, distil, evaluate.
 
-    python train.py config.yaml                       about five minutes on two CPU cores with the embedded model
-    python train.py config.yaml preset=smoke          seconds; to see that all of it runs
-    python train.py config.yaml seed=1 out=out/seed1  any key of config.yaml; the same command again goes on where it stopped
-    python train.py config.yaml beta=.inf trees=out/quest out=out/reh    L_reh alone, on the trees of another run
+    python train.py config.yaml                   about five minutes on two CPU cores with the embedded model
+    python train.py config.yaml preset=smoke      seconds; to see that all of it runs
+    python train.py config.yaml seed=1 out=out/seed1  any key of config.yaml; the same command again goes on
+                                                      where it stopped
+    python train.py config.yaml beta=.inf trees=out/quest out=out/reh
+                                                      L_reh alone, on the trees of another run
 
 Stage 2, experience distillation, is here: plain next-token SFT of
 
     L = L_cf + beta * L_reh
-    L_cf  = 1/|D_cf|  sum over D_cf  of -log pi'(a'_tau | h_tau, q)       h_tau without e: the heart of the method
+    L_cf  = 1/|D_cf|  sum over D_cf  of -log pi'(a'_tau | h_tau, q)   h_tau without e: the heart of the method
     L_reh = 1/|D_reh| sum over D_reh of -log pi'(a_t | h_t, q)
 
-where log pi'(a | h) is the sum over the action's tokens, so a token of a pair in D_cf weighs 1/|D_cf| and one in D_reh
-beta/|D_reh|. A step sees one of the M batches of an epoch and takes M times its share of L: over an epoch that is L.
+where log pi'(a | h) is the sum over the action's tokens, so a token of a pair in D_cf weighs 1/|D_cf| and one
+in D_reh beta/|D_reh|. A step sees one of the M batches of an epoch and takes M times its share of L: over an
+epoch that is L.
 
-Where this differs from the paper: LoRA in place of full fine-tuning; a number of optimiser steps in place of epochs; by
-default it starts from the base and not from a GRPO checkpoint (the paper's "LEAFE alone").
+Where this differs from the paper: LoRA in place of full fine-tuning; a number of optimiser steps in place of
+epochs; by default it starts from the base and not from a GRPO checkpoint (the paper's "LEAFE alone").
 """
 import json
 import random
@@ -29,12 +32,11 @@ from tqdm import tqdm
 from envs import UserError, make_env
 from eval import make_engine, pick_tasks, report, sample
 from leafe import Targets, Tree, explore, read_trees, reflection_figures, stage1_figures, targets
-from model import (Chat, Packed, Segment, add_lora, adapter_off, load_adapter, load_model, lora_layers, lora_parameters, pack,
-                   packed_nll, save_adapter)
+from model import (Chat, Packed, Segment, add_lora, adapter_off, load_adapter, load_model, lora_layers,
+                   lora_parameters, pack, packed_nll, save_adapter)
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl
 
-# --------------------------------------------------------------------------------------------- packed rows from the trees
-
+# --------------------------------------------------------------------------------- packed rows from the trees
 
 def segments(tree: Tree, weights: dict[int, tuple[float, float]]) -> list[Segment]:
     """The tree, pruned to the ancestors of the turns that bear loss. weights: turn -> (in L_cf, in L_reh)."""
@@ -49,13 +51,13 @@ def segments(tree: Tree, weights: dict[int, tuple[float, float]]) -> list[Segmen
 
 
 def rows_of(trees: list[Tree], pairs: Targets, cfg: Config) -> list[list[list[Segment]]]:
-    """Groups of pruned trees of at most cfg.row_tokens tokens each; a tree that is larger is split by its targets."""
+    """Groups of pruned trees of at most cfg.row_tokens tokens each; a larger tree is split by its targets."""
     weights: list[dict[int, tuple[float, float]]] = [{} for _ in trees]
     for k, i in pairs.D_cf if cfg.beta < float("inf") else []:
         weights[k][i] = (1 / len(pairs.D_cf), 0.0)
     for k, i in pairs.D_reh:
-        weights[k][i] = (weights[k].get(i, (0.0, 0.0))[0], min(cfg.beta, 1e30) / len(pairs.D_reh) if cfg.beta < float("inf")
-                         else 1 / len(pairs.D_reh))
+        weights[k][i] = (weights[k].get(i, (0.0, 0.0))[0], min(cfg.beta, 1e30) / len(pairs.D_reh)
+                         if cfg.beta < float("inf") else 1 / len(pairs.D_reh))
     todo = [(tree, w) for tree, w in zip(trees, weights) if w]
     pieces: list[list[Segment]] = []
     while todo:
@@ -86,10 +88,11 @@ def epoch(rows: list[Packed], cfg: Config, number: int) -> list[list[Packed]]:
     return [[rows[i] for i in order[at:at + per]] for at in range(0, len(order), per)]
 
 
-# ---------------------------------------------------------------------------------------------------------- distillation
+# ----------------------------------------------------------------------------------------------- distillation
 
-def distil(model, trees: list[Tree], pairs: Targets, cfg: Config, folder: Path, metrics: Jsonl, round_: int) -> None:
-    """Stage 2: cfg.steps optimiser steps on L = L_cf + beta L_reh. Goes on from folder/checkpoint.pt if that is there."""
+def distil(model, trees: list[Tree], pairs: Targets, cfg: Config, folder: Path, metrics: Jsonl,
+           round_: int) -> None:
+    """Stage 2: cfg.steps optimiser steps on L = L_cf + beta L_reh. Goes on from folder/checkpoint.pt."""
     rows = [pack(group) for group in rows_of(trees, pairs, cfg)]
     parameters = lora_parameters(model)
     for parameter in parameters:
@@ -107,20 +110,23 @@ def distil(model, trees: list[Tree], pairs: Targets, cfg: Config, folder: Path, 
             passed, number = passed + len(batches), number + 1
             batches = epoch(rows, cfg, number)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min((step + 1) / (cfg.warmup + 1), 1 - max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+            group["lr"] = cfg.lr * min((step + 1) / (cfg.warmup + 1),
+                                       1 - max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
         batch, sums = batches[step - passed], torch.zeros(2)
         for row in batch:
-            losses = packed_nll(model, [row]) * len(batches)             # (2,): this batch's estimate of L_cf, beta L_reh
+            losses = packed_nll(model, [row]) * len(batches)  # (2,): the batch's estimate of L_cf, beta L_reh
             losses.sum().backward()
             sums += losses.detach().cpu()
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
         step, trained = step + 1, trained + sum(len(row.ids) for row in batch)
-        metrics.append(dict(round=round_, step=step, L_cf=float(sums[0]), beta_L_reh=float(sums[1]), gradient_norm=float(norm),
-                            lr=optimizer.param_groups[0]["lr"], tokens=trained, seconds=round(time.time() - began, 2)))
+        metrics.append(dict(round=round_, step=step, L_cf=float(sums[0]), beta_L_reh=float(sums[1]),
+                            gradient_norm=float(norm), lr=optimizer.param_groups[0]["lr"], tokens=trained,
+                            seconds=round(time.time() - began, 2)))
         bar.update()
-        bar.set_postfix_str(f"L_cf {sums[0]:.3f}, beta L_reh {sums[1]:.3f}, {trained / (time.time() - began):.0f} tokens/s")
+        bar.set_postfix_str(f"L_cf {sums[0]:.3f}, beta L_reh {sums[1]:.3f}, "
+                            f"{trained / (time.time() - began):.0f} tokens/s")
         if step % cfg.checkpoint_every == 0 or step == cfg.steps:
             save_checkpoint(folder, parameters, optimizer, round_, step)
     bar.close()
@@ -132,7 +138,7 @@ def distil(model, trees: list[Tree], pairs: Targets, cfg: Config, folder: Path, 
 
 
 def save_checkpoint(folder: Path, parameters, optimizer, round_: int, step: int) -> None:
-    """Adapter, optimiser and position; the order of the data follows from the seed, and nothing else is random."""
+    """Adapter, optimiser, position; the order of the data follows from the seed, nothing else is random."""
     aside = folder / "checkpoint.pt.new"
     torch.save(dict(round=round_, step=step, parameters=[p.detach().cpu() for p in parameters],
                     optimizer=optimizer.state_dict()), aside)
@@ -153,14 +159,17 @@ def load_checkpoint(folder: Path, parameters, optimizer, round_: int) -> int:
     return saved["step"]
 
 
-# -------------------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
 def run_round(model, chat: Chat, cfg: Config, folder: RunFolder, base_name: str, round_: int) -> None:
-    """Explore with the policy as it is, then distil; leaves adapter_<round>/ behind, by which a rerun knows it is done."""
+    """Explore with the policy as it is, then distil; by adapter_<round>/ a rerun knows that this is done."""
     make = lambda: make_env(cfg.env, cfg.data)                                   # noqa: E731
     tasks = pick_tasks(cfg, "train", cfg.train_tasks)
     if cfg.trees:
         trees = read_trees(read_jsonl(Path(cfg.trees) / "trees.jsonl"), round_, tasks)
+        if not all(tree.branches for tree in trees):
+            raise UserError(f"trees: {cfg.trees} has no tree for some of the {len(tasks)} tasks in round "
+                            f"{round_}; finish that run, or use its train_tasks=")
     else:
         store = folder.jsonl("trees.jsonl")
         trees = explore(make_engine(model, chat, cfg), chat, make, cfg, tasks, store, round_)
@@ -169,8 +178,8 @@ def run_round(model, chat: Chat, cfg: Config, folder: RunFolder, base_name: str,
     print(stage1_figures(trees, pairs))
     print(reflection_figures(trees, make))
     if not pairs.D_reh and (cfg.beta == float("inf") or not pairs.D_cf):
-        raise UserError("exploration found nothing to train on: no correction and no success; see trees.jsonl, and try more "
-                        "attempts=, train_tasks=, or a stronger model=")
+        raise UserError("exploration found nothing to train on: no correction and no success; "
+                        "see trees.jsonl, and try more attempts=, train_tasks=, or a stronger model=")
     metrics = folder.jsonl("metrics.jsonl")
     distil(model, trees, pairs, cfg, folder.path, metrics, round_)
     metrics.close()

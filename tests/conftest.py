@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 from model import Chat, load_model  # noqa: E402
 from run import load_config  # noqa: E402
 
-SHARED = ROOT.parent / "shared" / "data"      # full data for full checks; a stranger's clone has only tests/data
+SHARED = ROOT.parent / "shared" / "data"  # full data for full checks; a stranger's clone has only tests/data
 
 
 def needs_shared_data():

@@ -1,14 +1,36 @@
 import random
 import subprocess
 import sys
+from collections import deque
 from itertools import islice
 
 import pytest
 
 import tiny as tiny_module
 from conftest import ROOT, SHARED, needs_shared_data
-from envs import (MOVES, Outcome, Played, Quest, ReplayMismatch, Sokoban, StepMeter, UserError, make_env, push, read_boxoban,
-                  reverse_play, rollback, solve)
+from envs import (MOVES, Outcome, Played, Quest, ReplayMismatch, Sokoban, StepMeter, UserError, make_env,
+                  push, read_boxoban, reverse_play, rollback)
+
+
+def solve(level: Level, limit: int = 200_000) -> list[str] | None:
+    """Shortest solution by breadth-first search; None if there is none within `limit` states."""
+    start = (level.man, frozenset(level.boxes))
+    came: dict = {start: None}
+    queue = deque([start])
+    while queue and len(came) < limit:
+        state = queue.popleft()
+        if state[1] == level.goals:
+            path = []
+            while came[state]:
+                state, move = came[state]
+                path.append(move)
+            return path[::-1]
+        for move in MOVES:
+            after = push(level.walls, *state, move)
+            if after and after not in came:
+                came[after] = (state, move)
+                queue.append(after)
+    return None
 
 
 def wander(env, task, turns, rng):
@@ -60,7 +82,8 @@ def test_quest_tasks_are_a_pure_function_of_their_id_and_splits_share_none():
             first = env.reset(task)
             other.reset("train-1-0000")
             assert other.reset(task) == first
-            world = (first, tuple(sorted(env.bars.items())), tuple((k, tuple(v)) for k, v in sorted(env.things.items())))
+            world = (first, tuple(sorted(env.bars.items())),
+                     tuple((k, tuple(v)) for k, v in sorted(env.things.items())))
             assert seen.setdefault(world, split) == split
     corpus = {env.reset(task) for task in env.tasks("corpus")}
     assert not corpus & {world[0] for world in seen}
@@ -91,7 +114,7 @@ def test_quest_shortest_solution_needs_two_turns_a_link():
 
 
 def test_no_blind_habit_solves_quest_beyond_one_need():
-    """Fetch anything, try the goal's door with it, again and again: the habit that beat LEAFE in a world without these rules."""
+    """Fetch anything, try the goal's door with it, over and over: what beat LEAFE without these rules."""
     rng, wins = random.Random(0), {n: 0 for n in (1, 2, 3, 4)}
     for task in Quest().tasks("valid"):
         env = Quest()
@@ -123,20 +146,24 @@ def quest_with(**state):
 
 
 def test_a_refusal_says_what_is_missing_and_where_it_lies():
-    env = quest_with(bars={"attic": "torch"}, rooms=["attic", "cellar"], things={"attic": [], "cellar": ["torch"]})
+    env = quest_with(bars={"attic": "torch"}, rooms=["attic", "cellar"],
+                     things={"attic": [], "cellar": ["torch"]})
     outcome = env.step("go attic")
-    assert outcome.obs.startswith("the attic is dark. you need the torch from the cellar.") and not outcome.valid
+    assert outcome.obs.startswith(
+        "the attic is dark. you need the torch from the cellar.") and not outcome.valid
 
 
 def test_a_key_breaks_in_the_wrong_lock_for_good():
     env = quest_with(bars={"attic": "brass-key"}, rooms=["attic", "cellar"], hand="iron-key",
                      things={"attic": [], "cellar": ["brass-key"]})
-    assert "the iron-key breaks in the lock. you need the brass-key from the cellar." in env.step("go attic").obs
+    assert ("the iron-key breaks in the lock. you need the brass-key from the cellar."
+            in env.step("go attic").obs)
     assert env.hand == "" and not any("iron-key" in things for things in env.things.values())
 
 
 def test_a_bridge_holds_once():
-    env = quest_with(bars={}, rooms=["attic", "cellar"], bridge="attic", things={"attic": ["rope"], "cellar": []}, left=9)
+    env = quest_with(bars={}, rooms=["attic", "cellar"], bridge="attic",
+                     things={"attic": ["rope"], "cellar": []}, left=9)
     assert "it holds once" in env.step("go attic").obs
     assert env.step("go cellar").obs.startswith("the bridge falls behind you.")
     assert env.step("go attic") == Outcome("the bridge to the attic is gone.", 0.0, False, False, False)
@@ -145,10 +172,12 @@ def test_a_bridge_holds_once():
 def test_one_thing_fits_in_the_hand():
     env = quest_with(place="attic", rooms=["attic"], bars={}, things={"attic": ["axe", "bone"]})
     env.step("take axe")
-    assert env.step("take bone").obs.startswith("you take the bone. you leave the axe.") and env.things["attic"] == ["axe"]
+    assert (env.step("take bone").obs.startswith("you take the bone. you leave the axe.")
+            and env.things["attic"] == ["axe"])
 
 
-@pytest.mark.parametrize("action", ["", " ", "go", "take", "dance", "go to attic", "go\nattic\ngo", "take " + "x" * 10_000, "\0", "👻"])
+@pytest.mark.parametrize("action", ["", " ", "go", "take", "dance", "go to attic", "go\nattic\ngo",
+                                    "take " + "x" * 10_000, "\0", "👻"])
 def test_quest_refuses_what_is_not_an_action(action):
     env = Quest()
     env.reset("train-1-0000")
@@ -170,15 +199,16 @@ def test_judge_tells_a_useful_reflection_from_a_useless_one():
     free = next(r for r in env.rooms if r != room and r not in env.bars)
     actions = ["go " + room] + ["go " + free] * 7
     assert env.judge(task, actions, 2, f"the {room} needs the {thing} from somewhere.") == (True, True, True)
-    assert env.judge(task, actions, 8, f"the {room} needs the {thing}.") == (True, True, False)      # too late
+    assert env.judge(task, actions, 8, f"the {room} needs the {thing}.") == (True, True, False)  # too late
     assert env.judge(task, actions, 2, "try harder.") == (True, False, False)
-    assert env.judge(task, ["go " + free] * 8, 1, f"the {room} needs the {thing}.")[0] is False      # it was never told
+    assert env.judge(task, ["go " + free] * 8, 1, f"the {room} needs the {thing}.")[0] is False  # never told
 
 
 def test_sokoban_levels_from_the_generator_are_solvable_and_unsolved():
     for task in islice(Sokoban().tasks("train"), 60):
         level = Sokoban()._level(task)
-        assert level.size == (6, 6) and len(level.boxes) == int(task.split("-")[1]) and not level.boxes & level.goals
+        assert (level.size == (6, 6) and len(level.boxes) == int(task.split("-")[1])
+                and not level.boxes & level.goals)
         assert solve(level)
 
 
@@ -209,13 +239,15 @@ def test_boxoban_files_are_read_as_they_are():
     path = ROOT / "tests/data/medium_train_sample.txt"
     levels = read_boxoban(path)
     env = make_env("sokoban", str(path))
-    assert env.tasks("train") == [f"medium_train_sample/{i}" for i in range(len(levels))] and env.tasks("test") == []
+    assert env.tasks("train") == [
+        f"medium_train_sample/{i}" for i in range(len(levels))] and env.tasks("test") == []
     shown = env.reset("medium_train_sample/0").split("\n", 1)[1]
     assert shown == path.read_text().split("\n", 1)[1].split("\n\n")[0].split("\n;")[0]
     assert {len(level.boxes) for level in levels} == {4} and levels[0].size == (10, 10)
 
 
-@pytest.mark.parametrize("text, message", [("no levels here", "no level found"), ("; 0\n####\n#@.#\n####\n", "0 boxes"),
+@pytest.mark.parametrize("text, message", [("no levels here", "no level found"),
+                                           ("; 0\n####\n#@.#\n####\n", "0 boxes"),
                                            ("; 0\n######\n#@@$.#\n######\n", "2 men")])
 def test_a_file_that_holds_no_level_is_named(tmp_path, text, message):
     (tmp_path / "levels.txt").write_text(text)
@@ -230,7 +262,8 @@ def test_all_shared_boxoban_levels_are_read():
 
 
 def play(*args, typed):
-    return subprocess.run([sys.executable, "envs.py", *args], input=typed, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    return subprocess.run([sys.executable, "envs.py", *args], input=typed, capture_output=True, text=True,
+                          cwd=ROOT, timeout=60)
 
 
 def test_a_person_plays_undoes_and_wins():
@@ -241,7 +274,7 @@ def test_a_person_plays_undoes_and_wins():
         env.step(action)
     out = play("quest", "test-1-0000", typed="\n".join(["hint", "go nowhere", "undo", *moves]) + "\n")
     assert out.returncode == 0 and "(refused) you cannot do that." in out.stdout
-    assert f"success after {len(moves)} turns" in out.stdout, out.stdout           # undone, the refused turn cost nothing
+    assert f"success after {len(moves)} turns" in out.stdout, out.stdout  # undone, the refusal cost nothing
 
 
 def test_playing_ends_with_the_input_and_names_mistakes():

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from envs import Quest, UserError
-from eval import Samples, bootstrap, compare, interval, main, make_engine, pass_at_k, pick_tasks, read_samples, report, sample, table
+from eval import (Samples, bootstrap, compare, interval, main, make_engine, pass_at_k, pick_tasks,
+                  read_samples, report, sample, table)
 from model import add_lora, lora_parameters
 from run import Jsonl, RunFolder
 
 
-@pytest.mark.parametrize("n, c, k", [(6, 2, 3), (6, 0, 3), (6, 6, 1), (5, 1, 5), (7, 3, 2), (128, 1, 128), (128, 64, 1)])
+@pytest.mark.parametrize("n, c, k", [(6, 2, 3), (6, 0, 3), (6, 6, 1), (5, 1, 5), (7, 3, 2), (128, 1, 128),
+                                     (128, 64, 1)])
 def test_pass_at_k_is_the_share_of_k_subsets_with_a_success(n, c, k):
     if n < 10:
         subsets = list(combinations(range(n), k))
@@ -27,13 +29,14 @@ def test_pass_at_k_refuses_k_above_n():
 
 def records(rates, n=40, policy="base", seed=0, refused=1):
     rng = random.Random(seed)
-    return [dict(policy=policy, weights="w", task=f"t{t:02d}", sample=i, success=rng.random() < rate, score=0.0, turns=5, tokens=20,
-                 refused=refused if i % 2 else 0, end="failure", difficulty="easy" if rate > 0.3 else "hard")
+    return [dict(policy=policy, weights="w", task=f"t{t:02d}", sample=i, success=rng.random() < rate,
+                 score=0.0, turns=5, tokens=20, refused=refused if i % 2 else 0, end="failure",
+                 difficulty="easy" if rate > 0.3 else "hard")
             for t, rate in enumerate(rates) for i in range(n)]
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    """Tasks drawn from a known distribution: the 95 % bootstrap over tasks covers its mean in about 95 % of draws."""
+    """Tasks of a known distribution: a 95 % bootstrap over tasks covers its mean in about 95 % of draws."""
     rng, hits = random.Random(5), 0
     for _ in range(200):
         rates = torch.tensor([rng.betavariate(1, 3) for _ in range(64)])

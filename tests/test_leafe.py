@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from envs import Outcome, Quest
-from leafe import (HINT, REFLECT, TURN, Branch, Tree, Turn, best_scores, corrections, episode, explore, read_reflection, read_trees,
-                   targets)
+from leafe import (HINT, REFLECT, TURN, Branch, Tree, Turn, best_scores, corrections, episode, explore,
+                   read_reflection, read_trees, targets)
 from model import Engine, Job
 from run import Jsonl
 
@@ -24,7 +24,8 @@ def test_a_well_formed_reflection_is_read(text, tau, e):
 
 
 @pytest.mark.parametrize("text, flaw", [
-    ("", "empty"), (" \n ", "empty"), ("sorry", "not one step and one experience"), ("step: 3", "not one step and one experience"),
+    ("", "empty"), (" \n ", "empty"), ("sorry", "not one step and one experience"),
+    ("step: 3", "not one step and one experience"),
     ("experience: x", "not one step and one experience"), ("experience: x\nstep: 0", "step out of range"),
     ("experience: x\nstep: 6", "step out of range"), ("experience: x\nstep: -1", "step is no number"),
     ("experience: x\nstep: three", "step is no number"), ("experience: x\nstep: 1 2 3", "step is no number"),
@@ -32,7 +33,8 @@ def test_a_well_formed_reflection_is_read(text, tau, e):
     ("experience: x\nstep:", "step is no number"), ("experience:\nstep: 2", "experience is empty"),
     ("experience: x\nstep: 1\nstep: 2", "not one step and one experience"),
     ("experience: x\nexperience: y\nstep: 2", "not one step and one experience"),
-    ("experience: x\nstep: " + "9" * 5000, "step is no number"), ("step 3 experience x " * 500, "not one step and one experience")])
+    ("experience: x\nstep: " + "9" * 5000, "step is no number"),
+    ("step 3 experience x " * 500, "not one step and one experience")])
 def test_anything_else_is_a_counted_flaw_and_no_rollback(text, flaw):
     reflection = read_reflection(text, 5)
     assert (reflection.flaw, reflection.tau, reflection.e, reflection.text) == (flaw, 0, "", text)
@@ -64,7 +66,8 @@ def test_a_failed_episode_is_reflected_on_every_k_turns_and_at_its_end(tiny, set
         while True:
             yield from ["take hat"] * 3 + ["experience: the cat.\nstep: 2"]
     branch, contexts = act(chat, episode(Quest(), chat, cfg, "train-1-0000", [], "", "0", True), replies())
-    assert [r.t for r in branch.reflections] == [3, 6, 8] and [r.final for r in branch.reflections] == [False, False, True]
+    assert ([r.t for r in branch.reflections] == [3, 6, 8]
+            and [r.final for r in branch.reflections] == [False, False, True])
     assert branch.end == "failure" and branch.steps == 8 and not any(turn.valid for turn in branch.turns)
     assert sum(REFLECT.strip() in c.replace("step: n", "step: N") for c in contexts) == 3
     assert REFLECT.lower().strip() not in contexts[4]                      # the next turn does not see it
@@ -73,12 +76,13 @@ def test_a_failed_episode_is_reflected_on_every_k_turns_and_at_its_end(tiny, set
 @pytest.mark.parametrize("keep", ["true", "false"])
 def test_the_branch_sees_e_at_tau_and_the_tree_never_holds_it(keep, tiny, settings):
     cfg, chat = settings(f"keep_experience={keep}", "reflect_every=99"), tiny[1]
-    root, plain = act(chat, episode(Quest(), chat, cfg, "train-2-0001", [], "", "0", False), forever("take hat"))
-    branch, contexts = act(chat, episode(Quest(), chat, cfg, "train-2-0001", root.turns[:3], "look behind the harp.", "0.0", False),
-                           forever("take spoon"))
+    root, plain = act(chat, episode(Quest(), chat, cfg, "train-2-0001", [], "", "0", False),
+                      forever("take hat"))
+    branch, contexts = act(chat, episode(Quest(), chat, cfg, "train-2-0001", root.turns[:3],
+                                         "look behind the harp.", "0.0", False), forever("take spoon"))
     assert branch.tau == 3 and branch.replayed == 2 and branch.turns[0].obs == root.turns[2].obs
     hint = HINT.format(e="look behind the harp.")
-    assert contexts[0].count(hint) == 1 and contexts[0].replace(hint, "") == plain[2]      # right behind o_tau, h_tau as it was
+    assert contexts[0].count(hint) == 1 and contexts[0].replace(hint, "") == plain[2]  # right behind o_tau
     assert all((hint in c) == (keep == "true") for c in contexts[1:])
     assert branch.turns[0].experience and not any(turn.experience for turn in branch.turns[1:])
     assert branch.turns[0].obs_ids == root.turns[2].obs_ids
@@ -94,7 +98,8 @@ def test_whatever_the_model_says_the_episode_ends_in_order(said, tiny, settings)
 
 def test_a_reply_that_was_cut_off_gets_its_end_of_turn_in_the_next_message(tiny, settings):
     cfg, chat = settings("reflect_every=99"), tiny[1]
-    attempt, end = episode(Quest(), chat, cfg, "train-1-0000", [], "", "0", False), chat.tokenizer.eos_token_id
+    attempt, end = (episode(Quest(), chat, cfg, "train-1-0000", [], "", "0", False),
+                    chat.tokenizer.eos_token_id)
     attempt.send(None)
     endless = chat.ids("go go go")
     ask = attempt.send(endless)
@@ -107,7 +112,8 @@ def test_a_reply_that_was_cut_off_gets_its_end_of_turn_in_the_next_message(tiny,
     except StopIteration as stop:
         branch = stop.value
     assert branch.turns[1].obs_ids[0] == end and branch.turns[1].action_ids == endless and at > 0
-    again, _ = act(chat, episode(Quest(), chat, cfg, "train-1-0000", branch.turns[:3], "", "0.0", False), forever("go"))
+    again, _ = act(chat, episode(Quest(), chat, cfg, "train-1-0000", branch.turns[:3], "", "0.0", False),
+                   forever("go"))
     assert again.turns[0].obs_ids == branch.turns[2].obs_ids
 
 
@@ -155,12 +161,13 @@ def test_trees_keep_to_the_budget_the_depth_and_breadth_first_order(tiny, settin
     assert max(b.name.count(".") for tree in trees for b in tree.branches) > 1
     for tree in trees:
         depths = [b.name.count(".") for b in tree.branches]
-        assert len(tree.branches) <= 9 and max(depths) <= 3 and depths == sorted(depths) and depths[:2] == [0, 0]
+        assert (len(tree.branches) <= 9 and max(depths) <= 3
+                and depths == sorted(depths) and depths[:2] == [0, 0])
         for number, branch in enumerate(tree.branches):
             path = tree.branch_path(number)
             assert [tree.turns[i].obs for i in path[branch.tau - 1:]] == [turn.obs for turn in branch.turns]
             assert all(i < j for i, j in zip(path, path[1:]))
-            env = Quest()                                              # the tree holds what really happens in the world
+            env = Quest()                                    # the tree holds what really happens in the world
             obs = env.reset(tree.task)
             for i in path:
                 assert obs == tree.turns[i].obs
@@ -192,22 +199,22 @@ def turn(action, parent, score=0.0, experience="", success=False):
 
 
 def tree_by_hand():
-    """0 fails; 0.0 goes further; 0.1 repeats the old action; 0.0.0 succeeds."""
+    """0 (turns 0 1 2) fails; 0.0 (3 4) goes further; 0.1 (5) repeats the old action; 0.0.0 (6) succeeds."""
     tree = Tree("t")
 
     def branch(name, tau, e, turns, end):
         return Branch("t", name, tau, e, turns, "", [], end, len(turns), 0, 0)
-    tree.join(branch("0", 1, "", [turn("a", None), turn("b", None), turn("c", None)], "failure"), None)            # turns 0 1 2
-    tree.join(branch("0.0", 2, "e1", [turn("B", None, 0.5, "e1"), turn("d", None, 0.5)], "failure"), 0)           # turns 3 4
-    tree.join(branch("0.1", 3, "e2", [turn("c", None, 0.0, "e2")], "failure"), 1)                                 # turn 5
-    tree.join(branch("0.0.0", 3, "e3", [turn("D", None, 1.0, "e3", True)], "success"), 3)                         # turn 6
+    tree.join(branch("0", 1, "", [turn("a", None), turn("b", None), turn("c", None)], "failure"), None)
+    tree.join(branch("0.0", 2, "e1", [turn("B", None, 0.5, "e1"), turn("d", None, 0.5)], "failure"), 0)
+    tree.join(branch("0.1", 3, "e2", [turn("c", None, 0.0, "e2")], "failure"), 1)
+    tree.join(branch("0.0.0", 3, "e3", [turn("D", None, 1.0, "e3", True)], "success"), 3)
     return tree
 
 
 def test_corrections_are_first_turns_that_changed_something(settings):
     tree = tree_by_hand()
     assert best_scores(tree) == [1.0, 0.0, 0.0, 1.0, 0.5, 0.0, 1.0]
-    assert list(corrections(tree, "all")) == [3, 6]                        # 5 took the very action that it should replace
+    assert list(corrections(tree, "all")) == [3, 6]            # 5 took the very action that it should replace
     assert list(corrections(tree, "improved")) == [3, 6]
     tree.turns[6].score, tree.turns[3].score = 0.0, 0.5
     assert list(corrections(tree, "successful")) == [] and list(corrections(tree, "improved")) == [3]
@@ -241,6 +248,7 @@ def test_worlds_without_sense_do_not_stop_the_engine(tiny, settings, tmp_path):
             return Outcome("", 0.0, False, False, False)
     cfg = settings("horizon=3", "attempts=3")
     engine = engine_for(tiny, cfg)
-    jobs = deque(Job(episode(Empty(), tiny[1], cfg, "t", [], "", str(i), True), random.Random(i), "t") for i in range(4))
+    jobs = deque(Job(episode(Empty(), tiny[1], cfg, "t", [], "", str(i), True), random.Random(i), "t")
+                 for i in range(4))
     assert [job.result.end for job in engine.run(jobs)] == ["horizon"] * 4
     assert TURN and Path(tmp_path).exists()

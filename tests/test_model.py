@@ -4,17 +4,19 @@ from collections import deque
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
-                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
+                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 from conftest import ROOT
 from envs import Quest, UserError
 from leafe import episode, targets
-from model import (Ask, Chat, Engine, Job, LoRA, Segment, Snapshot, StaleSnapshot, adapter_off, add_lora, check_attention, load_adapter,
-                   load_model, lora_layers, lora_parameters, pack, packed_nll, quantize, save_adapter, weights_version)
+from model import (Ask, Chat, Engine, Job, LoRA, Segment, Snapshot, StaleSnapshot, adapter_off, add_lora,
+                   check_attention, load_adapter, load_model, lora_layers, lora_parameters, pack, packed_nll,
+                   quantize, save_adapter, weights_version)
 
-SHAPE = dict(vocab_size=470, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             intermediate_size=64, max_position_embeddings=640, tie_word_embeddings=False, initializer_range=0.5)
+SHAPE = dict(vocab_size=470, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=64, max_position_embeddings=640,
+             tie_word_embeddings=False, initializer_range=0.5)
 
 
 def family(name):
@@ -47,38 +49,41 @@ def spy(attempt, log):
 
 
 def play_trees(engine, chat, cfg, tasks, log, seed=0):
-    """Plain rollouts, then branches at random tau with a hint, from rollouts that have ended: all through one engine."""
+    """Plain rollouts, then branches at random tau with a hint, from ended rollouts: all in one engine."""
     rng, branches = random.Random(seed), []
-    queue = deque(Job(spy(episode(Quest(), chat, cfg, task, [], "", "0", True), log), random.Random(task), task, snapshot=True)
-                  for task in tasks)
+    queue = deque(Job(spy(episode(Quest(), chat, cfg, task, [], "", "0", True), log), random.Random(task),
+                      task, snapshot=True) for task in tasks)
     for job in engine.run(queue):
         branch = job.result
         branches.append(branch)
         if branch.name == "0":
             for n in range(2):
                 past = branch.turns[:rng.randint(1, len(branch.turns))]
-                queue.append(Job(spy(episode(Quest(), chat, cfg, branch.task, past, "the attic needs the rope from the cellar.",
-                                             f"0.{n}", True), log), random.Random(branch.task), branch.task, snapshot=True))
+                queue.append(Job(spy(episode(
+                    Quest(), chat, cfg, branch.task, past, "the attic needs the rope from the cellar.",
+                    f"0.{n}", True), log), random.Random(branch.task), branch.task, snapshot=True))
     return branches
 
 
-@pytest.mark.parametrize("name, keep, slots", [("tiny", True, 7), ("tiny", False, 64), ("llama", True, 5), ("qwen2", False, 9),
-                                               ("qwen3", True, 9), ("mistral", False, 5), ("adapter", True, 6)])
+@pytest.mark.parametrize("name, keep, slots", [
+    ("tiny", True, 7), ("tiny", False, 64), ("llama", True, 5), ("qwen2", False, 9), ("qwen3", True, 9),
+    ("mistral", False, 5), ("adapter", True, 6)])
 def test_forked_generation_equals_generate_token_for_token(name, keep, slots, tiny, own_tiny, settings):
     chat = tiny[1]
     model = own_tiny[0] if name == "adapter" else tiny[0] if name == "tiny" else family(name)
     if name == "adapter":
         add_lora(model, 4, 8, seed=0)
         shake(model)
-    cfg = settings(f"keep_experience={str(keep).lower()}", "temperature=0", "reflect_every=3", "action_tokens=6", "reflect_tokens=9")
+    cfg = settings(f"keep_experience={str(keep).lower()}", "temperature=0", "reflect_every=3",
+                   "action_tokens=6", "reflect_tokens=9")
     engine, log = Engine(model, chat.stop, slots, cfg.context, 0, snapshot_mb=64), []
     branches = play_trees(engine, chat, cfg, Quest().tasks("valid")[:12], log)
     assert len(branches) == 36 and len(log) > 200
     assert engine.fed < 0.5 * engine.seen                         # it did fork and did keep what it had
     for ask, reply in log:
         context = torch.tensor([ask.context])
-        out = model.generate(context, attention_mask=torch.ones_like(context), do_sample=False, max_new_tokens=ask.max_new,
-                             eos_token_id=list(chat.stop), pad_token_id=0)
+        out = model.generate(context, attention_mask=torch.ones_like(context), do_sample=False,
+                             max_new_tokens=ask.max_new, eos_token_id=list(chat.stop), pad_token_id=0)
         assert out[0, context.shape[1]:].tolist() == reply
 
 
@@ -88,10 +93,11 @@ def test_samples_do_not_depend_on_slots_memory_or_order(tiny, settings):
     for slots, memory, reverse in ((64, 64, False), (3, 64, False), (20, 0, True)):
         tasks = Quest().tasks("valid")[:10]
         engine = Engine(model, chat.stop, slots, cfg.context, 1.0, memory)
-        jobs = [Job(episode(Quest(), chat, cfg, task, [], "", str(i), True), random.Random(f"{task}/{i}"), task, snapshot=True)
-                for task in tasks for i in range(3)]
+        jobs = [Job(episode(Quest(), chat, cfg, task, [], "", str(i), True), random.Random(f"{task}/{i}"),
+                    task, snapshot=True) for task in tasks for i in range(3)]
         queue = deque(reversed(jobs) if reverse else jobs)
-        found.append(sorted(((b := job.result).task, b.name, [t.action_ids for t in b.turns]) for job in engine.run(queue)))
+        found.append(sorted(((b := job.result).task, b.name, [t.action_ids for t in b.turns])
+                            for job in engine.run(queue)))
     assert found[0] == found[1] == found[2]
 
 
@@ -132,7 +138,8 @@ def test_an_episode_that_outgrows_the_context_ends_and_is_counted(tiny, settings
     cfg = settings("context=150")
     engine = Engine(model, chat.stop, 4, cfg.context, 1.0, 8)
     branches = [job.result for job in engine.run(deque(
-        Job(episode(Quest(), chat, cfg, task, [], "", "0", False), random.Random(0), task) for task in Quest().tasks("valid")[2:6]))]
+        Job(episode(Quest(), chat, cfg, task, [], "", "0", False), random.Random(0), task)
+        for task in Quest().tasks("valid")[2:6]))]
     assert {b.end for b in branches} == {"context"} and all(b.turns for b in branches)
 
 
@@ -173,12 +180,13 @@ def test_packed_equals_one_pair_at_a_time(tiny, own_tiny, settings):
         p.grad = None
     plain = torch.zeros(2, dtype=torch.double)
     for column, (part, weight) in enumerate(((pairs.D_cf, 1.0), (pairs.D_reh, cfg.beta))):
-        for k, i in part:                                         # the slow twin: one (history, action) a forward
+        for k, i in part:                                         # slow twin: one (history, action) a forward
             path = trees[k].path(i)
             context = [token for turn in path[:-1] for token in turn.ids] + path[-1].obs_ids
             ids = torch.tensor([context + path[-1].action_ids])
             logits = model(input_ids=ids).logits[0, len(context) - 1:-1]
-            nll = torch.nn.functional.cross_entropy(logits, ids[0, len(context):], reduction="sum") * weight / len(part)
+            nll = torch.nn.functional.cross_entropy(
+                logits, ids[0, len(context):], reduction="sum") * weight / len(part)
             nll.backward()
             plain[column] += nll.detach()
     assert torch.allclose(total, plain, rtol=1e-5)
@@ -190,7 +198,8 @@ def test_packed_rows_in_fp32_are_within_1e_5_of_one_at_a_time(tiny):
     model = tiny[0]
     torch.manual_seed(0)
     words = lambda n: torch.randint(6, 400, (n,)).tolist()       # noqa: E731
-    tree = [Segment(words(40), [0.0] * 40, None)] + [Segment(words(9), [0.0] * 6 + [1.0] * 3, parent) for parent in (0, 0, 1, 1, 2)]
+    tree = [Segment(words(40), [0.0] * 40, None)] + [
+        Segment(words(9), [0.0] * 6 + [1.0] * 3, parent) for parent in (0, 0, 1, 1, 2)]
     one, two = pack([tree]), pack([tree, [Segment(words(12), [0.0, 1.0] * 6, None)]])
     alone = 0.0
     for i in range(1, 6):
@@ -198,10 +207,12 @@ def test_packed_rows_in_fp32_are_within_1e_5_of_one_at_a_time(tiny):
         while at is not None:
             chain, at = tree[at].ids + chain, tree[at].parent
         ids = torch.tensor([chain])
-        alone += torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, -4:-1], ids[0, -3:], reduction="sum").item()
+        alone += torch.nn.functional.cross_entropy(
+            model(input_ids=ids).logits[0, -4:-1], ids[0, -3:], reduction="sum").item()
     assert packed_nll(model, [one])[0].item() == pytest.approx(alone, rel=1e-5)
     both = packed_nll(model, [one, two])[0].item()               # padded side by side
-    assert both == pytest.approx(packed_nll(model, [one])[0].item() + packed_nll(model, [two])[0].item(), rel=1e-5)
+    assert both == pytest.approx(
+        packed_nll(model, [one])[0].item() + packed_nll(model, [two])[0].item(), rel=1e-5)
 
 
 # adapters and loading
@@ -243,7 +254,8 @@ def test_four_bit_trains_only_the_adapter_and_reloads_to_equal_logits(own_tiny, 
     (model, _), ids = own_tiny, torch.randint(6, 400, (1, 20))
     exact = model(input_ids=ids).logits
     quantize(model, "cpu")
-    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) == 7 * model.config.num_hidden_layers
+    assert sum(isinstance(m, bnb.nn.Linear4bit)
+               for m in model.modules()) == 7 * model.config.num_hidden_layers
     coarse = model(input_ids=ids).logits
     assert 0 < (coarse - exact).abs().mean() < 0.5 * exact.abs().mean()
     add_lora(model, 4, 8, seed=0)
@@ -257,7 +269,8 @@ def test_four_bit_trains_only_the_adapter_and_reloads_to_equal_logits(own_tiny, 
         loss.backward(), optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "lora" not in name)
+    assert all(torch.equal(value, before[name])
+               for name, value in model.state_dict().items() if "lora" not in name)
     with adapter_off(model):
         assert torch.equal(model(input_ids=ids).logits, coarse)
     save_adapter(model, tmp_path, "tiny")
@@ -296,17 +309,22 @@ def test_a_model_whose_attention_the_engine_cannot_mask_is_refused():
 
 def test_chat_pieces_rebuild_what_the_template_renders(tiny):
     chat, tokenizer = tiny[1], tiny[1].tokenizer
-    messages = [dict(role="system", content="you are in a house"), dict(role="user", content="step 1: find the crown."),
-                dict(role="assistant", content="go attic"), dict(role="user", content="step 2: the attic is dark.")]
+    messages = [dict(role="system", content="you are in a house"),
+                dict(role="user", content="step 1: find the crown."),
+                dict(role="assistant", content="go attic"),
+                dict(role="user", content="step 2: the attic is dark.")]
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    pieces = chat.first("you are in a house", "step 1: find the crown.") + chat.ids("go attic<|end|>") + chat.next("step 2: the attic is dark.")
+    pieces = (chat.first("you are in a house", "step 1: find the crown.") + chat.ids("go attic<|end|>")
+              + chat.next("step 2: the attic is dark."))
     assert pieces == rendered
     assert chat.next("step 2", cut=True) == [tokenizer.eos_token_id] + chat.next("step 2")
 
 
 @pytest.mark.parametrize("template, system", [
-    ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}<assistant>", False),
-    ("{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}<|end|>{% endif %}{% endfor %}<assistant>", False),
+    ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+     "<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}<assistant>", False),
+    ("{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}<|end|>{% endif %}"
+     "{% endfor %}<assistant>", False),
     ("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}<assistant>", True)])
 def test_a_template_without_a_system_role_gets_the_rules_in_the_first_message(template, system, tiny):
     import copy
@@ -317,7 +335,8 @@ def test_a_template_without_a_system_role_gets_the_rules_in_the_first_message(te
     assert "you are in a house" in tokenizer.decode(chat.first("you are in a house", "step 1"))
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}", "{% for m in messages %}{{ m.content }}{% endfor %}"])
+@pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}",
+                                      "{% for m in messages %}{{ m.content }}{% endfor %}"])
 def test_a_model_without_a_usable_chat_template_is_refused(template, tiny):
     import copy
     tokenizer = copy.deepcopy(tiny[1].tokenizer)

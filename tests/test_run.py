@@ -45,10 +45,10 @@ def test_a_mistake_in_the_configuration_is_one_line_with_the_key_and_the_fix(arg
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text, message", [("a: [", "not YAML"), ("just words", "expected lines"), ("", "expected lines"),
-                                           (config_text(stepz=3), "mine.yaml: there is no key 'stepz'"),
-                                           ("steps: 3", "mine.yaml: the key model is missing"),
-                                           (config_text(presets={"p": {"stps": 1}}), "")])
+@pytest.mark.parametrize("text, message", [
+    ("a: [", "not YAML"), ("just words", "expected lines"), ("", "expected lines"),
+    (config_text(stepz=3), "mine.yaml: there is no key 'stepz'"),
+    ("steps: 3", "mine.yaml: the key model is missing"), (config_text(presets={"p": {"stps": 1}}), "")])
 def test_a_mistake_in_the_file_names_the_file(text, message, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
@@ -58,7 +58,8 @@ def test_a_mistake_in_the_file_names_the_file(text, message, tmp_path):
         with pytest.raises(UserError, match=message):
             load_config([str(path)])
     else:
-        with pytest.raises(UserError, match="mine.yaml, preset p: there is no key 'stps'; did you mean 'steps'?"):
+        with pytest.raises(UserError,
+                           match="mine.yaml, preset p: there is no key 'stps'; did you mean 'steps'?"):
             load_config([str(path), "preset=p"])
 
 
@@ -124,16 +125,19 @@ def test_a_folder_is_held_by_one_process_and_by_one_configuration(settings):
 
 def test_an_out_folder_that_cannot_be_written_is_one_line(tmp_path, settings):
     (tmp_path / "file").write_text("")
-    done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke", f"out={tmp_path}/file/run"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip().split("\n")[-1].startswith(f"error: out: cannot write to {tmp_path}/file/run")
+    done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke",
+                           f"out={tmp_path}/file/run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().split("\n")[-1].startswith(
+        f"error: out: cannot write to {tmp_path}/file/run")
     assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_is_one_line():
-    code = ("import run\ndef main(args):\n    with open('/dev/full', 'w') as f: f.write('x' * 10)\nrun.guarded(main)")
+    code = ("import run\ndef main(args):\n    with open('/dev/full', 'w') as f: f.write('x' * 10)\n"
+            "run.guarded(main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert (done.returncode == 1 and "No space left on device" in done.stderr
+            and "Traceback" not in done.stderr)
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "envs.py", "tiny.py", "baselines.py"])

@@ -20,18 +20,20 @@ from train import distil, epoch, rows_of
 
 
 def train(out, *args, **kwargs):
-    return subprocess.Popen([sys.executable, "train.py", "config.yaml", "preset=smoke", f"out={out}", *args], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen([sys.executable, "train.py", "config.yaml", "preset=smoke", f"out={out}", *args],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
 def results(out):
     """Everything that a run's end consists of, in an order that does not depend on the schedule."""
     lines = {name: sorted((out / name).read_text().splitlines()) for name in ("trees.jsonl", "samples.jsonl")}
-    return lines, json.loads((out / "passk.json").read_text()), load_file(out / "adapter" / "adapter_model.safetensors")
+    return (lines, json.loads((out / "passk.json").read_text()),
+            load_file(out / "adapter" / "adapter_model.safetensors"))
 
 
 def same(a, b):
-    return a[0] == b[0] and a[1] == b[1] and a[2].keys() == b[2].keys() and all(torch.equal(a[2][key], b[2][key]) for key in a[2])
+    return (a[0] == b[0] and a[1] == b[1] and a[2].keys() == b[2].keys()
+            and all(torch.equal(a[2][key], b[2][key]) for key in a[2]))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +49,14 @@ def whole(tmp_path_factory):
 def test_a_run_ends_with_the_table_the_figures_and_where_the_results_lie(whole):
     out, shown, _ = whole
     assert "stage 1:" in shown and "reflections:" in shown and "name the right thing" in shown
-    assert [line.split()[0] for line in shown.splitlines() if line.startswith("Pass@")] == ["Pass@1", "Pass@2", "Pass@4", "Pass@8"]
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("Pass@")] == [
+        "Pass@1", "Pass@2", "Pass@4", "Pass@8"]
     assert f"results: {out}/" in shown
-    for name in ("config.yaml", "trees.jsonl", "samples.jsonl", "metrics.jsonl", "passk.json", "adapter/adapter_model.safetensors"):
+    for name in ("config.yaml", "trees.jsonl", "samples.jsonl", "metrics.jsonl", "passk.json",
+                 "adapter/adapter_model.safetensors"):
         assert (out / name).stat().st_size > 0, name
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == list(range(1, 7))
+    assert [json.loads(line)["step"]
+            for line in (out / "metrics.jsonl").read_text().splitlines()] == list(range(1, 7))
 
 
 def test_the_same_command_again_changes_nothing_and_shows_the_same_table(whole):
@@ -61,7 +66,8 @@ def test_the_same_command_again_changes_nothing_and_shows_the_same_table(whole):
     again, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert same(before, results(out))
-    assert again.split("%", 1)[1].split("results:")[0] == shown[shown.index("%         "):].split("%", 1)[1].split("results:")[0]
+    assert (again.split("%", 1)[1].split("results:")[0]
+            == shown[shown.index("%         "):].split("%", 1)[1].split("results:")[0])
 
 
 @pytest.mark.slow
@@ -76,7 +82,7 @@ def test_a_run_killed_at_ten_random_moments_ends_as_if_it_had_not_been(whole, tm
             os.killpg(process.pid, signal.SIGKILL)
             killed += 1
         process.communicate()
-        if killed % 3 == 0:                                           # sometimes the kill comes in the middle of a line
+        if killed % 3 == 0:                                           # sometimes in the middle of a line
             for name in ("samples.jsonl", "trees.jsonl"):
                 path = out / name
                 if path.exists() and path.stat().st_size > 40:
@@ -103,19 +109,22 @@ def test_two_rounds_explore_anew_with_the_improved_policy(tmp_path):
 
 @pytest.mark.slow
 def test_l_reh_alone_runs_on_the_trees_of_another_run(whole, tmp_path):
-    process = train(tmp_path / "run", "beta=.inf", f"trees={whole[0]}", "evaluate_base=false", "rehearsal_share=1")
+    process = train(tmp_path / "run", "beta=.inf", f"trees={whole[0]}", "evaluate_base=false",
+                    "rehearsal_share=1")
     shown, errors = process.communicate(timeout=600)
     if "nothing to train on" in errors:                               # no success in so small an exploration
         assert process.returncode == 1 and "Traceback" not in errors
     else:
         assert process.returncode == 0, errors
-        assert all(json.loads(line)["L_cf"] == 0 for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+        assert all(json.loads(line)["L_cf"] == 0
+                   for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert not (tmp_path / "run/trees.jsonl").exists()
 
 
 def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
     process = train(tmp_path / "run", "samples=64", "ks=[1]")
-    while not (tmp_path / "run/samples.jsonl").exists() or (tmp_path / "run/samples.jsonl").stat().st_size < 500:
+    while (not (tmp_path / "run/samples.jsonl").exists()
+           or (tmp_path / "run/samples.jsonl").stat().st_size < 500):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -127,8 +136,8 @@ def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
 
 def distilled(folder, settings, trees, stop, until=None, **extra):
     """The adapter after cfg.steps; with `until`, killed there first and gone on with from the checkpoint."""
-    cfg = settings("corrections=all", "rehearsal_share=1", "steps=7", "checkpoint_every=2", "batch_tokens=1024",
-                   *[f"{k}={v}" for k, v in extra.items()])
+    cfg = settings("corrections=all", "rehearsal_share=1", "steps=7", "checkpoint_every=2",
+                   "batch_tokens=1024", *[f"{k}={v}" for k, v in extra.items()])
     pairs = targets(trees, cfg, stop)
 
     def start():
@@ -167,7 +176,7 @@ def test_a_resumed_distillation_equals_an_uninterrupted_one(tiny, settings, tmp_
 
 
 def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings, tmp_path):
-    """Each pair is in one batch of an epoch, and the weights add up to 1 for L_cf and beta for L_reh, times tokens an action."""
+    """A pair is in one batch an epoch; weights add up to 1 (L_cf) and beta (L_reh) times tokens an action."""
     cfg = settings("beta=0.5", "corrections=all", "rehearsal_share=1", "batch_tokens=1024")
     trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=8)
     pairs = targets(trees, cfg, tiny[1].stop)
@@ -175,7 +184,8 @@ def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings, tmp_path):
     batches = epoch(rows, cfg, 3)
     assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows)) and len(batches) > 1
     total = sum(row.weights.double().sum(0) for row in rows)
-    length = [sum(len(trees[k].turns[i].action_ids) for k, i in part) / max(1, len(part)) for part in (pairs.D_cf, pairs.D_reh)]
+    length = [sum(len(trees[k].turns[i].action_ids) for k, i in part) / max(1, len(part))
+              for part in (pairs.D_cf, pairs.D_reh)]
     assert total.tolist() == pytest.approx([length[0], 0.5 * length[1]], rel=1e-4)
     assert epoch(rows, cfg, 3) != epoch(rows, cfg, 4)
 
