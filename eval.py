@@ -14,7 +14,6 @@ are 95 % percentile bootstraps over tasks; a difference is bootstrapped over the
 import hashlib
 import json
 import random
-import sys
 from collections import deque
 from pathlib import Path
 from typing import Callable
@@ -22,7 +21,7 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from envs import Env, UserError, make_env
+from envs import UserError, make_env
 from leafe import Branch, episode
 from model import Chat, Engine, Job, adapter_off, load_adapter, load_model, lora_parameters
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, write_aside

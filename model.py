@@ -405,7 +405,7 @@ class Engine:
         first = len(self.live) - len(fresh)
         leaders = {}
         for row, job in enumerate(fresh, first):
-            best, n = self._longest(job)
+            _, n = self._longest(job)
             if n < len(job.ids) - 1 and not job.snapshot and job.family not in leaders:
                 leaders[job.family] = row
         if leaders:

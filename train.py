@@ -20,9 +20,7 @@ epoch that is L.
 Where this differs from the paper: LoRA in place of full fine-tuning; a number of optimiser steps in place of
 epochs; by default it starts from the base and not from a GRPO checkpoint (the paper's "LEAFE alone").
 """
-import json
 import random
-import shutil
 import time
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from tqdm import tqdm
 from envs import UserError, make_env
 from eval import make_engine, pick_tasks, report, sample
 from leafe import Targets, Tree, explore, read_trees, reflection_figures, stage1_figures, targets
-from model import (Chat, Packed, Segment, add_lora, adapter_off, load_adapter, load_model, lora_layers,
+from model import (Chat, Packed, Segment, add_lora, load_adapter, load_model, lora_layers,
                    lora_parameters, pack, packed_nll, save_adapter)
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl
 

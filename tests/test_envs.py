@@ -8,8 +8,8 @@ import pytest
 
 import tiny as tiny_module
 from conftest import ROOT, SHARED, needs_shared_data
-from envs import (MOVES, Outcome, Played, Quest, ReplayMismatch, Sokoban, StepMeter, UserError, make_env,
-                  push, read_boxoban, reverse_play, rollback)
+from envs import (MOVES, Level, Outcome, Played, Quest, ReplayMismatch, Sokoban, StepMeter, UserError,
+                  make_env, push, read_boxoban, reverse_play, rollback)
 
 
 def solve(level: Level, limit: int = 200_000) -> list[str] | None:

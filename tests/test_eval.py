@@ -10,7 +10,7 @@ from envs import Quest, UserError
 from eval import (Samples, bootstrap, compare, interval, main, make_engine, pass_at_k, pick_tasks,
                   read_samples, report, sample, table)
 from model import add_lora, lora_parameters
-from run import Jsonl, RunFolder
+from run import RunFolder
 
 
 @pytest.mark.parametrize("n, c, k", [(6, 2, 3), (6, 0, 3), (6, 6, 1), (5, 1, 5), (7, 3, 2), (128, 1, 128),

@@ -77,8 +77,9 @@ def test_forked_generation_equals_generate_token_for_token(name, keep, slots, ti
     cfg = settings(f"keep_experience={str(keep).lower()}", "temperature=0", "reflect_every=3",
                    "action_tokens=6", "reflect_tokens=9")
     engine, log = Engine(model, chat.stop, slots, cfg.context, 0, snapshot_mb=64), []
-    branches = play_trees(engine, chat, cfg, Quest().tasks("valid")[:12], log)
-    assert len(branches) == 36 and len(log) > 200
+    count = 12 if name in ("tiny", "adapter") else 4              # tasks; three episodes each
+    branches = play_trees(engine, chat, cfg, Quest().tasks("valid")[:count], log)
+    assert len(branches) == 3 * count and len(log) > 15 * count
     assert engine.fed < 0.5 * engine.seen                         # it did fork and did keep what it had
     for ask, reply in log:
         context = torch.tensor([ask.context])
