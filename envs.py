@@ -11,7 +11,7 @@ all that backtracking needs (the paper's Reset(E), then replay a_1 .. a_{tau-1})
 every turn.
 
 Quest is the embedded default, made so that LEAFE's effect is visible. The thing to find lies behind a chain
-of one to four obstacles. What an obstacle needs is told only by its refusal ("the attic is dark. you need the
+of one to four obstacles. What an obstacle needs is told only by its refusal ("it is dark. the attic needs the
 torch from the cellar."), differs from task to task, and more things lie about than are of use; one thing fits
 in the hand; the candle burns down; a key breaks in the wrong lock and a rope bridge holds once. So no fixed
 habit solves it: one must read the refusals and act on them. Sokoban is the paper's: 6x6 rooms, pushing boxes
@@ -139,8 +139,8 @@ class Quest:
         self.left = 3 * needs + 2 + self.slack
         self.needs = needs
         doors = rng.sample(self.rooms, len(self.rooms))
-        return (f"find the {self.treasure}. it is in the {self.goal}. your candle lasts {self.left} turns. "
-                f"you are in the hall. doors: {', '.join(doors)}.")
+        return (f"find the {self.treasure}. the {self.treasure} is in the {self.goal}. your candle lasts {self.left} "
+                f"turns. you are in the hall. doors: {', '.join(doors)}.")
 
     def step(self, action: str) -> Outcome:
         self.left -= 1
@@ -176,12 +176,13 @@ class Quest:
         return f"{obs}you are in the {room}. you see {listing(self.things[room])}.", True
 
     def _refuse(self, room: str, tool: str) -> str:
-        why = f"the {room} {NEEDS[tool]}."
+        why = f"it {NEEDS[tool]}."
         if tool.endswith("-key") and self.hand.endswith("-key"):
             why = f"the {self.hand} breaks in the lock."
             self.hand = ""
         place = next((place for place, things in self.things.items() if tool in things), "")
-        return f"{why} you need the {tool} " + (f"from the {place}." if place else "and it is broken.")
+        where = f" from the {place}." if place else ", and it is broken."
+        return f"{why} the {room} needs the {tool}{where}"
 
     def _take(self, thing: str) -> tuple[str, bool]:
         here = self.things.get(self.place, [])
@@ -226,7 +227,7 @@ class Quest:
         told: dict[str, str] = {}                   # thing -> the room whose refusal named it
         for action in actions:
             obs = self.step(action).obs
-            need = re.search(r"you need the (\S+) ", obs)
+            need = re.search(r"needs the ([a-z-]+)", obs)
             if need:
                 told[need[1]] = action.lower().split()[-1]
         told = {thing: room for thing, room in told.items() if room in self.bars}

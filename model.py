@@ -377,6 +377,8 @@ class Engine:
         try:
             while queue or self.live:
                 yield from self._admit(queue)
+                if not self.live:                        # every new episode ended without asking for a reply
+                    continue
                 long, short = [], []
                 for row, job in enumerate(self.live):
                     (long if len(job.ids) - job.cached > 1 else short).append(row)

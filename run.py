@@ -119,42 +119,46 @@ def load_config(args: list[str]) -> Config:
     presets = settings.pop("presets", None) or {}
     kinds = {field.name: field.type for field in fields(Config)}
     sources = dict.fromkeys(settings, path)
-    for arg in args:
-        if "=" in arg:
-            key, text = arg.split("=", 1)
-            if key == "preset":
-                if text not in presets:
-                    raise UserError(f"preset={text}: {path} has {', '.join(presets) or 'no presets'}"
-                                    f"{nearest(text, presets)}")
-                given, where = presets[text], f"{path}, preset {text}"
-            else:
-                try:
-                    given, where = {key: number(yaml.safe_load(text) if kinds.get(key) is not str
-                                                else text)}, "the command line"
-                except yaml.YAMLError:
-                    raise UserError(f"{arg}: {text!r} cannot be read as a value") from None
-            settings.update(given)
-            sources.update(dict.fromkeys(given, where))
+    options = [arg.split("=", 1) for arg in args if "=" in arg]
+    for key, text in sorted(options, key=lambda option: option[0] != "preset"):      # a preset first
+        if key == "preset":
+            if text not in presets:
+                raise UserError(f"preset={text}: {path} has {', '.join(presets) or 'no presets'}"
+                                f"{nearest(text, presets)}")
+            given, where = presets[text], f"{path}, preset {text}"
+        else:
+            try:
+                given = {key: text if kinds.get(key) is str else yaml.safe_load(text)}
+                where = "the command line"
+            except yaml.YAMLError:
+                raise UserError(f"{key}={text}: {text!r} cannot be read as a value") from None
+        settings.update(given)
+        sources.update(dict.fromkeys(given, where))
     for key in settings:
+        settings[key] = number(settings[key])
+    check(settings, kinds, sources, path)
+    return Config(**settings)
+
+
+def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, str], path: str) -> None:
+    """Raises UserError for the first key that is unknown, mistyped, missing or impossible."""
+    for key, value in settings.items():
         if key not in kinds:
             raise UserError(f"{sources[key]}: there is no key {key!r}{nearest(key, kinds)}")
-        settings[key] = number(settings[key])
-        if not fits(settings[key], kinds[key]):
-            raise UserError(f"{sources[key]}: {key} is {settings[key]!r}, but must be {says(kinds[key])}")
+        if not fits(value, kinds[key]):
+            raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {says(kinds[key])}")
     for key in kinds:
         if key not in settings:
-            raise UserError(f"{path}: the key {key} is missing; "
-                            f"see the config.yaml that comes with the project")
+            raise UserError(f"{path}: the key {key} is missing; see the config.yaml that comes with LEAFE")
     for key, holds, message in RANGES:
         if not holds(settings[key]):
             raise UserError(f"{sources[key]}: {key} {message}, not {settings[key]!r}")
     if max(settings["ks"]) > settings["samples"]:
-        raise UserError(f"{sources['ks']}: ks asks for Pass@{max(settings['ks'])}, "
-                        f"but samples is {settings['samples']}: k can be at most the number of samples")
+        raise UserError(f"{sources['ks']}: ks asks for Pass@{max(settings['ks'])}, but samples is "
+                        f"{settings['samples']}: k can be at most the number of samples")
     if settings["row_tokens"] < settings["context"]:
         raise UserError(f"{sources['row_tokens']}: row_tokens is {settings['row_tokens']}, but must be "
                         f"at least context ({settings['context']}), so that every episode fits into a row")
-    return Config(**settings)
 
 
 def number(value: Any) -> Any:

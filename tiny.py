@@ -39,7 +39,8 @@ WORDS = r" ?[a-z]+(?:-[a-z]+)*| ?\d+| ?[^\sa-z\d]|\s"
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level: every word of Quest and the prompts is one token, with and without the space before it."""
     special = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    texts = [Quest.rules, REFLECT, REFLECTION, HINT, TURN, "none needs", " ".join(map(str, range(64))),
+    texts = [Quest.rules, REFLECT, REFLECTION, HINT, TURN, " ".join(map(str, range(64))),
+             "none. it is broken, breaks in the lock. the bridge is gone",
              " ".join(JUNK + TREASURES + ROOMS), " ".join(f"{tool} {why}" for tool, why in NEEDS.items()),
              ". , : ; ? ! ( ) ' - # $ * @ + up down left right push box wall",
              " ".join("abcdefghijklmnopqrstuvwxyz")]
@@ -80,7 +81,7 @@ class Reader:
     was_refused: bool = False                                          # ever told what is missing
 
     def start(self, obs: str) -> "Reader":
-        self.treasure, self.goal = re.search(r"find the (\S+)\. it is in the (\S+)\.", obs).groups()
+        self.treasure, self.goal = re.search(r"the (\S+) is in the (\S+)\.", obs).groups()
         self.doors = re.search(r"doors: (.+)\.", obs)[1].split(", ")
         return self
 
@@ -89,12 +90,12 @@ class Reader:
             self.gone.add(self.place)
         if "breaks in the lock" in obs:
             self.hand = ""
-        need = re.search(r"you need the (\S+) from the (\S+)\.", obs)
+        need = re.search(r"the (\S+) needs the (\S+) from the (\S+)\.", obs)
         took = re.search(r"you take the (\S+)\.", obs)
         sees = re.search(r"you are in the (\S+)\. you see (.+?)\.", obs)
         self.refused = not (took or sees)
         if need:
-            self.needs[action.split()[-1]] = need.groups()
+            self.needs[need[1]] = need[2], need[3]
             self.was_refused = True
         if took:
             left = re.search(r"you leave the (\S+)\.", obs)

@@ -3,7 +3,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -19,7 +18,6 @@ def needs_shared_data():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{SHARED} is not here")
 
 
-torch.set_num_threads(2)
 
 
 @pytest.fixture

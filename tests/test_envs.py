@@ -150,13 +150,13 @@ def test_a_refusal_says_what_is_missing_and_where_it_lies():
                      things={"attic": [], "cellar": ["torch"]})
     outcome = env.step("go attic")
     assert outcome.obs.startswith(
-        "the attic is dark. you need the torch from the cellar.") and not outcome.valid
+        "it is dark. the attic needs the torch from the cellar.") and not outcome.valid
 
 
 def test_a_key_breaks_in_the_wrong_lock_for_good():
     env = quest_with(bars={"attic": "brass-key"}, rooms=["attic", "cellar"], hand="iron-key",
                      things={"attic": [], "cellar": ["brass-key"]})
-    assert ("the iron-key breaks in the lock. you need the brass-key from the cellar."
+    assert ("the iron-key breaks in the lock. the attic needs the brass-key from the cellar."
             in env.step("go attic").obs)
     assert env.hand == "" and not any("iron-key" in things for things in env.things.values())
 

@@ -103,15 +103,14 @@ def test_a_reply_that_was_cut_off_gets_its_end_of_turn_in_the_next_message(tiny,
     attempt.send(None)
     endless = chat.ids("go go go")
     ask = attempt.send(endless)
-    at = ask.context.index(endless[0], len(ask.context) - 60)
-    assert endless[-1] not in chat.stop and ask.context.count(end) == 3
+    assert endless[-1] not in chat.stop and ask.context.count(end) == 4     # system, user, reply, user
     branch = None
     try:
         while True:
             attempt.send(endless)
     except StopIteration as stop:
         branch = stop.value
-    assert branch.turns[1].obs_ids[0] == end and branch.turns[1].action_ids == endless and at > 0
+    assert branch.turns[1].obs_ids[0] == end and branch.turns[1].action_ids == endless
     again, _ = act(chat, episode(Quest(), chat, cfg, "train-1-0000", branch.turns[:3], "", "0.0", False),
                    forever("go"))
     assert again.turns[0].obs_ids == branch.turns[2].obs_ids

@@ -66,7 +66,7 @@ def test_a_mistake_in_the_file_names_the_file(text, message, tmp_path):
 def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_file():
     path = str(ROOT / "config.yaml")
     assert load_config([path]).samples == 128 and load_config([path, "preset=smoke"]).samples == 8
-    cfg = load_config([path, "preset=smoke", "samples=16", "lr=1e-4", "beta=.inf", "horizon=null", "model=0"])
+    cfg = load_config([path, "samples=16", "preset=smoke", "lr=1e-4", "beta=.inf", "horizon=null", "model=0"])
     assert (cfg.samples, cfg.lr, cfg.beta, cfg.horizon, cfg.model) == (16, 1e-4, float("inf"), None, "0")
 
 
