@@ -139,8 +139,8 @@ class Quest:
         self.left = 3 * needs + 2 + self.slack
         self.needs = needs
         doors = rng.sample(self.rooms, len(self.rooms))
-        return (f"find the {self.treasure}. the {self.treasure} is in the {self.goal}. your candle lasts {self.left} "
-                f"turns. you are in the hall. doors: {', '.join(doors)}.")
+        return (f"find the {self.treasure}. the {self.treasure} is in the {self.goal}. your candle lasts "
+                f"{self.left} turns. you are in the hall. doors: {', '.join(doors)}.")
 
     def step(self, action: str) -> Outcome:
         self.left -= 1

@@ -102,7 +102,11 @@ def test_samples_do_not_depend_on_slots_memory_or_order(tiny, settings):
     assert found[0] == found[1] == found[2]
 
 
-@torch.inference_mode()
+def fork(engine, snapshot):
+    with torch.inference_mode():
+        engine.fork(snapshot, 0, 3)
+
+
 def test_a_stale_snapshot_is_refused_after_a_step_and_after_a_switch(own_tiny):
     model, chat = own_tiny
     add_lora(model, 4, 8, seed=0)
@@ -113,19 +117,18 @@ def test_a_stale_snapshot_is_refused_after_a_step_and_after_a_switch(own_tiny):
         engine = Engine(model, chat.stop, 2, 64, 0, 64)
         list(engine.run(deque([Job(one(), random.Random(0), "a", snapshot=True)])))
         snapshot = engine.kept["a"][0]
-        engine.fork(snapshot, 0, 3)                               # fresh: taken
+        fork(engine, snapshot)                               # fresh: taken
         if change == "step":
-            with torch.inference_mode(False):
-                optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-9)
-                for parameter in lora_parameters(model):
-                    parameter.grad = torch.ones_like(parameter)
-                optimizer.step()
+            optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-9)
+            for parameter in lora_parameters(model):
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
             with pytest.raises(StaleSnapshot):
-                engine.fork(snapshot, 0, 3)
+                fork(engine, snapshot)
         else:
             with adapter_off(model), pytest.raises(StaleSnapshot):
-                engine.fork(snapshot, 0, 3)
-            engine.fork(snapshot, 0, 3)                           # switched back: the same weights again
+                fork(engine, snapshot)
+            fork(engine, snapshot)                           # switched back: the same weights again
 
 
 def test_snapshot_memory_stays_within_its_budget(tiny, settings):
