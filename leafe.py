@@ -352,7 +352,8 @@ def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
         found = [i for i in corrections(tree, cfg.corrections) if whole(tree.turns[i])]
         D_cf += [(k, i) for i in sorted(rng.sample(found, min(len(found), cfg.corrections_per_task)))]
         paths += [(k, tree.branch_path(n)) for n, branch in enumerate(tree.branches) if branch.success]
-    chosen = rng.sample(paths, round(cfg.rehearsal_share * len(paths)))
+    share = cfg.rehearsal_share
+    chosen = rng.sample(paths, max(1, round(share * len(paths))) if share and paths else 0)
     D_reh = sorted({(k, i) for k, path in chosen for i in path if whole(trees[k].turns[i])})
     return Targets(D_cf, D_reh)
 
