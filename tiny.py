@@ -314,7 +314,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny",
                         help="folder to write (default: tiny/)")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps")
     parser.add_argument("--trees", type=int, default=8, help="token trees a step")
     parser.add_argument("--lr", type=float, default=2e-3,
                         help="peak learning rate (AdamW, linear warm-up and decay)")
