@@ -1,6 +1,6 @@
 """LEAFE, the whole loop: evaluate the base, explore, distil, evaluate.
 
-    python train.py config.yaml                   about five minutes on two CPU cores with the embedded model
+    python train.py config.yaml                   about seven minutes on two CPU cores with the embedded model
     python train.py config.yaml preset=smoke      seconds; to see that all of it runs
     python train.py config.yaml seed=1 out=out/seed1  any key of config.yaml; the same command again goes on
                                                       where it stopped
