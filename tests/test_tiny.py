@@ -1,0 +1,43 @@
+import pytest
+
+from conftest import ROOT
+from tiny import Corpus, Reader, follow, hindsight, make_tokenizer
+
+FIRST = ("find the harp. the harp is in the attic. your candle lasts 8 turns. you are in the hall. "
+         "doors: attic, cellar.")
+DARK = "it is dark. the attic needs the torch from the cellar."
+
+
+@pytest.mark.parametrize("turns, tau, e", [
+    ([("go attic", DARK), ("go attic", DARK)], "2", "the attic needs the torch from the cellar."),
+    ([("go cellar", "you are in the cellar. you see the torch.")], "1", "the harp is in the attic."),
+    ([("go attic", DARK), ("go cellar", "you are in the cellar. you see the torch and the hat."),
+      ("take hat", "you take the hat.")], "3", "the attic needs the torch from the cellar."),
+    ([("go attic", DARK), ("go cellar", "you are in the cellar. you see the torch.")], "none", "none")])
+def test_hindsight_points_at_the_first_turn_that_went_against_what_was_known(turns, tau, e):
+    assert hindsight(FIRST, turns) == (tau, e)
+
+
+def test_an_experience_is_followed_step_by_step():
+    reader, e = Reader().start(FIRST), "the attic needs the torch from the cellar."
+    for action, obs in [("go cellar", "you are in the cellar. you see the torch."),
+                        ("take torch", "you take the torch."),
+                        ("go attic", "you are in the attic. you see the harp.")]:
+        assert follow(reader, e) == action
+        reader.read(action, obs)
+
+
+def test_the_tokenizer_knows_every_word_of_the_corpus_and_gives_it_back():
+    tokenizer = make_tokenizer()
+    assert (ROOT / "tiny/tokenizer.json").read_text().count("\n") > 0
+    corpus = Corpus(tokenizer, 5)
+    for _ in range(60):
+        for segment in corpus.tree():
+            text = tokenizer.decode(segment.ids)
+            assert "<|unk|>" not in text and tokenizer.encode(text, add_special_tokens=False) == segment.ids
+
+
+def test_the_shipped_model_is_small_and_has_the_tokenizer_that_tiny_py_makes():
+    assert sum(path.stat().st_size for path in (ROOT / "tiny").iterdir()) < 4 * 2**20
+    from transformers import AutoTokenizer
+    assert AutoTokenizer.from_pretrained(ROOT / "tiny").get_vocab() == make_tokenizer().get_vocab()
