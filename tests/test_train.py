@@ -125,7 +125,8 @@ def test_l_reh_alone_runs_on_the_trees_of_another_run(whole, tmp_path):
 
 
 def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
-    process = train(tmp_path / "run", "samples=64", "ks=[1]")
+    process = train(tmp_path / "run", "samples=64", "ks=[1]",           # a shell's background job ignores SIGINT
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while (not (tmp_path / "run/samples.jsonl").exists()
            or (tmp_path / "run/samples.jsonl").stat().st_size < 500):
         assert process.poll() is None, process.communicate()[1]
