@@ -58,10 +58,8 @@ class Env(Protocol):
 
 @dataclass
 class StepMeter:
-    """The one place where environment steps are counted; replayed ones apart (they teach nothing new)."""
-    steps: int = 0
+    """Counts replayed environment steps, apart from new ones (Branch.steps): they teach nothing new."""
     replayed: int = 0
-    mismatches: int = 0
 
 
 def rollback(env: Env, task: str, turns: Sequence, meter: StepMeter | None = None) -> str:
