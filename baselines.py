@@ -8,9 +8,10 @@
     IR    iterative refinement: on failure reflect, and retry from the start with all reflections so far
           in view
     IR-1  the same with the latest reflection alone in view
-Each gets, task by task, the environment steps that LEAFE's tree took, the steps of its replays included, and
-may finish the attempt in which they run out: if anything, the comparison favours them.
+Each gets, for every task alike, the mean number of environment steps that LEAFE's trees took, the steps of
+replays included, and may finish the attempt in which they run out: if anything, the comparison favours them.
 """
+import math
 import random
 from collections import deque
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from envs import UserError, make_env
-from eval import bootstrap, cell, interval, make_engine, open_policy, pick_tasks
+from eval import cell, make_engine, open_policy, pick_tasks, spread
 from leafe import Branch, Tree, episode, read_trees
 from model import Chat, Engine, Job
 from run import Config, Jsonl, RunFolder, guarded, load_config
@@ -43,16 +44,15 @@ def contend(chat: Chat, cfg: Config, method: str, task: str, budget: int):
         if branch.end in ("context", "mismatch"):                      # no more room: forget the oldest
             lessons = lessons[1:]
             steps += not branch.steps
-    return dict(method=method, task=task, solved=wins > 0, wins=wins, attempts=attempts, steps=steps,
-                tokens=tokens)
+    return dict(method=method, task=task, solved=wins > 0, wins=wins, attempts=attempts, steps=steps, tokens=tokens)
 
 
 def run_contenders(engine: Engine, chat: Chat, cfg: Config, trees: list[Tree], store: Jsonl) -> None:
     done = {(r["method"], r["task"]) for r in store.records}
-    budgets = {tree.task: sum(b.steps + b.replayed for b in tree.branches) for tree in trees}
-    queue = deque(Job(contend(chat, cfg, method, task, budget),
-                      random.Random(f"{cfg.seed}/{method}/{task}"), task)
-                  for method in CONTENDERS for task, budget in budgets.items() if (method, task) not in done)
+    budget = math.ceil(sum(b.steps + b.replayed for tree in trees for b in tree.branches) / len(trees))
+    queue = deque(Job(contend(chat, cfg, method, tree.task, budget),
+                      random.Random(f"{cfg.seed}/{method}/{tree.task}"), tree.task)
+                  for method in CONTENDERS for tree in trees if (method, tree.task) not in done)
     for job in tqdm(engine.run(queue), total=len(queue), desc="IS and IR", unit="task", disable=not queue):
         store.append(job.result)
 
@@ -68,13 +68,11 @@ def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
         rows = [by_task[tree.task] for tree in trees]
         solved[method] = torch.tensor([float(r["solved"]) for r in rows])
         spent[method] = (sum(r["steps"] for r in rows), 0, sum(r["tokens"] for r in rows))
-    index = bootstrap(len(trees), resamples)
     lines = [f"{'%':6}{'tasks solved':>24}{'tree minus this':>24}{'steps':>10}{'replayed':>10}{'tokens':>10}"]
     for method, hits in solved.items():
-        own = (float(hits.mean()), *interval(hits[index].mean(-1)))
-        gap = solved["tree"] - hits
-        difference = (cell((float(gap.mean()), *interval(gap[index].mean(-1))), "+")
-                      if method != "tree" else "")
+        own, gap = (spread(lambda index, values=values: values[index].mean(-1), len(trees), resamples)
+                    for values in (hits, solved["tree"] - hits))
+        difference = cell(gap, "+") if method != "tree" else ""
         lines.append(f"{method:6}{cell(own):>24}{difference:>24}" + "".join(f"{n:10}" for n in spent[method]))
     return "\n".join(lines)
 

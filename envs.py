@@ -10,19 +10,19 @@ A world must be deterministic: `reset(task)` and the same actions give the same 
 all that backtracking needs (the paper's Reset(E), then replay a_1 .. a_{tau-1}), and `rollback` checks it at
 every turn.
 
-Quest is the embedded default, made so that LEAFE's effect is visible. The thing to find lies behind a chain
-of one to four obstacles. What an obstacle needs is told only by its refusal ("it is dark. the attic needs the
-torch from the cellar."), differs from task to task, and more things lie about than are of use; one thing fits
-in the hand; the candle burns down; a key breaks in the wrong lock and a rope bridge holds once. So no fixed
-habit solves it: one must read the refusals and act on them. Sokoban is the paper's: 6x6 rooms, pushing boxes
-onto goals, no undo.
+Quest is the embedded default, made so that LEAFE's effect is visible. The thing to find lies behind a chain of one
+to four obstacles. What an obstacle needs is told only by its refusal ("it is dark. the attic needs the torch from
+the cellar."), differs from task to task, and more things lie about than are of use; one thing fits in the hand; the
+candle burns down; a key breaks in the wrong lock and a rope bridge holds once. So no fixed habit solves it: one
+must read the refusals and act on them. Sokoban is the paper's: 6x6 rooms, pushing boxes onto goals, no undo.
 """
 import random
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol, Sequence
 
 
@@ -56,29 +56,21 @@ class Env(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass
-class StepMeter:
-    """Counts replayed environment steps, apart from new ones (Branch.steps): they teach nothing new."""
-    replayed: int = 0
-
-
-def rollback(env: Env, task: str, turns: Sequence, meter: StepMeter | None = None) -> str:
-    """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack).
+def rollback(env: Env, task: str, turns: Sequence) -> str:
+    """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack): len(turns) - 1 environment steps.
 
     `turns` are those before and including tau (anything with .obs and .action); the action of the last is not
     replayed. Returns o_tau. Raises ReplayMismatch if any observation differs from the recorded one.
     """
     obs = env.reset(task)
-    for i, turn in enumerate(turns):
+    for i, turn in enumerate(turns, 1):
         if obs != turn.obs:
-            raise ReplayMismatch(f"{task}: turn {i + 1} read {turn.obs!r} and now reads {obs!r}")
-        if i + 1 < len(turns):
+            raise ReplayMismatch(f"{task}: turn {i} read {turn.obs!r} and now reads {obs!r}")
+        if i < len(turns):
             outcome = env.step(turn.action)
             obs = outcome.obs
-            if meter:
-                meter.replayed += 1
-            if outcome.done and i + 2 < len(turns):
-                raise ReplayMismatch(f"{task}: the replay ended at turn {i + 1} of {len(turns)}")
+            if outcome.done and i + 1 < len(turns):
+                raise ReplayMismatch(f"{task}: the replay ended at turn {i} of {len(turns)}")
     return obs
 
 
@@ -128,8 +120,7 @@ class Quest:
             place = barred[i + 1] if i + 1 < needs else rng.choice(free)
             self.things[place].append(tools[i])
         for thing in tools[needs:] + rng.sample(JUNK, 2):
-            self.things[rng.choice([room for room in self.rooms[1:]
-                                    if len(self.things[room]) < 2])].append(thing)
+            self.things[rng.choice([room for room in self.rooms[1:] if len(self.things[room]) < 2])].append(thing)
         for things in self.things.values():
             rng.shuffle(things)
         self.bridge = rng.choice(free) if rng.random() < 0.3 else ""  # room beyond a bridge that holds once
@@ -264,8 +255,7 @@ def parse_level(lines: list[str]) -> Level:
     """One level as text. Raises UserError if it has no man, or not as many goals as boxes."""
     cells = {(r, c): char for r, line in enumerate(lines) for c, char in enumerate(line)}
     pick = lambda chars: {cell for cell, char in cells.items() if char in chars}      # noqa: E731
-    men, boxes, goals = (pick(MAN + MAN_ON_GOAL), pick(BOX + BOX_ON_GOAL),
-                         pick(GOAL + BOX_ON_GOAL + MAN_ON_GOAL))
+    men, boxes, goals = (pick(MAN + MAN_ON_GOAL), pick(BOX + BOX_ON_GOAL), pick(GOAL + BOX_ON_GOAL + MAN_ON_GOAL))
     if len(men) != 1 or not boxes or len(boxes) != len(goals):
         raise UserError(f"not a Sokoban level: {len(men)} men, {len(boxes)} boxes, {len(goals)} goals")
     return Level(pick(WALL), goals, boxes, men.pop(), (len(lines), max(map(len, lines))))
@@ -381,7 +371,9 @@ class Sokoban:
         if move not in MOVES:
             said = "answer with up, down, left or right."
         elif after is None:
-            said = f"you cannot go {move}: " + ("a wall." if self._wall(move) else "the box does not move.")
+            dr, dc = MOVES[move]
+            wall = (self.man[0] + dr, self.man[1] + dc) in self.level.walls
+            said = f"you cannot go {move}: " + ("a wall." if wall else "the box does not move.")
         else:
             pushed = after[1] != self.boxes
             said = f"you push a box {move}." if pushed else f"you go {move}."
@@ -393,10 +385,6 @@ class Sokoban:
         said += " solved." if success else " no moves are left." if done else ""
         score = len(self.boxes & self.level.goals) / len(self.boxes)
         return Outcome(f"{said}\n{self.draw()}", score, done, success, after is not None)
-
-    def _wall(self, move: str) -> bool:
-        dr, dc = MOVES[move]
-        return (self.man[0] + dr, self.man[1] + dc) in self.level.walls
 
     def actions(self) -> list[str]:
         return [move for move in MOVES if push(self.level.walls, self.man, self.boxes, move)]
@@ -419,46 +407,29 @@ def make_env(name: str, data: str = "") -> Env:
     return ENVS[name](data) if data else ENVS[name]()
 
 
-@dataclass
-class Played:
-    obs: str
-    action: str = ""
-
-
-@dataclass
-class Hand:
-    """A person's episode: the turns so far, undone by the very rollback that LEAFE uses."""
-    env: Env
-    task: str
-    turns: list[Played] = field(default_factory=list)
-
-    def undo(self) -> str:
-        self.turns = self.turns[:-1] if len(self.turns) > 1 else self.turns
-        return rollback(self.env, self.task, self.turns)
-
-
 def play(env: Env, task: str) -> None:
+    """A person's episode; `undo` is the very rollback that LEAFE uses."""
     print(f"{env.rules}\n\ntask {task}. `hint`: admissible actions, `undo`: one turn back, `quit`.\n")
-    hand = Hand(env, task, [Played(env.reset(task))])
-    print(hand.turns[-1].obs)
+    turns = [SimpleNamespace(obs=env.reset(task), action="")]
+    print(turns[-1].obs)
     while True:
         try:
-            typed = input(f"{len(hand.turns)}> ").strip()
+            typed = input(f"{len(turns)}> ").strip()
         except EOFError:
-            typed = "quit"
+            return
         if typed == "quit":
             return
         if typed == "hint":
             print(", ".join(env.actions()))
         elif typed == "undo":
-            print(hand.undo())
+            turns = turns[:-1] or turns
+            print(rollback(env, task, turns))
         elif typed:
-            hand.turns[-1].action = typed
-            outcome = env.step(typed)
-            hand.turns.append(Played(outcome.obs))
+            turns[-1].action, outcome = typed, env.step(typed)
+            turns.append(SimpleNamespace(obs=outcome.obs, action=""))
             print(outcome.obs if outcome.valid else f"(refused) {outcome.obs}")
             if outcome.done:
-                print(f"{'success' if outcome.success else 'failure'} after {len(hand.turns) - 1} turns")
+                print(f"{'success' if outcome.success else 'failure'} after {len(turns) - 1} turns")
                 return
 
 

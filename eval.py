@@ -7,9 +7,8 @@ reflection, no rollback, no hint.
     python eval.py compare out/a out/b          the second minus the first, paired over the same tasks
     python eval.py compare out/a:base out/a     likewise; `:base` picks the base's samples of a run
 
-n samples a task, c successes: pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021), mean over tasks. Intervals
-are 95 % percentile bootstraps over tasks; a difference is bootstrapped over the tasks that both have
-(paired).
+n samples a task, c successes: pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021), mean over tasks. Intervals are
+95 % percentile bootstraps over tasks; a difference is bootstrapped over the tasks that both have (paired).
 """
 import hashlib
 import json
@@ -71,8 +70,7 @@ def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: lis
                     turns=branch.steps, refused=sum(not turn.valid for turn in branch.turns),
                     tokens=branch.tokens, end=branch.end)
 
-    queue.extend(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task)
-                 for task, i in wanted)
+    queue.extend(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task) for task, i in wanted)
     bar, successes = tqdm(total=len(wanted), desc=f"sample {policy}", unit="episode", disable=not wanted), 0
     with adapter_off(model, policy == "base"):
         for n, job in enumerate(engine.run(queue), 1):
@@ -108,6 +106,11 @@ def interval(values: torch.Tensor) -> tuple[float, float]:
     return low, high
 
 
+def spread(estimate: Callable, tasks: int, resamples: int) -> tuple[float, float, float]:
+    """(estimate on all tasks, 95 % interval over resampled ones) of a function of task indices (R, tasks)."""
+    return float(estimate(torch.arange(tasks)[None])[0]), *interval(estimate(bootstrap(tasks, resamples)))
+
+
 class Samples:
     """One policy's samples: counts by task, and every figure that the tables show."""
     def __init__(self, records: list[dict], label: str):
@@ -120,8 +123,7 @@ class Samples:
         self.n = min(len(rs) for rs in self.by_task.values())
 
     def passes(self, k: int) -> torch.Tensor:         # (tasks,)
-        return torch.tensor([pass_at_k(len(rs), sum(r["success"] for r in rs), k)
-                             for rs in self.by_task.values()])
+        return torch.tensor([pass_at_k(len(rs), sum(r["success"] for r in rs), k) for rs in self.by_task.values()])
 
     def recovery(self) -> torch.Tensor:               # (tasks, 2): of episodes with a refusal: successes, all
         return torch.tensor([[sum(r["success"] for r in rs if r["refused"]),
@@ -138,8 +140,7 @@ class Samples:
         return found
 
     def figures(self, ks: list[int], resamples: int) -> dict[str, tuple[float, float, float]]:
-        index, all_ = bootstrap(len(self.by_task), resamples), torch.arange(len(self.by_task))[None]
-        return {name: (float(f(all_)[0]), *interval(f(index))) for name, f in self.estimates(ks).items()}
+        return {name: spread(f, len(self.by_task), resamples) for name, f in self.estimates(ks).items()}
 
     def means(self) -> dict[str, float]:
         rs = [r for group in self.by_task.values() for r in group]
@@ -160,9 +161,8 @@ def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, 
     if list(a.by_task) != list(b.by_task):
         raise UserError(f"{a.label} and {b.label} were not sampled on the same tasks "
                         f"({len(a.by_task)} and {len(b.by_task)})")
-    index, all_ = bootstrap(len(a.by_task), resamples), torch.arange(len(a.by_task))[None]
     fa, fb = a.estimates(ks), b.estimates(ks)
-    return {name: (float(fb[name](all_)[0] - fa[name](all_)[0]), *interval(fb[name](index) - fa[name](index)))
+    return {name: spread(lambda index, name=name: fb[name](index) - fa[name](index), len(a.by_task), resamples)
             for name in fa if name in fb}
 
 
@@ -199,8 +199,7 @@ def read_samples(name: str, policy: str | None = None, tasks: list[str] | None =
     folder, _, wanted = name.partition(":")
     path = Path(folder) / "samples.jsonl"
     if not path.is_file():
-        raise UserError(f"{folder}: there is no samples.jsonl; "
-                        f"run train.py or eval.py with out={folder} first")
+        raise UserError(f"{folder}: there is no samples.jsonl; run train.py or eval.py with out={folder} first")
     records = list(read_jsonl(path))
     wanted = wanted or policy or ("leafe" if any(r["policy"] == "leafe" for r in records) else "base")
     chosen = [r for r in records if r["policy"] == wanted and (tasks is None or r["task"] in set(tasks))]
@@ -209,12 +208,8 @@ def read_samples(name: str, policy: str | None = None, tasks: list[str] | None =
 
 def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
     """passk.json and the printed table of a run, from its samples.jsonl alone."""
-    found = []
-    for policy in ("base", "leafe"):
-        try:
-            found.append(read_samples(str(folder), policy, tasks))
-        except UserError:
-            continue
+    there = {r["policy"] for r in read_jsonl(folder / "samples.jsonl") if r["task"] in set(tasks)}
+    found = [read_samples(str(folder), policy, tasks) for policy in ("base", "leafe") if policy in there]
     if not found:
         raise UserError(f"{folder}: samples.jsonl has no sample of these tasks")
     passk = {p.label: {name: dict(zip(("estimate", "low", "high"), f))
@@ -234,10 +229,10 @@ def main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(__doc__)
         return
-    if args[0] in ("table", "compare"):
-        if len(args) != (2 if args[0] == "table" else 3):
-            raise UserError(f"usage: python eval.py "
-                            f"{'table out/run' if args[0] == 'table' else 'compare out/a out/b'}")
+    usage = dict(table="table out/run", compare="compare out/a out/b")
+    if args[0] in usage:
+        if len(args) != len(usage[args[0]].split()):
+            raise UserError(f"usage: python eval.py {usage[args[0]]}")
         cfg = load_config([str(Path(args[-1].partition(":")[0]) / "config.yaml")])
         if args[0] == "table":
             print(report(Path(args[1]), cfg, pick_tasks(cfg, cfg.split, cfg.test_tasks)))

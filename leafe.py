@@ -1,5 +1,4 @@
-"""Stage 1 of LEAFE: tree-based experience generation with rollback (Algorithm 1), and the targets that it
-yields.
+"""Stage 1 of LEAFE: tree-based experience generation with rollback (Algorithm 1), and the targets that it yields.
 
     explore    for every task q, grow a rollback tree: roll out pi; every K turns and on failure reflect,
                which gives (tau, e); backtrack: Reset(E), replay a_1 .. a_{tau-1}; branch: sample a'_tau ~
@@ -20,7 +19,7 @@ from typing import Callable, Iterator
 
 from tqdm import tqdm
 
-from envs import Env, ReplayMismatch, StepMeter, rollback
+from envs import Env, ReplayMismatch, rollback
 from model import Ask, Chat, Engine, Episode, Job
 from run import Config, Jsonl
 
@@ -103,20 +102,17 @@ class Tree:
     branches: list[Branch] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)            # each branch's first turn, -1 if it has none
 
-    def path(self, index: int | None) -> list[Turn]:
-        """h and a up to and including turn `index`, from the root."""
-        turns: list[Turn] = []
-        while index is not None:
-            turns.append(self.turns[index])
-            index = turns[-1].parent
-        return turns[::-1]
-
     def ancestors(self, index: int | None) -> list[int]:
+        """Turn `index` and those before it, from the root."""
         found: list[int] = []
         while index is not None:
             found.append(index)
             index = self.turns[index].parent
         return found[::-1]
+
+    def path(self, index: int | None) -> list[Turn]:
+        """h and a up to and including turn `index`."""
+        return [self.turns[i] for i in self.ancestors(index)]
 
     def join(self, branch: Branch, parent: int | None) -> None:
         """Add a finished attempt below turn `parent` (the turn before tau)."""
@@ -130,6 +126,13 @@ class Tree:
         """Indices of all turns of attempt `number`, the part it shares with its ancestors included."""
         start = self.starts[number]
         return self.ancestors(start + len(self.branches[number].turns) - 1) if start >= 0 else []
+
+    def at_tau(self, branch: Branch) -> int | None:
+        """The turn that a branch replaces: its parent attempt's at tau. None for a first rollout."""
+        parent = branch.name.rpartition(".")[0]
+        if not parent:
+            return None
+        return self.branch_path([b.name for b in self.branches].index(parent))[branch.tau - 1]
 
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
@@ -167,14 +170,14 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
     a'_tau with e in view, go on. Whether e stays in view is cfg.keep_experience; the turns are stored without
     it either way, and unless it is kept, later contexts do not hold it, so that no key or value computed with
     e in view is used again."""
-    meter, tau = StepMeter(), max(1, len(past))
-    branch = Branch(task, name, tau, e, [], "", [], "horizon", 0, 0, 0)
+    tau = max(1, len(past))
+    branch = Branch(task, name, tau, e, [], "", [], "horizon", 0, tau - 1, 0)
     horizon = min(env.max_turns, cfg.horizon or env.max_turns)
     with closing(env):
         try:
-            obs = rollback(env, task, past, meter) if past else env.reset(task)  # Reset(E), a_1 .. a_{tau-1}
+            obs = rollback(env, task, past) if past else env.reset(task)     # Reset(E), a_1 .. a_{tau-1}
         except ReplayMismatch:
-            branch.end, branch.replayed = "mismatch", meter.replayed
+            branch.end = "mismatch"
             return branch
         h = [i for turn in past[:-1] for i in turn.ids]              # h_tau, without o_tau
         seen = h                                                     # what pi sees; not h if e is kept
@@ -201,15 +204,14 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
                 branch.end = "success" if outcome.success else "failure"
             failed = not outcome.success and (outcome.done or t == horizon)
             if reflect and (failed or (t % cfg.reflect_every == 0 and not outcome.done)):    # every K turns
-                answer = yield Ask(h + chat.next(TURN.format(t=t + 1, obs=obs) + REFLECT, cut),
-                                   cfg.reflect_tokens)
+                answer = yield Ask(h + chat.next(TURN.format(t=t + 1, obs=obs) + REFLECT, cut), cfg.reflect_tokens)
                 if answer is not None:
                     branch.tokens += len(answer)
                     branch.reflections.append(read_reflection(chat.text(answer), t))
                     branch.reflections[-1].final = failed
             if outcome.done:
                 break
-    branch.last_obs, branch.replayed = obs, meter.replayed
+    branch.last_obs = obs
     return branch
 
 
@@ -228,6 +230,9 @@ class Growth:
         self.left -= len(self.level)
         self.depth, self.asked = 0, set()
         self.ended: dict[str, Branch] = {}
+
+    def whole(self) -> bool:
+        return all(name in self.ended for name, *_ in self.level)
 
     def end_level(self) -> None:
         """Join the level's attempts to the tree and queue the rollbacks that they ask for, breadth first."""
@@ -261,18 +266,14 @@ def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, ta
     def advance(growth: Growth) -> None:
         """Queue what the tree wants next; levels that are on disk already join at once."""
         while growth.level:
-            missing = []
-            for name, past, parent, e in growth.level:
-                if (growth.tree.task, name) in done:
-                    growth.ended[name] = done[growth.tree.task, name]
-                else:
-                    missing.append((name, past, e))
-            for name, past, e in missing:
-                env, task = make(), growth.tree.task
-                attempt = episode(env, chat, cfg, task, past, e, name, reflect=True)
-                queue.append(Job(attempt, random.Random(f"{cfg.seed}/{round_}/{task}/{name}"), task,
-                                 snapshot=True))
-            if missing:
+            task = growth.tree.task
+            growth.ended |= {name: done[task, name] for name, *_ in growth.level if (task, name) in done}
+            for name, past, _, e in growth.level:
+                if name not in growth.ended:
+                    attempt = episode(make(), chat, cfg, task, past, e, name, reflect=True)
+                    rng = random.Random(f"{cfg.seed}/{round_}/{task}/{name}")
+                    queue.append(Job(attempt, rng, task, snapshot=True))
+            if not growth.whole():
                 return
             growth.end_level()
         engine.drop(growth.tree.task)
@@ -285,7 +286,7 @@ def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, ta
         growth = grown[branch.task]
         store.append(branch.record(round_))
         growth.ended[branch.name] = branch
-        if all(name in growth.ended for name, *_ in growth.level):
+        if growth.whole():
             growth.end_level()
             advance(growth)
         solved = sum(any(b.success for b in g.ended.values()) for g in grown.values())
@@ -316,24 +317,15 @@ def corrections(tree: Tree, which: str) -> Iterator[int]:
     successful  it, or one that grew from it, succeeded
     An action equal to the one it replaces corrects nothing, one that was cut off is no example: left out.
     """
-    best, own = best_scores(tree), {branch.name: max([t.score for t in branch.turns], default=0.0)
-                                    for branch in tree.branches}
+    best = best_scores(tree)
+    got = {branch.name: max([t.score for t in branch.turns], default=0.0) for branch in tree.branches}
     for branch, start in zip(tree.branches, tree.starts):
         if not branch.experience or start < 0:
             continue
-        turn, parent_name = tree.turns[start], branch.name.rpartition(".")[0]
-        if turn.action == replaced(tree, branch, start).action:
-            continue
-        if (which == "all" or (which == "successful" and best[start] >= 1.0)
-                or (which == "improved" and best[start] > own[parent_name])):
+        if tree.turns[start].action != tree.turns[tree.at_tau(branch)].action and (
+                which == "all" or (which == "successful" and best[start] >= 1.0)
+                or (which == "improved" and best[start] > got[branch.name.rpartition(".")[0]])):
             yield start
-
-
-def replaced(tree: Tree, branch: Branch, start: int) -> Turn:
-    """The turn at tau of the attempt that asked for this rollback."""
-    names = [b.name for b in tree.branches]
-    parent = names.index(branch.name.rpartition(".")[0])
-    return tree.turns[tree.branch_path(parent)[branch.tau - 1]]
 
 
 @dataclass
@@ -365,9 +357,8 @@ def read_trees(records: Iterator[dict], round_: int, tasks: list[str]) -> list[T
     trees = {task: Tree(task) for task in tasks}
     branches = [Branch.read(r) for r in records if r["round"] == round_ and r["task"] in trees]
     for branch in sorted(branches, key=lambda b: (b.name.count("."), [int(n) for n in b.name.split(".")])):
-        tree, parent = trees[branch.task], branch.name.rpartition(".")[0]
-        at = (tree.branch_path([b.name for b in tree.branches].index(parent))[branch.tau - 1]
-              if parent else None)
+        tree = trees[branch.task]
+        at = tree.at_tau(branch)
         tree.join(branch, tree.turns[at].parent if at is not None else None)
     return list(trees.values())
 

@@ -47,8 +47,7 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
     path = find_model(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        config = AutoConfig.from_pretrained(path)
-        check_attention(name, config.get_text_config(), context)
+        check_attention(name, AutoConfig.from_pretrained(path).get_text_config(), context)
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.bfloat16 if device == "cuda" else torch.float32, attn_implementation="sdpa")
@@ -65,15 +64,12 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
 def check_attention(name: str, config, context: int) -> None:
     """The engine's mask is plain causal: refuse what needs another one, or a scaled head."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     if kinds - {"full_attention", "sliding_attention"} or (window and window < context):
-        raise UserError(f"model: {name} has {', '.join(sorted(kinds))} layers with a window of {window} "
-                        f"tokens; the engine needs full attention over context={context} tokens")
+        raise UserError(f"model: {name} has {', '.join(sorted(kinds))} layers with a window of {window} tokens; "
+                        f"the engine needs full attention over context={context} tokens")
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
-        raise UserError(f"model: {name} rescales its logits, which the engine does not do; "
-                        f"choose another model")
+        raise UserError(f"model: {name} rescales its logits, which the engine does not do; choose another model")
     if getattr(config, "max_position_embeddings", context) < context:
         raise UserError(f"context: {context} is more than the {config.max_position_embeddings} tokens "
                         f"of {name}")
@@ -210,43 +206,32 @@ class Chat:
     """
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
-            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; "
-                            f"choose an instruction-tuned model")
+            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; choose an instruction-tuned model")
         self.tokenizer = tokenizer
         marks = ["\u27e6sys\u27e7", "\u27e6one\u27e7", "\u27e6two\u27e7", "\u27e6three\u27e7"]
         system, one, two, three = marks
-        turns = [dict(role="user", content=one), dict(role="assistant", content=two),
-                 dict(role="user", content=three)]
-        text = self._render([dict(role="system", content=system)] + turns)
+        turns = [dict(role=role, content=mark) for role, mark in zip(("system", "user", "assistant", "user"), marks)]
+        text = self._render(turns)
         self.system_role = text is not None and system in text
         if not self.system_role:                        # the rules open the first user message
-            turns[0]["content"] = system + "\n\n" + one
-            text = self._render(turns)
+            text = self._render([dict(role="user", content=system + "\n\n" + one), *turns[2:]])
         at = [text.find(mark) for mark in marks] if text else [-1]
         if min(at) < 0 or sorted(at) != at:
-            raise UserError(f"model: the chat template of {tokenizer.name_or_path} "
-                            f"loses or reorders messages")
+            raise UserError(f"model: the chat template of {tokenizer.name_or_path} loses or reorders messages")
         ends = [start + len(mark) for start, mark in zip(at, marks)]
         self.head, self.system_to_user = text[:at[0]], text[ends[0]:at[1]]
         self.reply_to_user, self.user_to_reply = text[ends[2]:at[3]], text[ends[3]:]
-        self.ids = lru_cache(maxsize=1 << 16)(self._ids)          # the same observations come again and again
-        self.stop = self._stop_ids()
+        # the same observations come again and again
+        self.ids = lru_cache(maxsize=1 << 16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        if not self.ids(self.reply_to_user):
+            raise UserError(f"model: the chat template of {tokenizer.name_or_path} does not mark a reply's end")
+        self.stop = {self.ids(self.reply_to_user)[0]} | {i for i in [tokenizer.eos_token_id] if i is not None}
 
     def _render(self, messages: list[dict]) -> str | None:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception:                               # a template's own jinja errors for a missing role
             return None
-
-    def _stop_ids(self) -> set[int]:
-        between = self.ids(self.reply_to_user)
-        if not between:
-            raise UserError(f"model: the chat template of {self.tokenizer.name_or_path} "
-                            f"does not mark the end of a reply")
-        return {between[0]} | {i for i in [self.tokenizer.eos_token_id] if i is not None}
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def text(self, ids: list[int]) -> str:
         """What a reply says, for people and parsers; the ids stay the truth."""
@@ -295,7 +280,8 @@ class Snapshot:
     layers: list[tuple[torch.Tensor, torch.Tensor]]      # (H, len(ids), D) each
     version: tuple
 
-    def size(self) -> int:
+    @property
+    def nbytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self.layers)
 
 
@@ -311,12 +297,12 @@ class SlotCache:
         self.slots, self.capacity = slots, capacity
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def aim(self, rows: torch.Tensor, at: torch.Tensor, span: int, whole: bool) -> None:
+    def aim(self, rows: list[int], at: torch.Tensor, span: int) -> None:
         """Where the next forward writes, at (B, T) of rows (B,), and what it sees: columns 0..span-1."""
-        self.rows, self.at, self.span, self.whole = rows, at, span, whole
+        self.rows, self.at, self.span = torch.tensor(rows, device=at.device), at, span
+        self.whole = rows == list(range(len(rows)))
 
-    def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_,
-               **__) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.layers):                    # k (B, H, T, D)
             shape = (self.slots, k.shape[1], self.capacity + 1, k.shape[3])
             self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
@@ -324,8 +310,7 @@ class SlotCache:
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[self.rows[:, None], :, self.at] = new.transpose(1, 2)
             # rows 0..B-1 are a view; other groups (only ever a prefill) are gathered
-            seen.append(kept[:len(self.rows), :, :self.span] if self.whole
-                        else kept[:, :, :self.span][self.rows])
+            seen.append(kept[:len(self.rows), :, :self.span] if self.whole else kept[:, :, :self.span][self.rows])
         return seen[0], seen[1]
 
     def read(self, row: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -379,11 +364,10 @@ class Engine:
                 yield from self._admit(queue)
                 if not self.live:                        # every new episode ended without asking for a reply
                     continue
-                long, short = [], []
-                for row, job in enumerate(self.live):
-                    (long if len(job.ids) - job.cached > 1 else short).append(row)
+                tail = [len(job.ids) - job.cached for job in self.live]
                 # A ragged prefill costs more than a decode step: let it wait until half of the rows want one.
-                rows = long if len(long) >= len(short) else short
+                long = sum(n > 1 for n in tail) * 2 >= len(tail)
+                rows = [row for row, n in enumerate(tail) if (n > 1) == long]
                 for tokens, part in self._forward(rows):
                     for row, token in zip(part, tokens):
                         job = self.live[row]
@@ -395,28 +379,27 @@ class Engine:
             self.live = []
 
     def _admit(self, queue: deque[Job]) -> Iterator[Job]:
-        fresh: list[Job] = []
+        fresh: list[int] = []
         while queue and len(self.live) < self.slots:
             job = queue.popleft()
             if self._send(job, None):
+                fresh.append(len(self.live))
                 self.live.append(job)
-                fresh.append(job)
             else:
                 yield job
-        # A prompt that fresh conversations share is computed once: its first owner feeds it, the rest fork it
-        first = len(self.live) - len(fresh)
-        leaders = {}
-        for row, job in enumerate(fresh, first):
-            _, n = self._longest(job)
-            if n < len(job.ids) - 1 and not job.snapshot and job.family not in leaders:
-                leaders[job.family] = row
+        # A prompt that fresh conversations share is computed once: its first owner feeds it, the rest fork it.
+        leaders: dict[str, int] = {}
+        for row in fresh:
+            job = self.live[row]
+            if not job.snapshot and self._longest(job)[1] < len(job.ids) - 1:
+                leaders.setdefault(job.family, row)
+        for row in leaders.values():
+            self._fork(row)
         if leaders:
-            for row in leaders.values():
-                self._fork(row)
             list(self._forward(list(leaders.values()), upto=-1))
-            for row in leaders.values():
-                self._keep(self.live[row], row)
-        for row, job in enumerate(fresh, first):
+        for row in leaders.values():
+            self._keep(row)
+        for row in fresh:
             if row not in leaders.values():
                 self._fork(row)
 
@@ -426,13 +409,12 @@ class Engine:
         for row in rows:
             job = self.live[row]
             if job.ids[-1] in self.stop or len(job.ids) - job.reply_at >= job.max_new:
-                reply = job.ids[job.reply_at:]
-                if not self._send(job, reply):
+                if not self._send(job, job.ids[job.reply_at:]):
                     ended.append(row)
         for row in reversed(ended):                      # from the back: the row moved in is a live one
             job = self.live[row]
             if job.snapshot:
-                self._keep(job, row)
+                self._keep(row)
             last = self.live.pop()
             if last is not job:
                 self.cache.move(len(self.live), row, last.cached)
@@ -464,8 +446,7 @@ class Engine:
         decode = all(len(tail) == 1 for tail in tails.values()) and upto is None
         for part in [rows] if decode else self._groups(tails):
             batch = list(range(len(self.live))) if decode else part
-            hidden = self._hidden(batch, [tails.get(row, [0]) for row in batch],
-                                  whole=batch == list(range(len(batch))))
+            hidden = self._hidden(batch, [tails.get(row, [0]) for row in batch])
             for row in part:
                 self.live[row].cached += len(tails[row])
                 self.fed += len(tails[row])
@@ -487,7 +468,7 @@ class Engine:
             groups[-1].append(row)
         return [sorted(group) for group in groups]
 
-    def _hidden(self, batch: list[int], tails: list[list[int]], whole: bool) -> torch.Tensor:
+    def _hidden(self, batch: list[int], tails: list[list[int]]) -> torch.Tensor:
         """Hidden state (B, D) behind the last token of each tail; writes keys and values."""
         longest = max(map(len, tails))
         starts = torch.tensor([self.live[row].cached for row in batch])
@@ -498,18 +479,17 @@ class Engine:
         at = torch.where(offset < sizes[:, None], position, self.context)
         span = int((starts + sizes).max())
         mask = torch.arange(span) <= position[..., None]                                        # (B, T, span)
-        self.cache.aim(torch.tensor(batch, device=self.device), at.to(self.device), span, whole)
+        self.cache.aim(batch, at.to(self.device), span)
         out = self.decoder(
             input_ids=ids.to(self.device), position_ids=position.to(self.device), use_cache=True,
             attention_mask=mask[:, None].to(self.device), past_key_values=self.cache).last_hidden_state
         return out[torch.arange(len(batch)), sizes - 1]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:
-        """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy.
-        Batches of other shapes round differently, by about 1e-6. A draw that falls closer than `self.close`
-        to the edge between two tokens is settled by a forward of that conversation alone, so that (in fp32)
-        samples do not depend on slots, schedule or resumption: see
-        test_samples_do_not_depend_on_slots_memory_or_order."""
+        """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy. Batches
+        of other shapes round differently, by about 1e-6. A draw that falls closer than `self.close` to the edge
+        between two tokens is settled by a forward of that conversation alone, so that (in fp32) samples do not
+        depend on slots, schedule or resumption: see test_samples_do_not_depend_on_slots_memory_or_order."""
         us = torch.tensor([job.rng.random() if self.temperature else 0.0 for job in jobs],
                           dtype=torch.float64, device=logits.device)
         tokens, edge = self._draw(logits, us)
@@ -534,9 +514,8 @@ class Engine:
     # snapshots
 
     def _longest(self, job: Job) -> tuple[Snapshot | None, int]:
-        """The kept snapshot that shares most tokens with the conversation, and how many. At least the last
-        token stays to be fed. Other families' prompts share the rules: their latest snapshot is a candidate
-        too."""
+        """The kept snapshot that shares most tokens with the conversation, and how many. At least the last token
+        stays to be fed. Other families' prompts share the rules: their latest snapshot is a candidate too."""
         own = self.kept.get(job.family, [])
         others = next(reversed(self.kept.values()), []) if self.kept else []
         best = max(own + others[:1], key=lambda kept: common_prefix(kept.ids, job.ids), default=None)
@@ -554,27 +533,24 @@ class Engine:
     def fork(self, snapshot: Snapshot, row: int, n: int) -> None:
         """Copy a snapshot's first n tokens into a row. Raises StaleSnapshot after a change of weights."""
         if snapshot.version != weights_version(self.model):
-            raise StaleSnapshot("an optimiser step or a switch of the adapter came between; "
-                                "call drop() first")
+            raise StaleSnapshot("an optimiser step or a switch of the adapter came between; " "call drop() first")
         self.cache.write(row, snapshot.layers, n)
 
-    def _keep(self, job: Job, row: int) -> None:
-        snapshot = Snapshot(job.ids[:job.cached], self.cache.read(row, job.cached),
-                            weights_version(self.model))
-        self.kept.setdefault(job.family, []).append(snapshot)
-        total = sum(kept.size() for family in self.kept.values() for kept in family)
+    def _keep(self, row: int) -> None:
+        job = self.live[row]
+        self.kept.setdefault(job.family, []).append(
+            Snapshot(job.ids[:job.cached], self.cache.read(row, job.cached), weights_version(self.model)))
+        total = sum(kept.nbytes for family in self.kept.values() for kept in family)
         while total > self.budget and self.kept:
             family = next(iter(self.kept))
-            total -= self.kept[family].pop(0).size()
+            total -= self.kept[family].pop(0).nbytes
             if not self.kept[family]:
                 del self.kept[family]
 
     def drop(self, family: str | None = None) -> None:
         """Forget the snapshots of a family that is done, or all; to be called too when the weights change."""
-        if family is None:
-            self.kept.clear()
-        else:
-            self.kept.pop(family, None)
+        for name in [family] if family else list(self.kept):
+            self.kept.pop(name, None)
 
 
 # --------------------------------------------------------------------------------------- tree-packed training
@@ -626,9 +602,8 @@ def pack(trees: list[list[Segment]]) -> Packed:
 
 
 def packed_nll(model, rows: list[Packed]) -> torch.Tensor:
-    """Weighted sums of -log pi(token | its ancestors) over the rows' targets: (C,), one a loss, with
-    gradient. Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V)
-    tensor."""
+    """Weighted sums of -log pi(token | its ancestors) over the rows' targets: (C,), one a loss, with gradient.
+    Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor."""
     device = next(model.parameters()).device
     longest = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -136,7 +136,7 @@ def test_snapshot_memory_stays_within_its_budget(tiny, settings):
     cfg = settings()
     engine = Engine(model, chat.stop, 8, cfg.context, 1.0, snapshot_mb=4)
     play_trees(engine, chat, cfg, Quest().tasks("valid")[:6], [])
-    assert 0 < sum(s.size() for kept in engine.kept.values() for s in kept) <= 4 * 2**20
+    assert 0 < sum(s.nbytes for kept in engine.kept.values() for s in kept) <= 4 * 2**20
 
 
 def test_an_episode_that_outgrows_the_context_ends_and_is_counted(tiny, settings):
@@ -356,4 +356,4 @@ def test_lora_wraps_all_seven_projections_of_every_layer(own_tiny):
     add_lora(model, 4, 8, seed=0)
     assert len(lora_layers(model)) == 7 * model.config.num_hidden_layers
     assert all(isinstance(layer, LoRA) for layer in lora_layers(model).values())
-    assert isinstance(Snapshot([1], [(torch.zeros(1, 1, 1),) * 2], ()).size(), int)
+    assert isinstance(Snapshot([1], [(torch.zeros(1, 1, 1),) * 2], ()).nbytes, int)
