@@ -204,7 +204,8 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
                 branch.end = "success" if outcome.success else "failure"
             failed = not outcome.success and (outcome.done or t == horizon)
             if reflect and (failed or (t % cfg.reflect_every == 0 and not outcome.done)):    # every K turns
-                answer = yield Ask(h + chat.next(TURN.format(t=t + 1, obs=obs) + REFLECT, cut), cfg.reflect_tokens)
+                answer = yield Ask(h + chat.next(TURN.format(t=t + 1, obs=obs) + REFLECT, cut),
+                                   cfg.reflect_tokens, cfg.reflect_temperature)
                 if answer is not None:
                     branch.tokens += len(answer)
                     branch.reflections.append(read_reflection(chat.text(answer), t))

@@ -254,6 +254,7 @@ class Ask:
     no room for it."""
     context: list[int]
     max_new: int
+    temperature: float | None = None    # None: the engine's; 0: greedy
 
 
 Episode = Generator[Ask, list[int] | None, Any]
@@ -272,6 +273,7 @@ class Job:
     cached: int = 0                     # the first `cached` of ids have keys and values in the row
     reply_at: int = 0
     max_new: int = 0
+    temperature: float = 1.0
 
 
 @dataclass
@@ -431,6 +433,7 @@ class Engine:
                     continue
                 job.cached = min(job.cached, common_prefix(job.ids, ask.context), len(ask.context) - 1)
                 job.ids, job.reply_at, job.max_new = list(ask.context), len(ask.context), ask.max_new
+                job.temperature = self.temperature if ask.temperature is None else ask.temperature
                 self.seen += len(job.ids)
                 return True
         except StopIteration as end:
@@ -490,26 +493,28 @@ class Engine:
         of other shapes round differently, by about 1e-6. A draw that falls closer than `self.close` to the edge
         between two tokens is settled by a forward of that conversation alone, so that (in fp32) samples do not
         depend on slots, schedule or resumption: see test_samples_do_not_depend_on_slots_memory_or_order."""
-        us = torch.tensor([job.rng.random() if self.temperature else 0.0 for job in jobs],
-                          dtype=torch.float64, device=logits.device)
-        tokens, edge = self._draw(logits, us)
+        us, heat = torch.tensor([[job.rng.random() if job.temperature else 0.0, job.temperature] for job in jobs],
+                                dtype=torch.float64, device=logits.device).T[..., None]             # (B, 1) each
+        tokens, edge = self._draw(logits, us, heat)
         if logits.dtype == torch.float32:
             for i in (edge < self.close).nonzero()[:, 0].tolist():
                 alone = self.decoder(input_ids=torch.tensor([jobs[i].ids], device=self.device),
                                      use_cache=False).last_hidden_state
-                tokens[i] = self._draw(self.head(alone[:, -1]), us[i:i + 1])[0][0]
+                tokens[i] = self._draw(self.head(alone[:, -1]), us[i:i + 1], heat[i:i + 1])[0][0]
         return tokens.tolist()
 
-    def _draw(self, logits: torch.Tensor, us: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B,), and how far each draw was from falling on another token, in probability (B,)."""
-        if self.temperature == 0:
-            best = logits.float().softmax(-1).topk(2)
-            return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
-        cdf = (logits.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
-        at = (us * cdf[:, -1])[:, None]                                                          # (B, 1)
+        cdf = (logits / heat.where(heat > 0, 1.0).float()).float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        at = us * cdf[:, -1:]                                                                       # (B, 1)
         tokens = torch.searchsorted(cdf, at, right=True).clamp_(max=logits.shape[-1] - 1)
-        below = cdf.gather(1, (tokens - 1).clamp_(min=0)).where(tokens > 0, torch.zeros_like(at))
-        return tokens[:, 0], torch.minimum(at - below, cdf.gather(1, tokens) - at)[:, 0]
+        below = cdf.gather(1, (tokens - 1).clamp_(min=0)).where(tokens > 0, 0.0)
+        edge = torch.minimum(at - below, cdf.gather(1, tokens) - at)
+        if not heat.all():
+            best = logits.float().softmax(-1).topk(2)
+            tokens = tokens.where(heat > 0, best.indices[:, :1])
+            edge = edge.where(heat > 0, (best.values[:, :1] - best.values[:, 1:]).double())
+        return tokens[:, 0], edge[:, 0]
 
     # snapshots
 

@@ -49,6 +49,7 @@ class Config:
     keep_experience: bool
     action_tokens: int
     reflect_tokens: int
+    reflect_temperature: float
     corrections: str
     corrections_per_task: int
     rehearsal_share: float
@@ -73,7 +74,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
        "attempts", "action_tokens", "reflect_tokens", "corrections_per_task", "steps", "batch_tokens",
        "row_tokens", "checkpoint_every", "samples", "resamples")],
     *[(key, lambda v: v >= 0, "must be 0 or more") for key in
-      ("snapshot_mb", "temperature", "max_depth", "beta", "warmup", "seed")],
+      ("snapshot_mb", "temperature", "reflect_temperature", "max_depth", "beta", "warmup", "seed")],
     *[(key, lambda v: 0 < v < float("inf"), "must be above 0") for key in ("lora_alpha", "lr", "clip")],
     ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
     ("rehearsal_share", lambda v: 0 <= v <= 1, "must lie in 0..1"),

@@ -74,7 +74,7 @@ def test_forked_generation_equals_generate_token_for_token(name, keep, slots, ti
     if name == "adapter":
         add_lora(model, 4, 8, seed=0)
         shake(model)
-    cfg = settings(f"keep_experience={str(keep).lower()}", "temperature=0", "reflect_every=3",
+    cfg = settings(f"keep_experience={str(keep).lower()}", "temperature=0", "reflect_temperature=0", "reflect_every=3",
                    "action_tokens=6", "reflect_tokens=9")
     engine, log = Engine(model, chat.stop, slots, cfg.context, 0, snapshot_mb=64), []
     count = 12 if name in ("tiny", "adapter") else 4              # tasks; three episodes each
