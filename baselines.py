@@ -78,9 +78,6 @@ def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
 
 
 def main(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     cfg = load_config(args)
     folder = RunFolder(cfg)
     tree_store = folder.jsonl("trees.jsonl")
@@ -95,4 +92,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, __doc__)

@@ -1,20 +1,13 @@
 """Text worlds behind one small protocol: text in, text out. Nothing here knows of models or tokens.
 
     python envs.py                          what there is
-    python envs.py quest                    play a task by hand (undo = rollback by replay,
-                                            hint = admissible actions)
+    python envs.py quest                    play by hand: `undo` is a rollback by replay, `hint` lists actions
     python envs.py sokoban test-1-0003      play that task
     python envs.py sokoban data=levels.txt  play level files in Boxoban's format
 
-A world must be deterministic: `reset(task)` and the same actions give the same observations, always. That is
-all that backtracking needs (the paper's Reset(E), then replay a_1 .. a_{tau-1}), and `rollback` checks it at
-every turn.
-
-Quest is the embedded default, made so that LEAFE's effect is visible. The thing to find lies behind a chain of one
-to four obstacles. What an obstacle needs is told only by its refusal ("it is dark. the attic needs the torch from
-the cellar."), differs from task to task, and more things lie about than are of use; one thing fits in the hand; the
-candle burns down; a key breaks in the wrong lock and a rope bridge holds once. So no fixed habit solves it: one
-must read the refusals and act on them. Sokoban is the paper's: 6x6 rooms, pushing boxes onto goals, no undo.
+A world must be deterministic: `reset(task)` and the same actions give the same observations, always. That is all
+that backtracking needs, and `rollback` checks it at every turn. Quest is the embedded default, made so that no
+fixed habit solves it: one must read the refusals and act on them. Sokoban is the paper's.
 """
 import random
 import re
@@ -53,15 +46,13 @@ class Env(Protocol):
     def step(self, action: str) -> Outcome: ...
     def actions(self) -> list[str]: ...                # admissible actions, for people and tests
     def difficulty(self, task: str) -> str: ...        # a group for the tables
-    def close(self) -> None: ...
+    def close(self) -> None: ...                       # a world with something to free overrides it
 
 
 def rollback(env: Env, task: str, turns: Sequence) -> str:
     """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack): len(turns) - 1 environment steps.
-
     `turns` are those before and including tau (anything with .obs and .action); the action of the last is not
-    replayed. Returns o_tau. Raises ReplayMismatch if any observation differs from the recorded one.
-    """
+    replayed. Returns o_tau. Raises ReplayMismatch if any observation differs from the recorded one."""
     obs = env.reset(task)
     for i, turn in enumerate(turns, 1):
         if obs != turn.obs:
@@ -73,8 +64,6 @@ def rollback(env: Env, task: str, turns: Sequence) -> str:
                 raise ReplayMismatch(f"{task}: the replay ended at turn {i} of {len(turns)}")
     return obs
 
-
-# ------------------------------------------------------------------------------------------------------ quest
 
 ROOMS = "attic cellar chapel garden island kitchen library stable study tower vault workshop".split()
 TREASURES = "crown goblet harp mirror ring violin".split()
@@ -88,8 +77,9 @@ def listing(things: Sequence[str]) -> str:
     return " and ".join("the " + thing for thing in things) if things else "nothing"
 
 
-class Quest:
-    """A house of rooms. Task ids are `<split>-<needs>-<number>`, needs 1..4; the id alone seeds the world."""
+class Quest(Env):
+    """A house of rooms; the treasure lies behind a chain of 1..4 needs, each told only by a refusal. Task ids are
+    `<split>-<needs>-<number>`; the id alone seeds the world."""
     rules = ("you are in a house and look for a treasure. you can go to a room or take a thing. you can "
              "carry one thing. answer with one action, like: go cellar, or: take lamp")
     slack = 3                                     # turns beyond the shortest solution, without foreknowledge
@@ -105,10 +95,9 @@ class Quest:
     def reset(self, task: str) -> str:
         match = re.fullmatch(r"(train|valid|test|corpus)-([1-4])-(\d{4,7})", task)
         if not match or int(match[3]) >= self.sizes[match[1]]:
-            raise UserError(f"quest has no task {task!r}; ids look like train-2-0001 "
-                            f"(split, needs 1 to 4, number)")
+            raise UserError(f"quest has no task {task!r}; ids look like train-2-0001 (split, needs 1 to 4, number)")
         rng = random.Random("quest/" + task)
-        needs = int(match[2])
+        self.needs = needs = int(match[2])
         self.rooms = rng.sample(ROOMS, needs + 4)   # the first `needs` are barred, the first holds the goal
         self.treasure = rng.choice(TREASURES)
         tools = rng.sample(list(NEEDS), needs + 3)  # the first `needs` are of use
@@ -126,7 +115,6 @@ class Quest:
         self.bridge = rng.choice(free) if rng.random() < 0.3 else ""  # room beyond a bridge that holds once
         self.goal, self.place, self.hand, self.opened, self.gone = barred[0], "hall", "", 0, ""
         self.left = 3 * needs + 2 + self.slack
-        self.needs = needs
         doors = rng.sample(self.rooms, len(self.rooms))
         return (f"find the {self.treasure}. the {self.treasure} is in the {self.goal}. your candle lasts "
                 f"{self.left} turns. you are in the hall. doors: {', '.join(doors)}.")
@@ -164,13 +152,16 @@ class Quest:
             obs = "you cross a bridge. it holds once. "
         return f"{obs}you are in the {room}. you see {listing(self.things[room])}.", True
 
+    def _where(self, thing: str) -> str:
+        """The room in which a thing lies; '' if it is in the hand or broken."""
+        return next((room for room, things in self.things.items() if thing in things), "")
+
     def _refuse(self, room: str, tool: str) -> str:
         why = f"it {NEEDS[tool]}."
         if tool.endswith("-key") and self.hand.endswith("-key"):
             why = f"the {self.hand} breaks in the lock."
             self.hand = ""
-        place = next((place for place, things in self.things.items() if tool in things), "")
-        where = f" from the {place}." if place else ", and it is broken."
+        where = f" from the {place}." if (place := self._where(tool)) else ", and it is broken."
         return f"{why} the {room} needs the {tool}{where}"
 
     def _take(self, thing: str) -> tuple[str, bool]:
@@ -187,37 +178,31 @@ class Quest:
         return obs, True
 
     def actions(self) -> list[str]:
-        return (["go " + room for room in sorted(self.rooms)]
-                + ["take " + thing for thing in self.things.get(self.place, [])])
+        return [*("go " + room for room in sorted(self.rooms)),
+                *("take " + thing for thing in self.things.get(self.place, []))]
 
     def next_best(self) -> str:
         """The first action of a shortest solution in the world laid open ('' if none); for tests, figures."""
-        todo: list[str] = []
-        room, thing = self.goal, self.treasure
-        while True:                                 # walk the chain of needs from the goal outwards
-            if thing == self.hand:
-                return todo[-1] if todo else ""
-            if self.place == room and thing in self.things[room]:
+        action, thing = "", self.treasure
+        while thing != self.hand:                   # walk the chain of needs from the goal outwards
+            place = self._where(thing)
+            if place == self.place:
                 return "take " + thing
-            place = next((p for p, things in self.things.items() if thing in things), None)
-            if place is None or place == self.gone:
+            if place in ("", self.gone):
                 return ""
-            todo.append("go " + place)
+            action = "go " + place
             if place not in self.bars:
-                return todo[-1]
-            room, thing = "", self.bars[place]
-            room = next((p for p, things in self.things.items() if thing in things), "")
+                break
+            thing = self.bars[place]
+        return action
 
     def judge(self, task: str, actions: list[str], tau: int, e: str) -> tuple[bool, bool, bool]:
-        """A failed episode's reflection, seen with the house laid open: was the policy told of something
-        missing that it never brought? Does e name such a thing? And can the room that lacks it still be
-        opened from turn tau?"""
+        """A failed episode's reflection, seen with the house laid open: was the policy told of something missing
+        that it never brought? Does e name such a thing? Can the room that lacks it still be opened from tau?"""
         self.reset(task)
         told: dict[str, str] = {}                   # thing -> the room whose refusal named it
         for action in actions:
-            obs = self.step(action).obs
-            need = re.search(r"needs the ([a-z-]+)", obs)
-            if need:
+            if need := re.search(r"needs the ([a-z-]+)", self.step(action).obs):
                 told[need[1]] = action.lower().split()[-1]
         told = {thing: room for thing, room in told.items() if room in self.bars}
         named = [thing for thing in told if thing in re.findall(r"[a-z-]+", e.lower())]
@@ -231,15 +216,9 @@ class Quest:
             self.step(best)
         return True, True, room not in self.bars
 
-    def close(self) -> None:
-        pass
-
-
-# ---------------------------------------------------------------------------------------------------- sokoban
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-WALL, FLOOR, GOAL, BOX, MAN = "#", " ", ".", "$", "@"
-BOX_ON_GOAL, MAN_ON_GOAL = "*", "+"
+WALL, FLOOR, GOAL, BOX, MAN, BOX_ON_GOAL, MAN_ON_GOAL = "# .$@*+"
 
 
 @dataclass
@@ -251,28 +230,24 @@ class Level:
     size: tuple[int, int]                          # rows, columns
 
 
-def parse_level(lines: list[str]) -> Level:
-    """One level as text. Raises UserError if it has no man, or not as many goals as boxes."""
+def parse_level(lines: list[str], where: str) -> Level:
+    """One level as text. Raises UserError, naming `where`, if it has no man, or not as many goals as boxes."""
     cells = {(r, c): char for r, line in enumerate(lines) for c, char in enumerate(line)}
     pick = lambda chars: {cell for cell, char in cells.items() if char in chars}      # noqa: E731
     men, boxes, goals = (pick(MAN + MAN_ON_GOAL), pick(BOX + BOX_ON_GOAL), pick(GOAL + BOX_ON_GOAL + MAN_ON_GOAL))
     if len(men) != 1 or not boxes or len(boxes) != len(goals):
-        raise UserError(f"not a Sokoban level: {len(men)} men, {len(boxes)} boxes, {len(goals)} goals")
+        raise UserError(f"{where}: not a Sokoban level: {len(men)} men, {len(boxes)} boxes, {len(goals)} goals")
     return Level(pick(WALL), goals, boxes, men.pop(), (len(lines), max(map(len, lines))))
 
 
 @lru_cache(maxsize=64)                            # every episode has an environment of its own
 def read_boxoban(path: Path) -> list[Level]:
     """A Boxoban file: blocks of `; N` and rows of `# @ $ .`."""
-    levels: list[Level] = []
-    for block in path.read_text().split(";")[1:]:
-        try:
-            levels.append(parse_level([line for line in block.split("\n")[1:] if line.strip()]))
-        except UserError as error:
-            raise UserError(f"{path}: level {len(levels)}: {error}") from None
-    if not levels:
+    blocks = path.read_text().split(";")[1:]
+    if not blocks:
         raise UserError(f"{path}: no level found; a Boxoban file has blocks of '; N' and rows of '#@$.'")
-    return levels
+    return [parse_level([line for line in block.split("\n")[1:] if line.strip()], f"{path}: level {n}")
+            for n, block in enumerate(blocks)]
 
 
 def reverse_play(rng: random.Random, boxes: int, side: int = 6) -> Level:
@@ -305,7 +280,7 @@ def push(walls: set, man: tuple[int, int], boxes: frozenset, move: str):
     return to, boxes - {to} | {beyond} if to in boxes else boxes
 
 
-class Sokoban:
+class Sokoban(Env):
     """Task ids: `<split>-<boxes>-<number>`, made here, `<file stem>/<number>` of Boxoban files in `data`."""
     rules = ("you push boxes onto goals. # wall, $ box, . goal, * box on goal, @ you, + you on goal. a box "
              "can be pushed, not pulled, and not two at once. "
@@ -349,12 +324,9 @@ class Sokoban:
         def cell(at: tuple[int, int]) -> str:
             if at in self.level.walls:
                 return WALL
-            on = at in self.level.goals
-            if at in self.boxes:
-                return BOX_ON_GOAL if on else BOX
-            if at == self.man:
-                return MAN_ON_GOAL if on else MAN
-            return GOAL if on else FLOOR
+            bare, on_goal = ((BOX, BOX_ON_GOAL) if at in self.boxes else
+                             (MAN, MAN_ON_GOAL) if at == self.man else (FLOOR, GOAL))
+            return on_goal if at in self.level.goals else bare
         rows, columns = self.level.size
         return "\n".join("".join(cell((r, c)) for c in range(columns)) for r in range(rows))
 
@@ -365,8 +337,7 @@ class Sokoban:
 
     def step(self, action: str) -> Outcome:
         self.left -= 1
-        words = action.lower().strip().rstrip(".").split()
-        move = words[-1] if words else ""
+        move = (action.lower().strip().rstrip(".").split() or [""])[-1]
         after = push(self.level.walls, self.man, self.boxes, move) if move in MOVES else None
         if move not in MOVES:
             said = "answer with up, down, left or right."
@@ -389,11 +360,6 @@ class Sokoban:
     def actions(self) -> list[str]:
         return [move for move in MOVES if push(self.level.walls, self.man, self.boxes, move)]
 
-    def close(self) -> None:
-        pass
-
-
-# ------------------------------------------------------------------------------------------- by name, by hand
 
 ENVS = {"quest": Quest, "sokoban": Sokoban}
 
@@ -440,8 +406,8 @@ def main(args: list[str]) -> None:
         print(__doc__)
         for name in ENVS:
             env = make_env(name)
-            print(f"{name:10}" + ", ".join(f"{split} {len(env.tasks(split))}"
-                                           for split in ("train", "valid", "test")) + " tasks")
+            sizes = (f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
+            print(f"{name:10}" + ", ".join(sizes) + " tasks")
         return
     env = make_env(words[0], options.get("data", ""))
     tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]

@@ -21,11 +21,10 @@ import torch
 from tqdm import tqdm
 
 from envs import UserError, make_env
-from leafe import Branch, episode
+from leafe import episode
 from model import Chat, Engine, Job, adapter_off, load_adapter, load_model, lora_parameters
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, write_aside
 
-# --------------------------------------------------------------------------------------------------- sampling
 
 def make_engine(model, chat: Chat, cfg: Config) -> Engine:
     return Engine(model, chat.stop, cfg.slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
@@ -51,39 +50,32 @@ def fingerprint(model) -> str:
 def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: list[str]) -> None:
     """Draw what is missing of cfg.samples episodes for each task; `policy` is base (adapter off) or leafe."""
     weights = "base" if policy == "base" else fingerprint(model)
-    done = set()
-    for record in store.records:
-        if record["policy"] == policy:
-            if record["weights"] != weights:
-                raise UserError(f"{store.path} holds {policy} samples of another adapter "
-                                f"({record['weights']}, not {weights}); choose another out=")
-            done.add((record["task"], record["sample"]))
-    make = lambda: make_env(cfg.env, cfg.data)                                   # noqa: E731
-    world, engine = make(), make_engine(model, chat, cfg)
-    wanted = [(task, i) for task in tasks for i in range(cfg.samples) if (task, i) not in done]
-    queue: deque[Job] = deque()
+    held = [record for record in store.records if record["policy"] == policy]
+    if others := {record["weights"] for record in held} - {weights}:
+        raise UserError(f"{store.path} holds {policy} samples of another adapter "
+                        f"({others.pop()}, not {weights}); choose another out=")
+    done = {(record["task"], record["sample"]) for record in held}
+    world, engine = make_env(cfg.env, cfg.data), make_engine(model, chat, cfg)
 
     def plain(task: str, i: int):
-        branch: Branch = yield from episode(make(), chat, cfg, task, [], "", str(i), reflect=False)
+        branch = yield from episode(make_env(cfg.env, cfg.data), chat, cfg, task, [], "", str(i), reflect=False)
         return dict(policy=policy, weights=weights, task=task, sample=i, difficulty=world.difficulty(task),
                     success=branch.success, score=branch.turns[-1].score if branch.turns else 0.0,
                     turns=branch.steps, refused=sum(not turn.valid for turn in branch.turns),
                     tokens=branch.tokens, end=branch.end)
 
-    queue.extend(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task) for task, i in wanted)
-    bar, successes = tqdm(total=len(wanted), desc=f"sample {policy}", unit="episode", disable=not wanted), 0
+    queue = deque(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task)
+                  for task in tasks for i in range(cfg.samples) if (task, i) not in done)
+    bar, successes = tqdm(total=len(queue), desc=f"sample {policy}", unit="episode", disable=not queue), 0
     with adapter_off(model, policy == "base"):
         for n, job in enumerate(engine.run(queue), 1):
             store.append(job.result)
             successes += job.result["success"]
             bar.update()
-            bar.set_postfix_str(f"success {successes / n:.1%}, "
-                                f"{engine.sampled / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s, "
-                                f"{1 - engine.fed / max(1, engine.seen):.0%} from the cache", refresh=False)
+            bar.set_postfix_str(f"success {successes / n:.1%}, {engine.pace(bar.format_dict['elapsed'])}",
+                                refresh=False)
     bar.close()
 
-
-# -------------------------------------------------------------------------------------------------- estimates
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased estimate from n samples with c successes. Raises ValueError if k > n."""
@@ -101,9 +93,8 @@ def bootstrap(tasks: int, resamples: int) -> torch.Tensor:
 
 
 def interval(values: torch.Tensor) -> tuple[float, float]:
-    low, high = values[~values.isnan()].double().quantile(
-        torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return tuple(values[~values.isnan()].double().quantile(ends).tolist())
 
 
 def spread(estimate: Callable, tasks: int, resamples: int) -> tuple[float, float, float]:
@@ -114,21 +105,19 @@ def spread(estimate: Callable, tasks: int, resamples: int) -> tuple[float, float
 class Samples:
     """One policy's samples: counts by task, and every figure that the tables show."""
     def __init__(self, records: list[dict], label: str):
-        self.label, by_task = label, {}
-        for record in records:
-            by_task.setdefault(record["task"], []).append(record)
-        if not by_task:
+        self.label, self.by_task = label, {}
+        for record in sorted(records, key=lambda record: record["task"]):
+            self.by_task.setdefault(record["task"], []).append(record)
+        if not self.by_task:
             raise UserError(f"{label}: there are no samples")
-        self.by_task = dict(sorted(by_task.items()))
         self.n = min(len(rs) for rs in self.by_task.values())
 
     def passes(self, k: int) -> torch.Tensor:         # (tasks,)
         return torch.tensor([pass_at_k(len(rs), sum(r["success"] for r in rs), k) for rs in self.by_task.values()])
 
     def recovery(self) -> torch.Tensor:               # (tasks, 2): of episodes with a refusal: successes, all
-        return torch.tensor([[sum(r["success"] for r in rs if r["refused"]),
-                              sum(r["refused"] > 0 for r in rs)] for rs in self.by_task.values()],
-                            dtype=torch.float64)
+        met = [[r["success"] for r in rs if r["refused"]] for rs in self.by_task.values()]
+        return torch.tensor([[sum(wins), len(wins)] for wins in met], dtype=torch.float64)
 
     def estimates(self, ks: list[int]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """Name -> function from task indices (R, tasks) to (R,) estimates."""
@@ -165,8 +154,6 @@ def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, 
     return {name: spread(lambda index, name=name: fb[name](index) - fa[name](index), len(a.by_task), resamples)
             for name in fa if name in fb}
 
-
-# ----------------------------------------------------------------------------------------------------- tables
 
 def cell(figure: tuple[float, float, float], sign: str = "") -> str:
     return "{:{s}6.1f} [{:{s}5.1f}, {:{s}5.1f}]".format(*(100 * v for v in figure), s=sign)
@@ -221,14 +208,11 @@ def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
 def open_policy(cfg: Config):
     model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
     if cfg.adapter:
-        load_adapter(model, cfg.adapter)
+        load_adapter(model, Path(cfg.adapter))
     return model, Chat(tokenizer)
 
 
 def main(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     usage = dict(table="table out/run", compare="compare out/a out/b")
     if args[0] in usage:
         if len(args) != len(usage[args[0]].split()):
@@ -251,4 +235,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, __doc__)

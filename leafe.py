@@ -1,20 +1,19 @@
 """Stage 1 of LEAFE: tree-based experience generation with rollback (Algorithm 1), and the targets that it yields.
 
-    explore    for every task q, grow a rollback tree: roll out pi; every K turns and on failure reflect,
-               which gives (tau, e); backtrack: Reset(E), replay a_1 .. a_{tau-1}; branch: sample a'_tau ~
-               pi(. | h_tau, q, e) and carry on; breadth first, to a maximum depth, within a budget of
-               attempts
+    explore    for every task q, grow a rollback tree: roll out pi; every K turns and on failure reflect, which
+               gives (tau, e); backtrack: Reset(E), replay a_1 .. a_{tau-1}; branch: sample a'_tau ~ pi(. | h_tau,
+               q, e) and carry on; breadth first, to a maximum depth, within a budget of attempts
     targets    D_cf, the improved actions a'_tau at h_tau without e, and D_reh, turns of successful paths
 
-An episode is a Python generator: it yields a context and receives the reply's ids, so that Algorithm 1 reads
-as straight code, one conversation at a time, while the engine runs hundreds side by side. Left to others:
-optimisers (train.py), sampling for Pass@k (eval.py, which runs the same `episode` without reflection).
+An episode is a Python generator: it yields a context and receives the reply's ids, so that Algorithm 1 reads as
+straight code, one conversation at a time, while the engine runs hundreds side by side.
 """
 import random
 import re
-from collections import deque
+from collections import Counter, deque
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Callable, Iterator
 
 from tqdm import tqdm
@@ -23,17 +22,13 @@ from envs import Env, ReplayMismatch, rollback
 from model import Ask, Chat, Engine, Episode, Job
 from run import Config, Jsonl
 
-# ---------------------------------------------------------------------------------------------------- prompts
-# All the text that a policy ever reads, besides the environment's own rules and observations.
-
+# The prompts: all the text that a policy ever reads, besides the environment's own rules and observations.
 TURN = "step {t}: {obs}"                          # a user message: turn t's observation
 HINT = "\nexperience: {e}"                        # behind the observation at tau, in a branch only
 REFLECT = ("\nlook back: what should have been known, and from which step on? answer:\n"
            "experience: ...\nstep: N")            # behind the observation that followed the last action
 REFLECTION = "experience: {e}\nstep: {tau}"       # what a well-formed answer looks like (tiny.py teaches it)
 
-
-# --------------------------------------------------------------------------------------------------- the tree
 
 @dataclass
 class Turn:
@@ -135,8 +130,6 @@ class Tree:
         return self.branch_path([b.name for b in self.branches].index(parent))[branch.tau - 1]
 
 
-# ------------------------------------------------------------------------------------------------ Algorithm 1
-
 def read_reflection(text: str, t: int) -> Reflection:
     """(tau, e) from the answer: a line `experience: ...` and a line `step: N` with N in 1..t (or none), in
     any order. Strict and total: anything else is a flaw with a name, never a crash and never a guess."""
@@ -165,11 +158,10 @@ def read_reflection(text: str, t: int) -> Reflection:
 
 def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: str, name: str,
             reflect: bool) -> Episode:
-    """One attempt, as a generator for the engine; returns its Branch. past = [] is a plain rollout. Else
-    `past` is h_tau with the action that went wrong at its end, and this is a branch: backtrack to tau, sample
-    a'_tau with e in view, go on. Whether e stays in view is cfg.keep_experience; the turns are stored without
-    it either way, and unless it is kept, later contexts do not hold it, so that no key or value computed with
-    e in view is used again."""
+    """One attempt, as a generator for the engine; returns its Branch. past = [] is a plain rollout. Else `past` is
+    h_tau with the action that went wrong at its end, and this is a branch: backtrack to tau, sample a'_tau with e
+    in view, go on. Whether e stays in view is cfg.keep_experience; the turns are stored without it either way, and
+    unless it is kept, no key or value computed with e in view is used again."""
     tau = max(1, len(past))
     branch = Branch(task, name, tau, e, [], "", [], "horizon", 0, tau - 1, 0)
     horizon = min(env.max_turns, cfg.horizon or env.max_turns)
@@ -184,8 +176,9 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
         cut = bool(past[:-1]) and past[-2].action_ids[-1] not in chat.stop
         for t in range(tau, horizon + 1):
             text = TURN.format(t=t, obs=obs)
-            obs_ids = message(env, chat, t, text, cut)
-            seen_ids = message(env, chat, t, text + HINT.format(e=e), cut) if e and t == tau else obs_ids
+            message = partial(chat.first, env.rules) if t == 1 else partial(chat.next, cut=cut)
+            obs_ids = message(text)
+            seen_ids = message(text + HINT.format(e=e)) if e and t == tau else obs_ids
             action_ids = yield Ask(seen + seen_ids, cfg.action_tokens)  # a_t ~ pi(. | h_t, q), at tau with e
             if action_ids is None:
                 branch.end = "context"
@@ -216,116 +209,87 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
     return branch
 
 
-def message(env: Env, chat: Chat, t: int, text: str, cut: bool) -> list[int]:
-    return chat.first(env.rules, text) if t == 1 else chat.next(text, cut)
-
-
-class Growth:
-    """A tree while it grows, one level of rollbacks at a time. The attempts of a level run in any order; the
-    next level starts when all have ended, its requests taken in the order of their parents and of tau. So the
-    tree does not depend on the schedule, nor on whether the run was interrupted."""
-    def __init__(self, task: str, cfg: Config):
-        self.tree, self.cfg, self.left = Tree(task), cfg, cfg.attempts
-        self.level: list[tuple[str, list[Turn], int | None, str]] = [
-            (str(i), [], None, "") for i in range(min(cfg.roots, cfg.attempts))]  # name, past, parent, e
-        self.left -= len(self.level)
-        self.depth, self.asked = 0, set()
-        self.ended: dict[str, Branch] = {}
-
-    def whole(self) -> bool:
-        return all(name in self.ended for name, *_ in self.level)
-
-    def end_level(self) -> None:
-        """Join the level's attempts to the tree and queue the rollbacks that they ask for, breadth first."""
-        first = len(self.tree.branches)
-        for name, _, parent, _ in self.level:
-            self.tree.join(self.ended[name], parent)
-        self.depth += 1
-        self.level = []
-        for number in range(first, len(self.tree.branches)):
-            branch, path = self.tree.branches[number], self.tree.branch_path(number)
-            for n, reflection in enumerate(branch.reflections):
-                if not reflection.tau or self.depth > self.cfg.max_depth or not self.left:
+def grow(tree: Tree, cfg: Config, ended: dict[str, Branch]) -> Iterator[list[tuple[str, list[Turn], str]]]:
+    """Grow a tree breadth first: yield the attempts of a level, as (name, past, e), and go on when all are in
+    `ended`. They run in any order; the requests for the next level are taken in the order of the attempts and of
+    their reflections. So the tree does not depend on the schedule, nor on whether the run was interrupted."""
+    level: list[tuple[str, list[Turn], str]] = [(str(i), [], "") for i in range(min(cfg.roots, cfg.attempts))]
+    left, depth, asked = cfg.attempts - len(level), 0, set()
+    while level:
+        yield level
+        depth, last, level = depth + 1, level, []
+        for name, past, _ in last:
+            tree.join(ended[name], past[-1].parent if past else None)
+            path = tree.branch_path(len(tree.branches) - 1)
+            for n, reflection in enumerate(ended[name].reflections):
+                if not reflection.tau or depth > cfg.max_depth or not left:
                     continue
-                at = path[reflection.tau - 1]
-                request = (self.tree.turns[at].parent, reflection.tau, reflection.e)
-                if request not in self.asked:            # the same lesson at the same place: the same prompt
-                    self.asked.add(request)
-                    self.left -= 1
-                    past = self.tree.path(at)
-                    self.level.append((f"{branch.name}.{n}", past, past[-1].parent, reflection.e))
+                back = tree.path(path[reflection.tau - 1])
+                request = (back[-1].parent, reflection.tau, reflection.e)
+                if request not in asked:                 # the same lesson at the same place: the same prompt
+                    asked.add(request)
+                    left -= 1
+                    level.append((f"{name}.{n}", back, reflection.e))
 
 
 def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, tasks: list[str], store: Jsonl,
             round_: int = 1) -> list[Tree]:
     """Stage 1: a rollback tree for every task. Attempts that `store` already holds are not run again."""
-    done = {(r["task"], r["name"]): Branch.read(r) for r in store.records if r["round"] == round_}
-    grown = {task: Growth(task, cfg) for task in tasks}
+    trees = {task: Tree(task) for task in tasks}
+    done = [Branch.read(record) for record in store.records if record["round"] == round_]
+    ended = {task: {branch.name: branch for branch in done if branch.task == task} for task in tasks}
+    growing = {task: grow(tree, cfg, ended[task]) for task, tree in trees.items()}
+    levels = {task: [] for task in tasks}                # the level that each tree waits for
     queue: deque[Job] = deque()
     bar = tqdm(total=len(tasks), desc=f"explore, round {round_}", unit="tree")
 
-    def advance(growth: Growth) -> None:
-        """Queue what the tree wants next; levels that are on disk already join at once."""
-        while growth.level:
-            task = growth.tree.task
-            growth.ended |= {name: done[task, name] for name, *_ in growth.level if (task, name) in done}
-            for name, past, _, e in growth.level:
-                if name not in growth.ended:
+    def advance(task: str) -> None:
+        """Queue the tree's next level if this one has ended; levels that are on disk already join at once."""
+        while all(name in ended[task] for name, _, _ in levels[task]):
+            levels[task] = next(growing[task], [])
+            if not levels[task]:
+                engine.drop(task)
+                bar.update()
+                return
+            for name, past, e in levels[task]:
+                if name not in ended[task]:
                     attempt = episode(make(), chat, cfg, task, past, e, name, reflect=True)
                     rng = random.Random(f"{cfg.seed}/{round_}/{task}/{name}")
                     queue.append(Job(attempt, rng, task, snapshot=True))
-            if not growth.whole():
-                return
-            growth.end_level()
-        engine.drop(growth.tree.task)
-        bar.update()
 
-    for growth in grown.values():
-        advance(growth)
+    for task in tasks:
+        advance(task)
     for job in engine.run(queue):
         branch: Branch = job.result
-        growth = grown[branch.task]
         store.append(branch.record(round_))
-        growth.ended[branch.name] = branch
-        if growth.whole():
-            growth.end_level()
-            advance(growth)
-        solved = sum(any(b.success for b in g.ended.values()) for g in grown.values())
-        bar.set_postfix_str(f"{solved} solved, "
-                            f"{engine.sampled / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s, "
-                            f"{1 - engine.fed / max(1, engine.seen):.0%} from the cache", refresh=False)
+        ended[branch.task][branch.name] = branch
+        advance(branch.task)
+        solved = sum(any(b.success for b in attempts.values()) for attempts in ended.values())
+        bar.set_postfix_str(f"{solved} solved, {engine.pace(bar.format_dict['elapsed'])}", refresh=False)
     bar.close()
-    return [growth.tree for growth in grown.values()]
+    return list(trees.values())
 
-
-# ------------------------------------------------------------------------------------------------ the targets
 
 def best_scores(tree: Tree) -> list[float]:
     """For each turn, the best score that anything from it on has reached."""
     best = [turn.score for turn in tree.turns]
     for i in reversed(range(len(best))):
-        parent = tree.turns[i].parent
-        if parent is not None:
+        if (parent := tree.turns[i].parent) is not None:
             best[parent] = max(best[parent], best[i])
     return best
 
 
 def corrections(tree: Tree, which: str) -> Iterator[int]:
-    """The first turns of branches, whose action a'_tau is a target of D_cf. `which`:
-
-    all         every one
-    improved    the attempt, or one that grew from it, got further than the attempt it corrects did
-    successful  it, or one that grew from it, succeeded
-    An action equal to the one it replaces corrects nothing, one that was cut off is no example: left out.
-    """
+    """The first turns of branches, whose action a'_tau is a target of D_cf. `which`: "all" of them, or those where
+    the attempt, or one that grew from it, got further than the attempt it corrects did ("improved") or succeeded
+    ("successful"). An action equal to the one it replaces corrects nothing: left out."""
     best = best_scores(tree)
     got = {branch.name: max([t.score for t in branch.turns], default=0.0) for branch in tree.branches}
     for branch, start in zip(tree.branches, tree.starts):
-        if not branch.experience or start < 0:
-            continue
-        if tree.turns[start].action != tree.turns[tree.at_tau(branch)].action and (
-                which == "all" or (which == "successful" and best[start] >= 1.0)
-                or (which == "improved" and best[start] > got[branch.name.rpartition(".")[0]])):
+        if (branch.experience and start >= 0
+                and tree.turns[start].action != tree.turns[tree.at_tau(branch)].action
+                and (which == "all" or (which == "successful" and best[start] >= 1.0)
+                     or (which == "improved" and best[start] > got[branch.name.rpartition(".")[0]]))):
             yield start
 
 
@@ -337,21 +301,18 @@ class Targets:
 
 
 def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
-    """D_cf: the improved actions, at most cfg.corrections_per_task a task. D_reh: all turns of a random share
-    of the successful paths, branches included (the paper: 20 %)."""
+    """D_cf: the improved actions, at most cfg.corrections_per_task a task. D_reh: all turns of a random share of
+    the successful paths, branches included (the paper: 20 %). An action that was cut off is no example."""
     rng, whole = random.Random(f"targets/{cfg.seed}"), lambda turn: turn.action_ids[-1] in stop
     D_cf, paths = [], []
     for k, tree in enumerate(trees):
         found = [i for i in corrections(tree, cfg.corrections) if whole(tree.turns[i])]
         D_cf += [(k, i) for i in sorted(rng.sample(found, min(len(found), cfg.corrections_per_task)))]
         paths += [(k, tree.branch_path(n)) for n, branch in enumerate(tree.branches) if branch.success]
-    share = cfg.rehearsal_share
-    chosen = rng.sample(paths, max(1, round(share * len(paths))) if share and paths else 0)
-    D_reh = sorted({(k, i) for k, path in chosen for i in path if whole(trees[k].turns[i])})
+    count = max(1, round(cfg.rehearsal_share * len(paths))) if cfg.rehearsal_share and paths else 0
+    D_reh = sorted({(k, i) for k, path in rng.sample(paths, count) for i in path if whole(trees[k].turns[i])})
     return Targets(D_cf, D_reh)
 
-
-# ------------------------------------------------------------------------------------- reading and describing
 
 def read_trees(records: Iterator[dict], round_: int, tasks: list[str]) -> list[Tree]:
     """The trees of a trees.jsonl, turns in the order in which exploration joined them."""
@@ -378,23 +339,19 @@ def stage1_figures(trees: list[Tree], pairs: Targets) -> str:
 
 
 def reflection_figures(trees: list[Tree], make: Callable[[], Env]) -> str:
-    """How good the policy's reflections are, which bounds what Stage 1 can give. Where the world can judge it
-    (env.judge): of the failures whose transcript says what was missing, the share whose reflection names it,
-    and the share that also names a turn from which the fix works."""
+    """How good the policy's reflections are, which bounds what Stage 1 can give; where the world can judge them
+    (env.judge), of the failures whose transcript says what was missing."""
     judge = getattr(make(), "judge", None)
-    flaws: dict[str, int] = {}
-    asked = told = named = works = 0
-    for tree in trees:
-        for number, branch in enumerate(tree.branches):
-            path = [tree.turns[i] for i in tree.branch_path(number)]
-            for r in branch.reflections:
-                asked += 1
-                if r.flaw:
-                    flaws[r.flaw] = flaws.get(r.flaw, 0) + 1
-                if judge and r.final:
-                    missing, right, fix = judge(tree.task, [turn.action for turn in path], r.tau, r.e)
-                    told, named, works = told + missing, named + right, works + fix
-    line = f"reflections: {asked}, not understood: {sum(flaws.values())}"
+    asked = [(tree, number, r) for tree in trees for number, branch in enumerate(tree.branches)
+             for r in branch.reflections]
+    flaws = Counter(r.flaw for _, _, r in asked if r.flaw)
+    told = named = works = 0
+    for tree, number, r in asked:
+        if judge and r.final:
+            actions = [tree.turns[i].action for i in tree.branch_path(number)]
+            missing, right, fix = judge(tree.task, actions, r.tau, r.e)
+            told, named, works = told + missing, named + right, works + fix
+    line = f"reflections: {len(asked)}, not understood: {flaws.total()}"
     line += f" ({', '.join(f'{flaw} {n}' for flaw, n in sorted(flaws.items()))})" if flaws else ""
     if told:
         line += (f"; of {told} failures that were told what was missing, {named / told:.1%} name the right "

@@ -1,13 +1,11 @@
-"""The model side: tokens in, tokens out. Nothing here knows of environments or trees of turns.
+"""The model side: tokens in, tokens out. Nothing here knows of environments or trees of turns. Four parts:
 
-Four parts, each usable alone:
-    load_model, LoRA         any full-attention causal LM of transformers, in 4 bits where a GPU is, with an
-                             adapter in PEFT's layout; switched off, the model is the base
-    Chat                     the ids around system, user and assistant text, found once in the chat template;
-                             from then on ids are appended and never rendered again: what the model generated
-                             is kept as it was
-    Engine                   the forking engine: hundreds of conversations side by side in one KV cache
-    pack, packed_nll         training rows that hold whole token trees, shared prefixes computed once
+    load_model, LoRA    any full-attention causal LM of transformers, in 4 bits where a GPU is, with an adapter in
+                        PEFT's layout; switched off, the model is the base
+    Chat                the ids around messages, found once in the chat template; from then on ids are appended and
+                        never rendered again: what the model generated is kept as it was
+    Engine              the forking engine: hundreds of conversations side by side in one KV cache
+    pack, packed_nll    training rows that hold whole token trees, shared prefixes computed once
 """
 import json
 import math
@@ -26,8 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from envs import UserError
 
-# -------------------------------------------------------------------------------------------- loading, 4 bits
-
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -37,8 +33,7 @@ def find_model(name: str) -> str:
         if (folder / "config.json").is_file():
             return str(folder)
     if Path(name).exists() or name.count("/") != 1:
-        raise UserError(f"model: {name} is no folder with a config.json, "
-                        f"and no hub name of the form owner/name")
+        raise UserError(f"model: {name} is no folder with a config.json, and no hub name of the form owner/name")
     return name
 
 
@@ -71,17 +66,15 @@ def check_attention(name: str, config, context: int) -> None:
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
         raise UserError(f"model: {name} rescales its logits, which the engine does not do; choose another model")
     if getattr(config, "max_position_embeddings", context) < context:
-        raise UserError(f"context: {context} is more than the {config.max_position_embeddings} tokens "
-                        f"of {name}")
+        raise UserError(f"context: {context} is more than the {config.max_position_embeddings} tokens of {name}")
 
 
 def quantize(model: nn.Module, device: str) -> None:
     """Make every projection bitsandbytes' 4-bit product (nf4, double quantised); embeddings and head stay."""
     import bitsandbytes as bnb
-    compute = torch.bfloat16 if device == "cuda" else torch.float32
     for parent, name, linear in projections(model):
         four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
-                                 compute_dtype=compute, quant_type="nf4", compress_statistics=True)
+                                 compute_dtype=linear.weight.dtype)
         four.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
                                         compress_statistics=True)
         four.bias = linear.bias
@@ -96,8 +89,6 @@ def projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
         raise UserError(f"model: {type(model).__name__} has none of the projections {', '.join(PROJECTIONS)}")
     return found
 
-
-# ------------------------------------------------------------------------------------------------------- LoRA
 
 class LoRA(nn.Module):
     """y = W x + (alpha / r) B A x, for nn.Linear and Linear4bit. A (r, in), B (out, r), B = 0 at start."""
@@ -162,12 +153,10 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
     (folder / "adapter_config.json.new").replace(folder / "adapter_config.json")
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
+def load_adapter(model: nn.Module, folder: Path) -> None:
     """Read an adapter in PEFT's layout into the model, wrapping its layers if they are not yet."""
-    folder = Path(folder)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"adapter: {folder} has no adapter_config.json with adapter_model.safetensors "
-                        f"beside it")
+        raise UserError(f"adapter: {folder} has no adapter_config.json with adapter_model.safetensors beside it")
     config = json.loads((folder / "adapter_config.json").read_text())
     odd = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
            if config.get(key)]
@@ -195,26 +184,21 @@ def weights_version(model: nn.Module) -> tuple:
                  for layer in lora_layers(model).values())
 
 
-# ------------------------------------------------------------------------------------------------ chat tokens
-
 class Chat:
-    """Turns text into the ids that surround it, by rendering the chat template once with sentinels.
-
-    A conversation is first(system, user), reply, next(user), reply, ...; the reply is the model's own ids. If
-    a reply was cut off before its end-of-turn token, next(..., cut=True) adds that token, so that every
-    context is well formed.
-    """
+    """A conversation is first(system, user), reply, next(user), reply, ...; the reply is the model's own ids, the
+    rest is found by rendering the chat template once with sentinels. If a reply was cut off before its end-of-turn
+    token, next(..., cut=True) adds that token, so that every context is well formed."""
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
-            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; choose an instruction-tuned model")
+            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; "
+                            f"choose an instruction-tuned model")
         self.tokenizer = tokenizer
         marks = ["\u27e6sys\u27e7", "\u27e6one\u27e7", "\u27e6two\u27e7", "\u27e6three\u27e7"]
-        system, one, two, three = marks
-        turns = [dict(role=role, content=mark) for role, mark in zip(("system", "user", "assistant", "user"), marks)]
+        turns = [dict(role=r, content=mark) for r, mark in zip(("system", "user", "assistant", "user"), marks)]
         text = self._render(turns)
-        self.system_role = text is not None and system in text
+        self.system_role = text is not None and marks[0] in text
         if not self.system_role:                        # the rules open the first user message
-            text = self._render([dict(role="user", content=system + "\n\n" + one), *turns[2:]])
+            text = self._render([dict(role="user", content=marks[0] + "\n\n" + marks[1]), *turns[2:]])
         at = [text.find(mark) for mark in marks] if text else [-1]
         if min(at) < 0 or sorted(at) != at:
             raise UserError(f"model: the chat template of {tokenizer.name_or_path} loses or reorders messages")
@@ -245,13 +229,10 @@ class Chat:
         return ids if cut else ids[1:]                  # the reply ended with this token itself
 
 
-# ----------------------------------------------------------------------------------------- the forking engine
-
 @dataclass
 class Ask:
-    """What an episode yields: a whole context, to be answered by a reply of at most `max_new` tokens. The
-    engine computes only what it does not have yet. The episode receives the reply's ids, or None if there is
-    no room for it."""
+    """What an episode yields: a whole context, to be answered by a reply of at most `max_new` tokens. The episode
+    receives the reply's ids, or None if there is no room for it."""
     context: list[int]
     max_new: int
     temperature: float | None = None    # None: the engine's; 0: greedy
@@ -315,36 +296,27 @@ class SlotCache:
             seen.append(kept[:len(self.rows), :, :self.span] if self.whole else kept[:, :, :self.span][self.rows])
         return seen[0], seen[1]
 
-    def read(self, row: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(k[row, :, :n].clone(), v[row, :, :n].clone()) for k, v in self.layers]
+    def read(self, row: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:      # views
+        return [(k[row, :, :n], v[row, :, :n]) for k, v in self.layers]
 
     def write(self, row: int, layers: list[tuple[torch.Tensor, torch.Tensor]], n: int) -> None:
         for (k, v), (new_k, new_v) in zip(self.layers, layers):
             k[row, :, :n], v[row, :, :n] = new_k[:, :n], new_v[:, :n]
 
-    def move(self, source: int, target: int, n: int) -> None:
-        for k, v in self.layers:
-            k[target, :, :n], v[target, :, :n] = k[source, :, :n], v[source, :, :n]
-
 
 def common_prefix(a: list[int], b: list[int]) -> int:
     n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
 class Engine:
     """Runs episodes side by side: append, sample, fork.
-
-    An episode asks for a reply to a context; whatever prefix of it the row already holds stays, the rest is
-    fed. Each conversation is a row of the KV cache with its own length, so nothing is ever padded on the
-    left. A finished one leaves and a waiting one takes its row at once; the live rows stay 0..n-1, so keys
-    and values are views. A new conversation forks the longest prefix that a kept snapshot of its family
-    shares with it, token for token: forking is always exact, whatever the episode does (a hint that was in
-    view simply is not part of a common prefix). Over the budget of `snapshot_mb` the least recently used
-    snapshots go, and their prefix is fed again.
-    """
+    An episode asks for a reply to a context; whatever prefix of it the row already holds stays, the rest is fed.
+    Each conversation is a row of the KV cache with its own length. A finished one leaves and a waiting one takes
+    its row at once; the live rows stay 0..n-1, so keys and values are views. A new conversation forks the longest
+    prefix that a kept snapshot of its family shares with it, token for token: forking is always exact, whatever the
+    episode does (a hint that was in view simply is not part of a common prefix). Over the budget of `snapshot_mb`
+    the least recently used snapshots go, and their prefix is fed again."""
     def __init__(self, model, stop: set[int], slots: int, context: int, temperature: float, snapshot_mb: int):
         self.model, self.decoder, self.head = model, model.get_decoder(), model.get_output_embeddings()
         self.device = next(model.parameters()).device
@@ -370,10 +342,7 @@ class Engine:
                 # A ragged prefill costs more than a decode step: let it wait until half of the rows want one.
                 long = sum(n > 1 for n in tail) * 2 >= len(tail)
                 rows = [row for row, n in enumerate(tail) if (n > 1) == long]
-                for tokens, part in self._forward(rows):
-                    for row, token in zip(part, tokens):
-                        job = self.live[row]
-                        job.ids.append(token)
+                self._forward(rows)
                 yield from self._advance(rows)
         finally:
             for job in self.live:
@@ -381,14 +350,14 @@ class Engine:
             self.live = []
 
     def _admit(self, queue: deque[Job]) -> Iterator[Job]:
-        fresh: list[int] = []
+        first = len(self.live)
         while queue and len(self.live) < self.slots:
             job = queue.popleft()
             if self._send(job, None):
-                fresh.append(len(self.live))
                 self.live.append(job)
             else:
                 yield job
+        fresh = range(first, len(self.live))
         # A prompt that fresh conversations share is computed once: its first owner feeds it, the rest fork it.
         leaders: dict[str, int] = {}
         for row in fresh:
@@ -397,54 +366,46 @@ class Engine:
                 leaders.setdefault(job.family, row)
         for row in leaders.values():
             self._fork(row)
-        if leaders:
-            list(self._forward(list(leaders.values()), upto=-1))
+        self._forward(list(leaders.values()), upto=-1)
         for row in leaders.values():
             self._keep(row)
         for row in fresh:
-            if row not in leaders.values():
-                self._fork(row)
+            self._fork(row)
 
     def _advance(self, rows: list[int]) -> Iterator[Job]:
         """Give finished replies to their episodes; free the rows of ended ones."""
-        ended = []
-        for row in rows:
+        for row in reversed(rows):                       # from the back: the row moved in is a live one
             job = self.live[row]
-            if job.ids[-1] in self.stop or len(job.ids) - job.reply_at >= job.max_new:
-                if not self._send(job, job.ids[job.reply_at:]):
-                    ended.append(row)
-        for row in reversed(ended):                      # from the back: the row moved in is a live one
-            job = self.live[row]
+            whole = job.ids[-1] in self.stop or len(job.ids) - job.reply_at >= job.max_new
+            if not whole or self._send(job, job.ids[job.reply_at:]):
+                continue
             if job.snapshot:
                 self._keep(row)
             last = self.live.pop()
             if last is not job:
-                self.cache.move(len(self.live), row, last.cached)
+                self.cache.write(row, self.cache.read(len(self.live), last.cached), last.cached)
                 self.live[row] = last
             yield job
 
     def _send(self, job: Job, reply: list[int] | None) -> bool:
         """Let the episode go on until it asks for a reply that has room; False when it has ended."""
         try:
-            while True:
-                ask = job.episode.send(reply)
-                if len(ask.context) + ask.max_new > self.context:
-                    reply = None
-                    continue
-                job.cached = min(job.cached, common_prefix(job.ids, ask.context), len(ask.context) - 1)
-                job.ids, job.reply_at, job.max_new = list(ask.context), len(ask.context), ask.max_new
-                job.temperature = self.temperature if ask.temperature is None else ask.temperature
-                self.seen += len(job.ids)
-                return True
+            ask = job.episode.send(reply)
+            while len(ask.context) + ask.max_new > self.context:
+                ask = job.episode.send(None)
         except StopIteration as end:
             job.result = end.value
             return False
+        job.cached = min(job.cached, common_prefix(job.ids, ask.context), len(ask.context) - 1)
+        job.ids, job.reply_at, job.max_new = list(ask.context), len(ask.context), ask.max_new
+        job.temperature = self.temperature if ask.temperature is None else ask.temperature
+        self.seen += len(job.ids)
+        return True
 
-    def _forward(self, rows: list[int], upto: int | None = None) -> Iterator[tuple[list[int], list[int]]]:
-        """Feed the uncached tail of each row, in groups of bounded size, and sample one token after each.
-        With `upto` = -1 the last token is left out and nothing is sampled. Rows that are not fed in a decode
-        step get a dummy token behind their end: garbage that is masked, then overwritten; cheaper than a
-        gather of keys and values."""
+    def _forward(self, rows: list[int], upto: int | None = None) -> None:
+        """Feed the uncached tail of each row, in groups of bounded size, and append one sampled token to each; with
+        `upto` = -1 all but its last token, and sample nothing. Rows that a decode step does not feed get a dummy
+        token behind their end: masked, then overwritten; cheaper than a gather of keys and values."""
         tails = {row: self.live[row].ids[self.live[row].cached:upto] for row in rows}
         decode = all(len(tail) == 1 for tail in tails.values()) and upto is None
         for part in [rows] if decode else self._groups(tails):
@@ -455,10 +416,10 @@ class Engine:
                 self.fed += len(tails[row])
             if upto is None:
                 picked = hidden if len(part) == len(batch) else hidden[[batch.index(row) for row in part]]
+                jobs = [self.live[row] for row in part]
                 self.sampled += len(part)
-                yield self._sample(self.head(picked), [self.live[row] for row in part]), part
-            else:
-                yield [], part
+                for job, token in zip(jobs, self._sample(self.head(picked), jobs)):
+                    job.ids.append(token)
 
     def _groups(self, tails: dict[int, list[int]]) -> list[list[int]]:
         """Rows in groups of tails of like length, so that little is padding, and of bounded size."""
@@ -516,8 +477,6 @@ class Engine:
             edge = edge.where(heat > 0, (best.values[:, :1] - best.values[:, 1:]).double())
         return tokens[:, 0], edge[:, 0]
 
-    # snapshots
-
     def _longest(self, job: Job) -> tuple[Snapshot | None, int]:
         """The kept snapshot that shares most tokens with the conversation, and how many. At least the last token
         stays to be fed. Other families' prompts share the rules: their latest snapshot is a candidate too."""
@@ -538,13 +497,14 @@ class Engine:
     def fork(self, snapshot: Snapshot, row: int, n: int) -> None:
         """Copy a snapshot's first n tokens into a row. Raises StaleSnapshot after a change of weights."""
         if snapshot.version != weights_version(self.model):
-            raise StaleSnapshot("an optimiser step or a switch of the adapter came between; " "call drop() first")
+            raise StaleSnapshot("an optimiser step or a switch of the adapter came between; call drop() first")
         self.cache.write(row, snapshot.layers, n)
 
     def _keep(self, row: int) -> None:
         job = self.live[row]
+        layers = [(k.clone(), v.clone()) for k, v in self.cache.read(row, job.cached)]
         self.kept.setdefault(job.family, []).append(
-            Snapshot(job.ids[:job.cached], self.cache.read(row, job.cached), weights_version(self.model)))
+            Snapshot(job.ids[:job.cached], layers, weights_version(self.model)))
         total = sum(kept.nbytes for family in self.kept.values() for kept in family)
         while total > self.budget and self.kept:
             family = next(iter(self.kept))
@@ -552,17 +512,19 @@ class Engine:
             if not self.kept[family]:
                 del self.kept[family]
 
+    def pace(self, seconds: float) -> str:
+        cached = 1 - self.fed / max(1, self.seen)
+        return f"{self.sampled / max(1e-9, seconds):.0f} tokens/s, {cached:.0%} from the cache"
+
     def drop(self, family: str | None = None) -> None:
         """Forget the snapshots of a family that is done, or all; to be called too when the weights change."""
         for name in [family] if family else list(self.kept):
             self.kept.pop(name, None)
 
 
-# --------------------------------------------------------------------------------------- tree-packed training
-
 @dataclass
 class Segment:
-    """A run of tokens in a tree. Its context is the chain of parents; siblings do not see each other."""
+    """A run of tokens in a tree. Its context is the chain of parents."""
     ids: list[int]
     weights: list                       # per token: a number, or one for each loss (a tuple); 0: no loss
     parent: int | None                  # index in the same list, earlier than this one
@@ -581,26 +543,22 @@ class Packed:
 
 def pack(trees: list[list[Segment]]) -> Packed:
     """One row from whole trees, a shared prefix in it once. Exact: test_packed_equals_one_pair_at_a_time."""
-    ids, positions, weights, previous, owner, ancestors = [], [], [], [], [], []
+    above = torch.eye(sum(map(len, trees)), dtype=torch.bool)    # (S, S): segment j is an ancestor of i, or i
+    tokens, node = [], 0                                         # of each token: id, depth, weight, predecessor, i
     for tree in trees:
-        base, ends = len(ancestors), []
+        base, ends = node, []
         for segment in tree:
-            parent = segment.parent
-            ancestors.append({base + parent} | ancestors[base + parent] if parent is not None else set())
-            last, depth = ends[parent] if parent is not None else (-1, 0)
-            for i, (token, weight) in enumerate(zip(segment.ids, segment.weights, strict=True)):
-                previous.append(last if i == 0 else len(ids) - 1)
-                ids.append(token)
-                weights.append(weight)
-                positions.append(depth + i)
-                owner.append(len(ancestors) - 1)
-            ends.append((len(ids) - 1 if segment.ids else last, depth + len(segment.ids)))
-    n = len(ancestors)
-    above = torch.zeros(n, n, dtype=torch.bool)
-    for node, chain in enumerate(ancestors):
-        above[node, list(chain)] = True
-    seg, order = torch.tensor(owner), torch.arange(len(ids))
-    mask = above[seg][:, seg] | ((seg[:, None] == seg) & (order[:, None] >= order))              # (T, T)
+            last, depth = -1, 0
+            if segment.parent is not None:
+                above[node] |= above[base + segment.parent]
+                last, depth = ends[segment.parent]
+            for token, weight in zip(segment.ids, segment.weights, strict=True):
+                tokens.append((token, depth, weight, last, node))
+                last, depth = len(tokens) - 1, depth + 1
+            ends.append((last, depth))
+            node += 1
+    ids, positions, weights, previous, owner = map(list, zip(*tokens))
+    mask = above[owner][:, owner].tril()                         # (T, T); ancestors come before their descendants
     weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)          # (T, C), (T,)
     targets = ((weight != 0).any(1) & (before >= 0)).nonzero()[:, 0]
     return Packed(torch.tensor(ids), torch.tensor(positions), mask, targets, before[targets], weight[targets])

@@ -47,7 +47,7 @@ def curves(policies: list[Samples], ks: list[int], resamples: int) -> str:
 
 
 def main(args: list[str]) -> None:
-    if len(args) < 2 or args[0] in ("-h", "--help"):
+    if len(args) < 2:
         print(__doc__)
         return
     if not args[0].endswith(".svg"):
@@ -62,4 +62,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, __doc__)

@@ -255,10 +255,14 @@ class RunFolder:
         return Jsonl(self.path / name)
 
 
-def guarded(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main: the user's mistakes become one line, Ctrl-C loses nothing."""
+def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
+    """Run a script's main, or show `usage`, if given: the user's mistakes become one line, Ctrl-C loses nothing."""
+    args = sys.argv[1:]
     try:
-        main(sys.argv[1:])
+        if usage and (not args or args[0] in ("-h", "--help")):
+            print(usage)
+        else:
+            main(args)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

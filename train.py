@@ -1,11 +1,9 @@
 """LEAFE, the whole loop: evaluate the base, explore, distil, evaluate.
 
-    python train.py config.yaml                   about seven minutes on two CPU cores with the embedded model
-    python train.py config.yaml preset=smoke      seconds; to see that all of it runs
-    python train.py config.yaml seed=1 out=out/seed1  any key of config.yaml; the same command again goes on
-                                                      where it stopped
-    python train.py config.yaml beta=.inf trees=out/quest out=out/reh
-                                                      L_reh alone, on the trees of another run
+    python train.py config.yaml                       about seven minutes on two CPU cores with the embedded model
+    python train.py config.yaml preset=smoke          seconds; to see that all of it runs
+    python train.py config.yaml seed=1 out=out/seed1  any key of config.yaml; the same command again resumes
+    python train.py config.yaml beta=.inf trees=out/quest out=out/reh      L_reh alone, on the trees of another run
 
 Stage 2, experience distillation, is here: plain next-token SFT of
 
@@ -13,28 +11,24 @@ Stage 2, experience distillation, is here: plain next-token SFT of
     L_cf  = 1/|D_cf|  sum over D_cf  of -log pi'(a'_tau | h_tau, q)   h_tau without e: the heart of the method
     L_reh = 1/|D_reh| sum over D_reh of -log pi'(a_t | h_t, q)
 
-where log pi'(a | h) is the sum over the action's tokens, so a token of a pair in D_cf weighs 1/|D_cf| and one
-in D_reh beta/|D_reh|. A step sees one of the M batches of an epoch and takes M times its share of L: over an
-epoch that is L.
-
-Where this differs from the paper: LoRA in place of full fine-tuning; a number of optimiser steps in place of
-epochs; by default it starts from the base and not from a GRPO checkpoint (the paper's "LEAFE alone").
+where log pi'(a | h) is the sum over the action's tokens, so a token of a pair in D_cf weighs 1/|D_cf| and one in
+D_reh beta/|D_reh|. A step sees one of the M batches of an epoch and takes M times its share of L: over an epoch
+that is L.
 """
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from envs import UserError, make_env
-from eval import make_engine, pick_tasks, report, sample
+from eval import make_engine, open_policy, pick_tasks, report, sample
 from leafe import Targets, Tree, explore, read_trees, reflection_figures, stage1_figures, targets
-from model import (Chat, Packed, Segment, add_lora, load_adapter, load_model, lora_layers,
-                   lora_parameters, pack, packed_nll, save_adapter)
+from model import Chat, Packed, Segment, add_lora, load_adapter, lora_parameters, pack, packed_nll, save_adapter
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl
 
-# --------------------------------------------------------------------------------- packed rows from the trees
 
 def segments(tree: Tree, weights: dict[int, tuple[float, float]]) -> list[Segment]:
     """The tree, pruned to the ancestors of the turns that bear loss. weights: turn -> (in L_cf, in L_reh)."""
@@ -44,33 +38,29 @@ def segments(tree: Tree, weights: dict[int, tuple[float, float]]) -> list[Segmen
     for i in kept:
         turn = tree.turns[i]
         loss = [(0.0, 0.0)] * len(turn.obs_ids) + [weights.get(i, (0.0, 0.0))] * len(turn.action_ids)
-        found.append(Segment(turn.ids, loss, place[turn.parent] if turn.parent is not None else None))
+        found.append(Segment(turn.ids, loss, place.get(turn.parent)))
     return found
 
 
 def rows_of(trees: list[Tree], pairs: Targets, cfg: Config) -> list[list[list[Segment]]]:
     """Groups of pruned trees of at most cfg.row_tokens tokens each; a larger tree is split by its targets."""
+    alone = cfg.beta == float("inf")                   # L_reh alone
     weights: list[dict[int, tuple[float, float]]] = [{} for _ in trees]
-    for k, i in pairs.D_cf if cfg.beta < float("inf") else []:
+    for k, i in [] if alone else pairs.D_cf:
         weights[k][i] = (1 / len(pairs.D_cf), 0.0)
     for k, i in pairs.D_reh:
-        weights[k][i] = (weights[k].get(i, (0.0, 0.0))[0], min(cfg.beta, 1e30) / len(pairs.D_reh)
-                         if cfg.beta < float("inf") else 1 / len(pairs.D_reh))
+        weights[k][i] = (weights[k].get(i, (0.0, 0.0))[0], (1 if alone else min(cfg.beta, 1e30)) / len(pairs.D_reh))
     todo = [(tree, w) for tree, w in zip(trees, weights) if w]
-    pieces: list[list[Segment]] = []
+    rows, room = [], 0
     while todo:
         tree, w = todo.pop(0)
         piece = segments(tree, w)
-        if sum(len(s.ids) for s in piece) > cfg.row_tokens and len(w) > 1:
+        size = sum(len(s.ids) for s in piece)
+        if size > cfg.row_tokens and len(w) > 1:
             turns = sorted(w)
             halves = turns[:len(turns) // 2], turns[len(turns) // 2:]
             todo[:0] = [(tree, {i: w[i] for i in half}) for half in halves]
-        else:
-            pieces.append(piece)
-    rows: list[list[list[Segment]]] = []
-    room = 0
-    for piece in pieces:
-        size = sum(len(s.ids) for s in piece)
+            continue
         if size > room:
             rows.append([])
             room = cfg.row_tokens
@@ -86,33 +76,26 @@ def epoch(rows: list[Packed], cfg: Config, number: int) -> list[list[Packed]]:
     return [[rows[i] for i in order[at:at + per]] for at in range(0, len(order), per)]
 
 
-# ----------------------------------------------------------------------------------------------- distillation
-
 def distil(model, trees: list[Tree], pairs: Targets, cfg: Config, folder: Path, metrics: Jsonl,
            round_: int) -> None:
     """Stage 2: cfg.steps optimiser steps on L = L_cf + beta L_reh. Goes on from folder/checkpoint.pt."""
     rows = [pack(group) for group in rows_of(trees, pairs, cfg)]
-    parameters = lora_parameters(model)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    parameters = lora_parameters(model)                # always trainable; sampling runs in inference mode
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
     step = load_checkpoint(folder, parameters, optimizer, round_)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.train()                                  # transformers checkpoints in training mode only
-    batches, number, passed = epoch(rows, cfg, 0), 0, 0
+    per_epoch = len(epoch(rows, cfg, 0))
     bar = tqdm(total=cfg.steps, initial=step, desc=f"distil, round {round_}", unit="step")
     began, trained = time.time(), 0
     while step < cfg.steps:
-        while step - passed >= len(batches):
-            passed, number = passed + len(batches), number + 1
-            batches = epoch(rows, cfg, number)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min((step + 1) / (cfg.warmup + 1),
                                        1 - max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-        batch, sums = batches[step - passed], torch.zeros(2)
+        batch, sums = epoch(rows, cfg, step // per_epoch)[step % per_epoch], torch.zeros(2)
         for row in batch:
-            losses = packed_nll(model, [row]) * len(batches)  # (2,): the batch's estimate of L_cf, beta L_reh
+            losses = packed_nll(model, [row]) * per_epoch     # (2,): the batch's estimate of L_cf, beta L_reh
             losses.sum().backward()
             sums += losses.detach().cpu()
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
@@ -131,8 +114,6 @@ def distil(model, trees: list[Tree], pairs: Targets, cfg: Config, folder: Path, 
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_disable()
         model.eval()
-    for parameter in parameters:
-        parameter.requires_grad_(False)
 
 
 def save_checkpoint(folder: Path, parameters, optimizer, round_: int, step: int) -> None:
@@ -145,10 +126,9 @@ def save_checkpoint(folder: Path, parameters, optimizer, round_: int, step: int)
 
 def load_checkpoint(folder: Path, parameters, optimizer, round_: int) -> int:
     """The step to go on from; 0 if there is no checkpoint of this round."""
-    if not (folder / "checkpoint.pt").exists():
-        return 0
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
-    if saved["round"] != round_:
+    path = folder / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+    if not saved or saved["round"] != round_:
         return 0
     with torch.no_grad():
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
@@ -157,11 +137,9 @@ def load_checkpoint(folder: Path, parameters, optimizer, round_: int) -> int:
     return saved["step"]
 
 
-# --------------------------------------------------------------------------------------------------- the loop
-
-def run_round(model, chat: Chat, cfg: Config, folder: RunFolder, base_name: str, round_: int) -> None:
+def run_round(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) -> None:
     """Explore with the policy as it is, then distil; by adapter_<round>/ a rerun knows that this is done."""
-    make = lambda: make_env(cfg.env, cfg.data)                                   # noqa: E731
+    make = partial(make_env, cfg.env, cfg.data)
     tasks = pick_tasks(cfg, "train", cfg.train_tasks)
     if cfg.trees:
         trees = read_trees(read_jsonl(Path(cfg.trees) / "trees.jsonl"), round_, tasks)
@@ -181,23 +159,18 @@ def run_round(model, chat: Chat, cfg: Config, folder: RunFolder, base_name: str,
     metrics = folder.jsonl("metrics.jsonl")
     distil(model, trees, pairs, cfg, folder.path, metrics, round_)
     metrics.close()
-    save_adapter(model, folder.path / f"adapter_{round_}", base_name)
+    save_adapter(model, folder.path / f"adapter_{round_}", cfg.model)
 
 
 def main(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
     cfg = load_config(args)
     if cfg.trees and not (Path(cfg.trees) / "trees.jsonl").is_file():
         raise UserError(f"trees: {cfg.trees} has no trees.jsonl")
     began, folder = time.time(), RunFolder(cfg)
     test = pick_tasks(cfg, cfg.split, cfg.test_tasks)
-    model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
-    chat = Chat(tokenizer)
-    add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    if cfg.adapter:
-        load_adapter(model, cfg.adapter)
+    model, chat = open_policy(cfg)
+    if not cfg.adapter:
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     samples = folder.jsonl("samples.jsonl")
     if cfg.evaluate_base:
         sample(model, chat, cfg, samples, "base", test)
@@ -206,9 +179,8 @@ def main(args: list[str]) -> None:
         if (done / "adapter_config.json").exists():
             load_adapter(model, done)
         else:
-            run_round(model, chat, cfg, folder, cfg.model, round_)
-    if lora_layers(model):
-        save_adapter(model, folder.path / "adapter", cfg.model)
+            run_round(model, chat, cfg, folder, round_)
+    save_adapter(model, folder.path / "adapter", cfg.model)
     sample(model, chat, cfg, samples, "leafe", test)
     samples.close()
     print(report(folder.path, cfg, test))
@@ -217,4 +189,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, __doc__)
