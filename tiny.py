@@ -6,8 +6,9 @@ loaded by the very code that loads a 7B model. It is a model organism with the w
 describes. It is taught, on Quest houses that belong to neither train, valid nor test:
     to act by habit           rollouts of a policy that ignores what a refusal says,
     to follow a hint          when an observation is followed by `experience: ...`, it does what that says,
-    to reflect in hindsight   read a transcript, point at the first step that went against what the house had
-                              said by then, and say what was to be known there.
+    to reflect in hindsight   read a transcript, go through its turns from the first refusal on, point at the
+                              first that went against what the house had said by then, and say what was to
+                              be known there.
 What LEAFE has to do is turn the second and third into the first. The reflections taught here come from a
 reader of the transcript (Reader below), never from a solver that sees the house.
 """
@@ -40,7 +41,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level: every word of Quest and the prompts is one token, with and without the space before it."""
     special = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     texts = [Quest.rules, REFLECT, REFLECTION, HINT, TURN, " ".join(map(str, range(64))),
-             "none. it is broken, breaks in the lock. the bridge is gone",
+             "so: none. it is broken, breaks in the lock. the bridge is gone",
              " ".join(JUNK + TREASURES + ROOMS), " ".join(f"{tool} {why}" for tool, why in NEEDS.items()),
              ". , : ; ? ! ( ) ' - # $ * @ + up down left right push box wall",
              " ".join("abcdefghijklmnopqrstuvwxyz")]
@@ -124,23 +125,33 @@ class Reader:
         return "go " + self.goal, why
 
 
-def hindsight(first: str, turns: list[tuple[str, str]]) -> tuple[str, str]:
-    """(tau, experience) for a transcript: `first` observation and (action, next observation) of each turn.
+def hindsight(first: str, turns: list[tuple[str, str]]) -> tuple[str, str, str]:
+    """(thought, tau, experience) for a transcript: `first` observation, (action, next observation) a turn.
 
-    The first turn against what was known by then, from the first refusal that names a need onwards; else the
-    first such turn at all; else ("none", "none"). If the missing thing's room is now cut off, the turn in it.
+    The thought goes through the turns from the first refusal that names a need onwards, repeats each need
+    where it is told and says what was to be done, up to the first turn at which something else was done: tau.
+    If there is none, it falls back on the first such turn at all; else ("...", "none", "none"). If the place
+    to go to is cut off by now, tau is the last turn in it.
     """
-    reader, strays, inside = Reader().start(first), [], {}
+    reader, thought, found, early, inside, told = Reader().start(first), "", None, None, {}, first
     for t, (action, obs) in enumerate(turns, 1):
         inside[reader.place] = t
         wanted, why = reader.expected()
-        if action != wanted:
-            strays.append((not reader.was_refused, t, why, wanted[3:] if wanted[3:] in reader.gone else ""))
+        stray = t, wanted, why
+        if reader.was_refused and not found:
+            thought += "".join(re.findall(r" the \S+ needs the \S+ from the \S+\.", told)) + f" {t} {wanted}"
+            found = stray if action != wanted else None
+        elif action != wanted:
+            early = early or stray
         reader.read(action, obs)
-    if not strays:
-        return "none", "none"
-    _, tau, why, gone = min(strays)
-    return str(inside.get(gone, tau)), why
+        told = obs
+    if not found and early:
+        found, thought = early, f"{thought} {early[0]} {early[1]}"
+    if not found:
+        return thought, "none", "none"
+    tau, wanted, why = found
+    place = wanted.split()[1]
+    return thought, str(inside.get(place, tau) if place in reader.gone else tau), why
 
 
 def habit(reader: Reader, last: str, rng: random.Random) -> str:
@@ -156,8 +167,8 @@ def habit(reader: Reader, last: str, rng: random.Random) -> str:
                     rng.choice([door for door in reader.doors if door != reader.place]))
 
 
-def follow(reader: Reader, experience: str) -> str | None:
-    """The action that does what the experience says; None when that is done."""
+def follow(reader: Reader, experience: str) -> str:
+    """The action that does what the experience says."""
     need = re.fullmatch(r"the (\S+) needs the (\S+) from the (\S+)\.", experience)
     if need:
         room, thing, place = need.groups()
@@ -168,73 +179,90 @@ def follow(reader: Reader, experience: str) -> str | None:
     return "take " + thing if reader.place == place and thing in reader.seen.get(place, ()) else "go " + place
 
 
+def spent(reader: Reader, e: str) -> bool:
+    """What e says is done, or cannot be done."""
+    thing, place = re.search(r"the (\S+) (?:from|is in) the (\S+)\.", e).groups()
+    return (reader.refused or e.startswith(f"the {reader.place} needs")
+            or (reader.place == place and thing not in reader.seen.get(place, ()) and reader.hand != thing))
+
+
 # ------------------------------------------------------------------------------------------------- the corpus
 
+@dataclass
+class State:
+    """A house before a turn of a path, what its reader knows, and the action of that turn."""
+    env: Quest
+    reader: Reader
+    obs: str
+    action: str = ""
+
+    def copy(self) -> "State":
+        return State(copy.deepcopy(self.env), copy.deepcopy(self.reader), self.obs)
+
+    def step(self, action: str) -> bool:
+        """Do it, read what comes back; True when the episode is over."""
+        outcome = self.env.step(action)
+        self.reader.read(action, outcome.obs)
+        self.obs = outcome.obs
+        return outcome.done
+
+
 class Corpus:
-    """Endless token trees: one episode each, with reflections and hinted branches hanging off it."""
+    """Endless token trees: one path each, with reflections and a branch that has a lesson in view."""
+    deep = 0.6        # share of paths that went through rollbacks, as inside a rollback tree
+    retry = 0.3       # share of the others that are tried again with several lessons in view
+    slip = 0.04       # share of turns of habit while a lesson is followed
+
     def __init__(self, tokenizer, seed: int):
         self.chat, self.rng, self.number = Chat(tokenizer), random.Random(seed), seed * 1_000_000
         self.end = tokenizer.eos_token_id
 
     def tree(self) -> list[Segment]:
+        """A path as exploration comes to it: habit, hindsight, back to tau, heed, habit again, hindsight, ...
+        The actions of a deep path bear no loss: the base does not heed by itself."""
         rng, env = self.rng, Quest()
         self.number += 1
-        task = f"corpus-{rng.randint(1, 4)}-{self.number:07d}"
-        first = env.reset(task)
-        reader = Reader().start(first)
-        # Every second trunk looks as it does inside a rollback tree: heedful for some turns after the first
-        # refusal, then habit again. Nothing but reflection is learned from them.
-        mixed = rng.random() < 0.5
-        heedful = rng.randint(0, 12) if mixed else 0
-        segments: list[Segment] = []
-        turns: list[tuple[str, str]] = []
-        states = []                                       # (env, reader, observation) before each turn
-        obs, done = first, False
-        while not done:
-            states.append((copy.deepcopy(env), copy.deepcopy(reader), obs))
-            last = turns[-1][0] if turns else ""
-            heed = mixed and (heedful > 0 and reader.was_refused or rng.random() < 0.1)
-            heedful -= heed and heedful > 0
-            action = reader.expected()[0] if heed else habit(reader, last, rng)
-            segments.append(self._turn(len(turns) + 1, obs, action, len(segments) - 1 if segments else None,
-                                       0.0 if mixed else 1.0))
-            outcome = env.step(action)
-            obs, done = outcome.obs, outcome.done
-            reader.read(action, obs)
-            turns.append((action, obs))
-        trunk = len(turns)
-        for t in sorted(set(rng.sample(range(1, trunk + 1), 3 if mixed else 1) + [trunk])):
-            segments.append(self._reflection(first, turns[:t], parent=t - 1))
-        if rng.random() < 0.15:
-            self._retry(segments, states[0])
+        needs = rng.randint(1, 4)
+        first = env.reset(f"corpus-{needs}-{self.number:07d}")
+        path, tau, e = [State(env, Reader().start(first), first)], 1, ""
+        rollbacks = rng.randint(1, 2 * needs) if rng.random() < self.deep else 0
+        for _ in range(rollbacks + 1):
+            path = self._attempt(path[:tau], e)
+            turns = [(state.action, after.obs) for state, after in zip(path, path[1:])]
+            start, (tau, e) = tau, self._lesson(first, turns, path)
+        segments = [self._turn(t, state.obs, state.action, t - 2 if t > 1 else None, 0.0 if rollbacks else 1.0)
+                    for t, state in enumerate(path[:-1], 1)]
+        last = len(turns)
+        for t in sorted({last, rng.randint(1, last), rng.randint(start, last), rng.randint(start, last)}):
+            if path[t].reader.hand != path[t].reader.treasure:
+                segments.append(self._reflection(first, turns[:t], parent=t - 1))
+        if not rollbacks and rng.random() < self.retry:
+            self._retry(segments, path[0].copy())
         else:
-            self._branch(segments, states, *self._hint(first, turns, states))
+            self._branch(segments, path[tau - 1].copy(), tau, e)
         return segments
 
-    def _turn(self, t: int, obs: str, action: str, parent: int | None, weight: float,
-              hint: str = "") -> Segment:
-        text = TURN.format(t=t, obs=obs) + (HINT.format(e=hint) if hint else "")
-        head = self.chat.first(Quest.rules, text) if t == 1 else self.chat.next(text)
-        reply = self.chat.ids(action) + [self.end]
-        return Segment(head + reply, [0.0] * len(head) + [weight] * len(reply), parent)
+    def _attempt(self, path: list[State], e: str) -> list[State]:
+        """From the last state of `path` to the end: what e says until that is done, then habit."""
+        path, heed, done = path[:-1] + [path[-1].copy()], bool(e), False
+        while not done:
+            state, last = path[-1], path[-2].action if len(path) > 1 else ""
+            state.action = (follow(state.reader, e) if heed and self.rng.random() > self.slip
+                            else habit(state.reader, last, self.rng))
+            path.append(state.copy())
+            done = path[-1].step(state.action)
+            heed = heed and not spent(path[-1].reader, e)
+        return path
 
-    def _reflection(self, first: str, turns: list[tuple[str, str]], parent: int) -> Segment:
-        tau, experience = hindsight(first, turns)
-        head = self.chat.next(TURN.format(t=len(turns) + 1, obs=turns[-1][1]) + REFLECT)
-        reply = self.chat.ids(REFLECTION.format(tau=tau, e=experience)) + [self.end]
-        names = {" " + w for w in [*ROOMS, *NEEDS, *TREASURES]}
-        tokens = self.chat.tokenizer.convert_ids_to_tokens(reply)
-        weights = [3.0 if token in names else 6.0 if i == len(tokens) - 2 else 0.3
-                   for i, token in enumerate(tokens)]
-        return Segment(head + reply, [0.0] * len(head) + weights, parent)
-
-    def _hint(self, first: str, turns, states) -> tuple[int, str]:
-        """A turn and an experience for it: from hindsight, a true need, or any (followed all the same)."""
+    def _lesson(self, first: str, turns: list[tuple[str, str]], path: list[State]) -> tuple[int, str]:
+        """A turn and an experience for it: mostly what hindsight says; now and then a true need or any
+        sentence, at any turn (followed all the same)."""
         rng, kind = self.rng, self.rng.random()
-        tau, experience = hindsight(first, turns)
-        if kind < 0.6 and tau != "none":
+        _, tau, experience = hindsight(first, turns)
+        if kind < 0.8 and tau != "none":
             return int(tau), experience
-        env, reader, _ = states[t := rng.randrange(len(states))]
+        t = rng.randrange(len(path) - 1)
+        env, reader = path[t].env, path[t].reader
         if kind < 0.9 and env.bars:
             room, thing = rng.choice(sorted(env.bars.items()))
             place = next((place for place, things in env.things.items() if thing in things),
@@ -244,43 +272,48 @@ class Corpus:
             thing = rng.choice(list(NEEDS))
         return t + 1, f"the {room} needs the {thing} from the {place}."
 
-    def _branch(self, segments: list[Segment], states, tau: int, experience: str) -> None:
-        """From turn tau on, experience in view: follow it until done or refused, then two turns of habit."""
-        rng = self.rng
-        env, reader, obs = copy.deepcopy(states[tau - 1])
-        parent, hint, habits, last = tau - 2 if tau > 1 else None, experience, 0, ""
-        heed, (thing, place) = True, re.search(r"the (\S+) (?:from|is in) the (\S+)\.", experience).groups()
-        while habits < 2:
-            action = follow(reader, experience) if heed else habit(reader, last, rng)
-            segments.append(self._turn(tau, obs, action, parent, 2.0 if heed else 1.0, hint))
+    def _turn(self, t: int, obs: str, action: str, parent: int | None, weight: float,
+              hint: str = "") -> Segment:
+        text = TURN.format(t=t, obs=obs) + (HINT.format(e=hint) if hint else "")
+        head = self.chat.first(Quest.rules, text) if t == 1 else self.chat.next(text)
+        reply = self.chat.ids(action) + [self.end]
+        return Segment(head + reply, [0.0] * len(head) + [weight] * len(reply), parent)
+
+    def _reflection(self, first: str, turns: list[tuple[str, str]], parent: int) -> Segment:
+        thought, tau, experience = hindsight(first, turns)
+        head = self.chat.next(TURN.format(t=len(turns) + 1, obs=turns[-1][1]) + REFLECT)
+        thought_ids = self.chat.ids(f"so:{thought}\n")
+        reply = self.chat.ids(REFLECTION.format(tau=tau, e=experience)) + [self.end]
+        names = {" " + w for w in [*ROOMS, *NEEDS, *TREASURES]}
+        tokens = self.chat.tokenizer.convert_ids_to_tokens(reply)
+        weights = [1.5] * len(thought_ids) + [3.0 if token in names else 6.0 if i == len(tokens) - 2 else 0.3
+                                              for i, token in enumerate(tokens)]
+        return Segment(head + thought_ids + reply, [0.0] * len(head) + weights, parent)
+
+    def _branch(self, segments: list[Segment], state: State, tau: int, e: str) -> None:
+        """From turn tau on, e in view: follow it until done or refused, then two turns of habit."""
+        parent, hint, habits, last, done, heed = tau - 2 if tau > 1 else None, e, 0, "", False, True
+        while habits < 2 and not done:
+            action = follow(state.reader, e) if heed else habit(state.reader, last, self.rng)
+            segments.append(self._turn(tau, state.obs, action, parent, 2.0 if heed else 1.0, hint))
             parent, hint, tau, last = len(segments) - 1, "", tau + 1, action
-            outcome = env.step(action)
-            obs = outcome.obs
-            reader.read(action, obs)
-            if outcome.done:
-                break
-            opened = experience.startswith(f"the {reader.place} needs")
-            empty = reader.place == place and thing not in reader.seen.get(place, ()) and reader.hand != thing
-            heed = heed and not reader.refused and not opened and not empty
+            done = state.step(action)
+            heed = heed and not spent(state.reader, e)
             habits += not heed
 
-
-    def _retry(self, segments: list[Segment], state) -> None:
+    def _retry(self, segments: list[Segment], state: State) -> None:
         """From the start with several true lessons in view (iterative refinement): use all until refused."""
-        env, reader, obs = copy.deepcopy(state)
-        known = self.rng.sample(sorted(env.bars.items()), self.rng.randint(1, len(env.bars)))
-        for room, thing in known:
-            reader.needs[room] = thing, next(place for place, things in env.things.items() if thing in things)
-        lessons = [f"the {room} needs the {thing} from the {reader.needs[room][1]}." for room, thing in known]
-        hint = HINT.format(e="").join(lessons)            # one line each
+        bars, needs = state.env.bars, state.reader.needs
+        for room, thing in self.rng.sample(sorted(bars.items()), self.rng.randint(1, len(bars))):
+            place = next(place for place, things in state.env.things.items() if thing in things)
+            needs[room] = thing, place
+        hint = HINT.format(e="").join(f"the {room} needs the {thing} from the {place}."
+                                      for room, (thing, place) in needs.items())     # one line each
         parent, done, t = None, False, 1
-        while not done and not reader.refused:
-            action = reader.expected()[0]
-            segments.append(self._turn(t, obs, action, parent, 2.0, hint if t == 1 else ""))
-            parent, t = len(segments) - 1, t + 1
-            outcome = env.step(action)
-            obs, done = outcome.obs, outcome.done
-            reader.read(action, obs)
+        while not done and not state.reader.refused:
+            action = state.reader.expected()[0]
+            segments.append(self._turn(t, state.obs, action, parent, 2.0, hint if t == 1 else ""))
+            parent, t, done = len(segments) - 1, t + 1, state.step(action)
 
 
 def buckets(corpus: Corpus, trees: int, of: int = 8):
@@ -305,7 +338,7 @@ def accuracy(model, rows: list[Packed]) -> dict[str, float]:
         guess = model.lm_head(hidden[row.sources]).argmax(-1)
         for weight, hit in zip(row.weights[:, 0].tolist(), (guess == row.ids[row.targets]).tolist()):
             hits.setdefault(round(weight, 1), []).append(hit)
-    kinds = {"habit": 1.0, "follow": 2.0, "tau": 6.0, "experience": 3.0}
+    kinds = {"habit": 1.0, "follow": 2.0, "thought": 1.5, "tau": 6.0, "experience": 3.0}
     return {name: sum(hits[w]) / len(hits[w]) for name, w in kinds.items() if w in hits}
 
 
@@ -314,10 +347,10 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny",
                         help="folder to write (default: tiny/)")
-    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
     parser.add_argument("--trees", type=int, default=8, help="token trees a step")
-    parser.add_argument("--lr", type=float, default=2e-3,
-                        help="peak learning rate (AdamW, linear warm-up and decay)")
+    parser.add_argument("--lr", type=float, default=0.02,
+                        help="peak learning rate of Muon (matrices; a tenth of it for AdamW's embeddings and norms)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -327,10 +360,14 @@ def main() -> None:
         num_key_value_heads=4, intermediate_size=256, max_position_embeddings=1024, tie_word_embeddings=True,
         initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    matrices = [p for layer in model.model.layers for p in layer.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.05),
+                  torch.optim.AdamW(others, lr=args.lr / 10, betas=(0.9, 0.98), weight_decay=0.05)]
     warm = min(200, args.steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+    schedules = [torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm, max(0.02, (args.steps - i) / (args.steps - warm + 1))))
+        for optimizer in optimizers]
     held_out = [pack([tree]) for tree in (lambda c: [c.tree() for _ in range(48)])(Corpus(tokenizer, 9))]
     batches, began, tokens = buckets(Corpus(tokenizer, args.seed % 9), args.trees), time.time(), 0
     bar = tqdm(range(args.steps), desc="tiny")
@@ -339,7 +376,9 @@ def main() -> None:
         loss = packed_nll(model, rows).sum() / sum(row.weights.sum() for row in rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
         tokens += sum(len(row.ids) for row in rows)
         if step % 200 == 199 or step + 1 == args.steps:
             shares = accuracy(model, held_out)

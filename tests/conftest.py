@@ -31,12 +31,12 @@ def settings(tmp_path):
 @pytest.fixture(scope="session")
 def tiny():
     """(model, chat) of the embedded model; shared, so tests leave it as it is."""
-    model, tokenizer = load_model("tiny", None, 640)
+    model, tokenizer = load_model("tiny", None, 768)
     return model, Chat(tokenizer)
 
 
 @pytest.fixture
 def own_tiny():
     """(model, chat) of the embedded model, for tests that change it."""
-    model, tokenizer = load_model("tiny", None, 640)
+    model, tokenizer = load_model("tiny", None, 768)
     return model, Chat(tokenizer)

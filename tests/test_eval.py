@@ -128,4 +128,4 @@ def test_more_tasks_than_the_split_has_is_one_line(settings, tmp_path):
 
 def test_the_engine_takes_its_settings_from_the_configuration(tiny, settings):
     engine = make_engine(*tiny, settings("slots=5", "temperature=0.5", "snapshot_mb=3"))
-    assert (engine.slots, engine.temperature, engine.budget, engine.context) == (5, 0.5, 3 * 2**20, 640)
+    assert (engine.slots, engine.temperature, engine.budget, engine.context) == (5, 0.5, 3 * 2**20, 768)

@@ -15,7 +15,7 @@ from model import (Ask, Chat, Engine, Job, LoRA, Segment, Snapshot, StaleSnapsho
                    quantize, save_adapter, weights_version)
 
 SHAPE = dict(vocab_size=470, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, intermediate_size=64, max_position_embeddings=640,
+             num_key_value_heads=2, intermediate_size=64, max_position_embeddings=768,
              tie_word_embeddings=False, initializer_range=0.5)
 
 
@@ -280,7 +280,7 @@ def test_four_bit_trains_only_the_adapter_and_reloads_to_equal_logits(own_tiny, 
     with adapter_off(model):
         assert torch.equal(model(input_ids=ids).logits, coarse)
     save_adapter(model, tmp_path, "tiny")
-    again, _ = load_model("tiny", True, 640)
+    again, _ = load_model("tiny", True, 768)
     load_adapter(again, tmp_path)
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 

@@ -8,14 +8,27 @@ FIRST = ("find the harp. the harp is in the attic. your candle lasts 8 turns. yo
 DARK = "it is dark. the attic needs the torch from the cellar."
 
 
-@pytest.mark.parametrize("turns, tau, e", [
-    ([("go attic", DARK), ("go attic", DARK)], "2", "the attic needs the torch from the cellar."),
-    ([("go cellar", "you are in the cellar. you see the torch.")], "1", "the harp is in the attic."),
+NEED, HARP = " the attic needs the torch from the cellar.", "the harp is in the attic."
+
+
+@pytest.mark.parametrize("turns, thought, tau, e", [
+    ([("go attic", DARK), ("go attic", DARK)], NEED + " 2 go cellar", "2", NEED[1:]),
+    ([("go cellar", "you are in the cellar. you see the torch.")], " 1 go attic", "1", HARP),
     ([("go attic", DARK), ("go cellar", "you are in the cellar. you see the torch and the hat."),
-      ("take hat", "you take the hat.")], "3", "the attic needs the torch from the cellar."),
-    ([("go attic", DARK), ("go cellar", "you are in the cellar. you see the torch.")], "none", "none")])
-def test_hindsight_points_at_the_first_turn_that_went_against_what_was_known(turns, tau, e):
-    assert hindsight(FIRST, turns) == (tau, e)
+      ("take hat", "you take the hat.")], NEED + " 2 go cellar 3 take torch", "3", NEED[1:]),
+    ([("go attic", DARK), ("go cellar", "you are in the cellar. you see the torch.")], NEED + " 2 go cellar",
+     "none", "none"),
+    ([("go cellar", "you are in the cellar. you see nothing."), ("go attic", DARK)], " 1 go attic", "1", HARP)])
+def test_hindsight_points_at_the_first_turn_that_went_against_what_was_known(turns, thought, tau, e):
+    assert hindsight(FIRST, turns) == (thought, tau, e)
+
+
+def test_hindsight_goes_back_to_the_turn_before_the_bridge_fell():
+    turns = [("go attic", DARK.replace("cellar", "island")), ("go island", "you cross a bridge. it holds once. you "
+              "are in the island. you see the torch."), ("go attic", "the bridge falls behind you. " + DARK)]
+    assert hindsight(FIRST, turns)[1] == "3"
+    turns = turns[:2] + [("go cellar", "the bridge falls behind you. you are in the cellar. you see nothing.")]
+    assert hindsight(FIRST, turns)[1] == "3"
 
 
 def test_an_experience_is_followed_step_by_step():

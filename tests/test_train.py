@@ -145,7 +145,7 @@ def distilled(folder, settings, trees, stop, until=None, **extra):
     pairs = targets(trees, cfg, stop)
 
     def start():
-        model, tokenizer = load_model("tiny", None, 640)
+        model, tokenizer = load_model("tiny", None, 768)
         add_lora(model, 4, 8, seed=0)
         return model, Chat(tokenizer)
     folder.mkdir(exist_ok=True)
@@ -204,10 +204,10 @@ def test_beta_infinite_leaves_l_reh_alone(settings):
 
 
 def test_no_row_is_longer_than_its_budget(tiny, settings, tmp_path):
-    cfg = settings("corrections=all", "rehearsal_share=1", "attempts=12", "row_tokens=640")
+    cfg = settings("corrections=all", "rehearsal_share=1", "attempts=12", "row_tokens=768")
     trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=6)
     pairs = targets(trees, cfg, tiny[1].stop)
     rows = [pack(group) for group in rows_of(trees, pairs, cfg)]
-    assert max(len(row.ids) for row in rows) <= 640
+    assert max(len(row.ids) for row in rows) <= 768
     bearing = sum(len(trees[k].turns[i].action_ids) for k, i in {*pairs.D_cf, *pairs.D_reh})
     assert sum(len(row.targets) for row in rows) == bearing           # every target once
