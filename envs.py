@@ -306,7 +306,7 @@ class Sokoban(Env):
 
     def _level(self, task: str) -> Level:
         stem, _, number = task.partition("/")
-        if stem in self.files and number.isdigit() and int(number) < len(self.files[stem]):
+        if stem in self.files and number.isdecimal() and int(number) < len(self.files[stem]):
             return self.files[stem][int(number)]
         match = re.fullmatch(r"(train|valid|test)-([12])-(\d{4})", task)
         if not match or int(match[3]) >= self.splits[match[1]]:

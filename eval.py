@@ -93,8 +93,8 @@ def bootstrap(tasks: int, resamples: int) -> torch.Tensor:
 
 
 def interval(values: torch.Tensor) -> tuple[float, float]:
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return tuple(values[~values.isnan()].double().quantile(ends).tolist())
+    ends, known = torch.tensor([0.025, 0.975], dtype=torch.float64), values[~values.isnan()].double()
+    return tuple(known.quantile(ends).tolist()) if len(known) else (float("nan"), float("nan"))
 
 
 def spread(estimate: Callable, tasks: int, resamples: int) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from typing import Callable, Iterator
 
 from tqdm import tqdm
 
-from envs import Env, ReplayMismatch, rollback
+from envs import Env, ReplayMismatch, UserError, rollback
 from model import Ask, Chat, Engine, Episode, Job
 from run import Config, Jsonl
 
@@ -322,6 +322,9 @@ def read_trees(records: Iterator[dict], round_: int, tasks: list[str]) -> list[T
         tree = trees[branch.task]
         at = tree.at_tau(branch)
         tree.join(branch, tree.turns[at].parent if at is not None else None)
+    if not all(tree.branches for tree in trees.values()):
+        raise UserError(f"trees.jsonl has no tree for some of the {len(tasks)} tasks in round {round_}; "
+                        f"finish that run (train.py), or use its train_tasks=")
     return list(trees.values())
 
 
@@ -330,12 +333,11 @@ def stage1_figures(trees: list[Tree], pairs: Targets) -> str:
     branches = [b for tree in trees for b in tree.branches]
     solved = sum(any(b.success for b in tree.branches) for tree in trees)
     first = sum(tree.branches[0].success for tree in trees)
-    ends = {end: sum(b.end == end for b in branches) for end in ("context", "mismatch")}
-    return (f"stage 1: {solved} of {len(trees)} tasks solved ({first} by the first rollout), {len(branches)} "
-            f"attempts, {sum(b.steps for b in branches)} environment steps + "
-            f"{sum(b.replayed for b in branches)} replayed, {sum(b.tokens for b in branches)} sampled tokens"
-            f"; dropped: {ends['mismatch']} replays that differed, {ends['context']} out of context; "
-            f"|D_cf| = {len(pairs.D_cf)}, |D_reh| = {len(pairs.D_reh)}")
+    ends = Counter(b.end for b in branches)
+    return (f"stage 1: {solved} of {len(trees)} tasks solved ({first} by the first rollout), {len(branches)} attempts, "
+            f"{sum(b.steps for b in branches)} environment steps + {sum(b.replayed for b in branches)} replayed, "
+            f"{sum(b.tokens for b in branches)} sampled tokens; dropped: {ends['mismatch']} replays that differed, "
+            f"{ends['context']} out of context; |D_cf| = {len(pairs.D_cf)}, |D_reh| = {len(pairs.D_reh)}")
 
 
 def reflection_figures(trees: list[Tree], make: Callable[[], Env]) -> str:

@@ -169,7 +169,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         layer.scale, layer.loads = config["lora_alpha"] / config["r"], layer.loads + 1
         for part, side in (("lora_A", 1), ("lora_B", 0)):      # the side that is not the rank
             old = getattr(layer, part)
-            new = tensors.pop(f"base_model.model.{name}.{part}.weight", torch.zeros_like(old))  # or left out
+            key = f"base_model.model.{name}.{part}.weight"     # left out: no change (B = 0), yet it can be trained
+            new = tensors.pop(key, old if part == "lora_A" else torch.zeros_like(old))
             if new.shape[side] != old.shape[side]:
                 raise UserError(f"adapter: {folder} was made for another model: "
                                 f"{name}.{part} is {tuple(new.shape)}")
@@ -482,7 +483,7 @@ class Engine:
         stays to be fed. Other families' prompts share the rules: their latest snapshot is a candidate too."""
         own = self.kept.get(job.family, [])
         others = next(reversed(self.kept.values()), []) if self.kept else []
-        best = max(own + others[:1], key=lambda kept: common_prefix(kept.ids, job.ids), default=None)
+        best = max(own + others[-1:], key=lambda kept: common_prefix(kept.ids, job.ids), default=None)
         return best, min(common_prefix(best.ids, job.ids), len(job.ids) - 1) if best else 0
 
     def _fork(self, row: int) -> None:

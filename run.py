@@ -225,8 +225,8 @@ def write_aside(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """out/<name>/, held by one process at a time."""
-    def __init__(self, config: Config):
+    """out/<name>/, held by one process at a time. `train`: what is made here depends on adapter= too."""
+    def __init__(self, config: Config, train: bool = False):
         self.path = Path(config.out)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -238,17 +238,18 @@ class RunFolder:
         except OSError:
             raise UserError(f"out: another process is running in {config.out}; "
                             f"wait for it, or choose another out=") from None
-        self._settle(config)
+        self._settle(config, NOT_PART_OF_RESULTS - ({"adapter"} if train else set()))
 
-    def _settle(self, config: Config) -> None:
+    def _settle(self, config: Config, free: set[str]) -> None:
         """Keep config.yaml; refuse to mix results of two configurations in one folder."""
         kept, now = self.path / "config.yaml", dict(vars(config))
         if kept.exists():
             before = yaml.safe_load(kept.read_text()) or {}
-            odd = [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]
+            odd = [key for key in now if key not in free and before.get(key) != now[key]]
             if odd:
                 raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, "
                                 f"not {now[odd[0]]!r}; choose another out=, or delete that folder")
+            now["adapter"] = before.get("adapter", "")            # what train.py started from, whatever was sampled
         write_aside(kept, yaml.safe_dump(now, sort_keys=False))
 
     def jsonl(self, name: str) -> Jsonl:

@@ -143,9 +143,6 @@ def run_round(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) ->
     tasks = pick_tasks(cfg, "train", cfg.train_tasks)
     if cfg.trees:
         trees = read_trees(read_jsonl(Path(cfg.trees) / "trees.jsonl"), round_, tasks)
-        if not all(tree.branches for tree in trees):
-            raise UserError(f"trees: {cfg.trees} has no tree for some of the {len(tasks)} tasks in round "
-                            f"{round_}; finish that run, or use its train_tasks=")
     else:
         store = folder.jsonl("trees.jsonl")
         trees = explore(make_engine(model, chat, cfg), chat, make, cfg, tasks, store, round_)
@@ -154,8 +151,8 @@ def run_round(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) ->
     print(stage1_figures(trees, pairs))
     print(reflection_figures(trees, make))
     if not pairs.D_reh and (cfg.beta == float("inf") or not pairs.D_cf):
-        raise UserError("exploration found nothing to train on: no correction and no success; "
-                        "see trees.jsonl, and try more attempts=, train_tasks=, or a stronger model=")
+        raise UserError("exploration found nothing to train on: no correction and no success; see trees.jsonl, and "
+                        "try more attempts=, train_tasks=, or a stronger model=")
     metrics = folder.jsonl("metrics.jsonl")
     distil(model, trees, pairs, cfg, folder.path, metrics, round_)
     metrics.close()
@@ -166,7 +163,7 @@ def main(args: list[str]) -> None:
     cfg = load_config(args)
     if cfg.trees and not (Path(cfg.trees) / "trees.jsonl").is_file():
         raise UserError(f"trees: {cfg.trees} has no trees.jsonl")
-    began, folder = time.time(), RunFolder(cfg)
+    began, folder = time.time(), RunFolder(cfg, train=True)
     test = pick_tasks(cfg, cfg.split, cfg.test_tasks)
     model, chat = open_policy(cfg)
     if not cfg.adapter:

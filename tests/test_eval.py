@@ -35,6 +35,11 @@ def records(rates, n=40, policy="base", seed=0, refused=1):
             for t, rate in enumerate(rates) for i in range(n)]
 
 
+def test_a_recovery_rate_of_no_episodes_is_shown_as_unknown():
+    text = table([Samples(records([0.2, 0.8], refused=0), "a")], [1], 100)
+    assert "nan" in next(line for line in text.split("\n") if line.startswith("recovery "))
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     """Tasks of a known distribution: a 95 % bootstrap over tasks covers its mean in about 95 % of draws."""
     rng, hits = random.Random(5), 0

@@ -9,7 +9,7 @@ from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, M
 
 from conftest import ROOT
 from envs import Quest, UserError
-from leafe import episode, targets
+from leafe import TURN, episode, targets
 from model import (Ask, Chat, Engine, Job, LoRA, Segment, Snapshot, StaleSnapshot, adapter_off, add_lora,
                    check_attention, load_adapter, load_model, lora_layers, lora_parameters, pack, packed_nll,
                    quantize, save_adapter, weights_version)
@@ -100,6 +100,25 @@ def test_samples_do_not_depend_on_slots_memory_or_order(tiny, settings):
         found.append(sorted(((b := job.result).task, b.name, [t.action_ids for t in b.turns])
                             for job in engine.run(queue)))
     assert found[0] == found[1] == found[2]
+
+
+def test_a_reply_may_have_a_temperature_of_its_own(tiny):
+    """Greedy replies beside sampled ones: the greedy ones equal generate, whatever their neighbours draw."""
+    model, chat = tiny
+    contexts = [chat.first(Quest.rules, TURN.format(t=1, obs=Quest().reset(task)))
+                for task in Quest().tasks("valid")[:8]]
+
+    def one(context, temperature):
+        return (yield Ask(context, 12, temperature))
+    engine = Engine(model, chat.stop, 5, 256, 1.0, snapshot_mb=8)
+    jobs = [Job(one(context, 0.0 if i % 2 else None), random.Random(i), str(i)) for i, context in enumerate(contexts)]
+    list(engine.run(deque(jobs)))
+    for context, job in list(zip(contexts, jobs))[1::2]:
+        out = model.generate(torch.tensor([context]), attention_mask=torch.ones(1, len(context)), do_sample=False,
+                             max_new_tokens=12, eos_token_id=list(chat.stop), pad_token_id=0)
+        assert out[0, len(context):].tolist() == job.result
+        assert job.rng.random() == random.Random(jobs.index(job)).random()        # and nothing was drawn
+    assert all(job.rng.random() != random.Random(i).random() for i, job in enumerate(jobs) if i % 2 == 0)
 
 
 def fork(engine, snapshot):
@@ -239,6 +258,8 @@ def test_the_adapter_loads_in_peft_and_peft_s_loads_here(own_tiny, tmp_path):
         r=3, lora_alpha=9, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
     made.save_pretrained(tmp_path / "theirs")
     load_adapter(model, tmp_path / "theirs")                      # another rank, fewer layers
+    left_out = [layer for name, layer in lora_layers(model).items() if "up_proj" in name]
+    assert all(layer.lora_A.any() and not layer.lora_B.any() for layer in left_out)     # no change, yet trainable
     assert torch.allclose(model(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-5)
 
 

@@ -123,6 +123,14 @@ def test_a_folder_is_held_by_one_process_and_by_one_configuration(settings):
         RunFolder(settings("seed=1"))
 
 
+def test_training_goes_on_from_the_adapter_it_began_with_whatever_was_sampled_meanwhile(settings):
+    RunFolder(settings(), train=True).lock.close()
+    RunFolder(settings("adapter=out/other")).lock.close()                  # eval.py in the same folder
+    RunFolder(settings(), train=True).lock.close()
+    with pytest.raises(UserError, match="holds a run with adapter=''"):
+        RunFolder(settings("adapter=out/other"), train=True)
+
+
 def test_an_out_folder_that_cannot_be_written_is_one_line(tmp_path, settings):
     (tmp_path / "file").write_text("")
     done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke",
