@@ -9,7 +9,7 @@
           in view
     IR-1  the same with the latest reflection alone in view
 Each gets, for every task alike, the mean number of environment steps that LEAFE's trees took, the steps of
-replays included, and may finish the attempt in which they run out: if anything, the comparison favours them.
+replays included; the attempt in which they run out is cut short.
 """
 import math
 import random
@@ -36,8 +36,8 @@ def contend(chat: Chat, cfg: Config, method: str, task: str, budget: int):
     lessons: list[str] = []
     while steps < budget:
         e = "\nexperience: ".join(lessons[-1:] if method == "IR-1" else lessons)
-        branch: Branch = yield from episode(make_env(cfg.env, cfg.data), chat, cfg, task, [], e,
-                                            str(attempts), refine)
+        left = replace(cfg, horizon=min(cfg.horizon or budget, budget - steps))
+        branch: Branch = yield from episode(make_env(cfg.env, cfg.data), chat, left, task, [], e, str(attempts), refine)
         steps, tokens, attempts = steps + branch.steps, tokens + branch.tokens, attempts + 1
         wins += branch.success
         lessons += [r.e for r in branch.reflections if r.tau and r.e not in lessons]

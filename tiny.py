@@ -1,4 +1,5 @@
-"""How the embedded base model, tiny/, is made: `python tiny.py` (see README for how long and on what).
+"""How the embedded base model, tiny/, is made: `python tiny.py` (see README for how long and on what; its optimiser,
+torch.optim.Muon, came with torch 2.9).
 
 No model hub is reachable from a school laptop or a CI machine, so the default model comes with the project: a
 Llama of 0.7 million parameters with a word-level tokenizer and a chat template, in Hugging Face format,
