@@ -18,8 +18,6 @@ def needs_shared_data():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{SHARED} is not here")
 
 
-
-
 @pytest.fixture
 def settings(tmp_path):
     """config.yaml's smoke preset, with any override, writing below tmp_path."""

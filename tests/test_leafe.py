@@ -59,6 +59,19 @@ def forever(text):
         yield text
 
 
+def test_reflections_are_asked_for_at_their_own_temperature_and_length(tiny, settings):
+    cfg = settings("reflect_temperature=0.25", "reflect_tokens=33", "action_tokens=7")
+    attempt, asks = episode(Quest(), tiny[1], cfg, "train-1-0000", [], "", "0", True), []
+    reply = None
+    try:
+        while True:
+            asks.append(attempt.send(reply))
+            reply = tiny[1].ids("take hat") + [tiny[1].tokenizer.eos_token_id]
+    except StopIteration:
+        pass
+    assert [(a.max_new, a.temperature) for a in asks] == [(7, None)] * 8 + [(33, 0.25)]
+
+
 def test_a_failed_episode_is_reflected_on_every_k_turns_and_at_its_end(tiny, settings):
     cfg, chat = settings("reflect_every=3"), tiny[1]
 

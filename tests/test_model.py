@@ -10,7 +10,7 @@ from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, M
 from conftest import ROOT
 from envs import Quest, UserError
 from leafe import TURN, episode, targets
-from model import (Ask, Chat, Engine, Job, LoRA, Segment, Snapshot, StaleSnapshot, adapter_off, add_lora,
+from model import (Ask, Chat, Engine, Job, LoRA, Segment, StaleSnapshot, adapter_off, add_lora,
                    check_attention, load_adapter, load_model, lora_layers, lora_parameters, pack, packed_nll,
                    quantize, save_adapter, weights_version)
 
@@ -377,4 +377,3 @@ def test_lora_wraps_all_seven_projections_of_every_layer(own_tiny):
     add_lora(model, 4, 8, seed=0)
     assert len(lora_layers(model)) == 7 * model.config.num_hidden_layers
     assert all(isinstance(layer, LoRA) for layer in lora_layers(model).values())
-    assert isinstance(Snapshot([1], [(torch.zeros(1, 1, 1),) * 2], ()).nbytes, int)
