@@ -25,8 +25,8 @@ def test_hindsight_points_at_the_first_turn_that_went_against_what_was_known(tur
 
 def test_hindsight_goes_back_to_the_last_turn_in_a_room_that_is_cut_off():
     turns = [("go island", "you cross a bridge. it holds once. you are in the island. you see the torch."),
-             ("go attic", "the bridge falls behind you. " + DARK.replace("cellar", "island")),
-             ("go cellar", "you are in the cellar. you see nothing.")]
+             ("go cellar", "the bridge falls behind you. you are in the cellar. you see nothing."),
+             ("go attic", DARK.replace("cellar", "island")), ("go attic", DARK.replace("cellar", "island"))]
     assert hindsight(FIRST, turns)[1:] == ("2", "the attic needs the torch from the island.")
 
 
