@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from envs import Outcome, Quest
+import leafe
 from leafe import (HINT, REFLECT, TURN, Branch, Tree, Turn, best_scores, corrections, episode, explore,
                    read_reflection, read_trees, targets)
 from model import Engine, Job
@@ -165,6 +166,16 @@ def grow(tiny, cfg, path, slots=32, tasks=10):
     trees = explore(engine_for(tiny, cfg, slots), tiny[1], Quest, cfg, Quest().tasks("train")[:tasks], store)
     store.close()
     return trees
+
+
+def test_the_same_lesson_at_the_same_turn_is_tried_once(settings):
+    tree, ended = Tree("t"), {}
+    growing = leafe.grow(tree, settings("attempts=9"), ended)
+    assert next(growing) == [("0", [], "")]
+    turns = [Turn("o", [1], "a", [2], None), Turn("p", [1], "b", [2], None)]
+    asked = [leafe.Reflection(1, "", 1, "x"), leafe.Reflection(2, "", 1, "x"), leafe.Reflection(2, "", 2, "x")]
+    ended["0"] = Branch("t", "0", 1, "", turns, "", asked, "failure", 2, 0, 0)
+    assert [(name, len(past), e) for name, past, e in next(growing)] == [("0.0", 1, "x"), ("0.2", 2, "x")]
 
 
 def test_trees_keep_to_the_budget_the_depth_and_breadth_first_order(tiny, settings, tmp_path):
