@@ -9,8 +9,8 @@ import pytest
 
 import tiny as tiny_module
 from conftest import ROOT, SHARED, needs_shared_data
-from envs import (MOVES, Level, Outcome, Quest, ReplayMismatch, Sokoban, UserError, make_env, push, read_boxoban,
-                  reverse_play, rollback)
+from envs import Outcome, Quest, ReplayMismatch, UserError, make_env, rollback
+from sokoban import MOVES, Level, Sokoban, push, read_boxoban, reverse_play
 
 
 def solve(level: Level, limit: int = 200_000) -> list[str] | None:
