@@ -11,7 +11,6 @@ fixed habit solves it: one must read the refusals and act on them. Other worlds 
 """
 import random
 import re
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Protocol, Sequence

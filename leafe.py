@@ -3,7 +3,8 @@
     explore    for every task q, grow a rollback tree: roll out pi; every K turns and on failure reflect, which
                gives (tau, e); backtrack: Reset(E), replay a_1 .. a_{tau-1}; branch: sample a'_tau ~ pi(. | h_tau,
                q, e) and carry on; breadth first, to a maximum depth, within a budget of attempts
-    targets    D_cf, the improved actions a'_tau at h_tau without e, and D_reh, turns of successful paths
+    targets    D_cf, the improved actions (a'_tau, and what follows with e in view) at their histories without e,
+               and D_reh, turns of successful paths
 
 An episode is a Python generator: it yields a context and receives the reply's ids, so that Algorithm 1 reads as
 straight code, one conversation at a time, while the engine runs hundreds side by side.
@@ -279,18 +280,22 @@ def best_scores(tree: Tree) -> list[float]:
     return best
 
 
-def corrections(tree: Tree, which: str) -> Iterator[int]:
-    """The first turns of branches, whose action a'_tau is a target of D_cf. `which`: "all" of them, or those where
-    the attempt, or one that grew from it, got further than the attempt it corrects did ("improved") or succeeded
-    ("successful"). An action equal to the one it replaces corrects nothing: left out."""
+def corrections(tree: Tree, cfg: Config) -> Iterator[list[int]]:
+    """For each branch that counts, the turns whose actions are targets of D_cf: its first, a'_tau, and with
+    cfg.correct = branch also those that follow with e still in view, for they owe it as much. What counts is
+    cfg.corrections: "all", or turns from which the attempt, or one that grew from it, got further than the attempt
+    it corrects did ("improved") or succeeded ("successful"). A branch that repeats the action that it should
+    replace corrects nothing: left out."""
     best = best_scores(tree)
     got = {branch.name: max([t.score for t in branch.turns], default=0.0) for branch in tree.branches}
     for branch, start in zip(tree.branches, tree.starts):
-        if (branch.experience and start >= 0
-                and tree.turns[start].action != tree.turns[tree.at_tau(branch)].action
-                and (which == "all" or (which == "successful" and best[start] >= 1.0)
-                     or (which == "improved" and best[start] > got[branch.name.rpartition(".")[0]]))):
-            yield start
+        if branch.experience and start >= 0 and tree.turns[start].action != tree.turns[tree.at_tau(branch)].action:
+            enough = dict(all=0.0, successful=1.0, improved=got[branch.name.rpartition(".")[0]])[cfg.corrections]
+            seen = len(branch.turns) if cfg.correct == "branch" and cfg.keep_experience else 1
+            counts = [i for i in range(start, start + seen)
+                      if best[i] > enough or (best[i] == enough and cfg.corrections != "improved")]
+            if start in counts:
+                yield counts
 
 
 @dataclass
@@ -301,13 +306,14 @@ class Targets:
 
 
 def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
-    """D_cf: the improved actions, at most cfg.corrections_per_task a task. D_reh: all turns of a random share of
-    the successful paths, branches included (the paper: 20 %). An action that was cut off is no example."""
+    """D_cf: the improved actions, of at most cfg.corrections_per_task branches a task. D_reh: all turns of a random
+    share of the successful paths, branches included (the paper: 20 %). An action that was cut off is no example."""
     rng, whole = random.Random(f"targets/{cfg.seed}"), lambda turn: turn.action_ids[-1] in stop
     D_cf, paths = [], []
     for k, tree in enumerate(trees):
-        found = [i for i in corrections(tree, cfg.corrections) if whole(tree.turns[i])]
-        D_cf += [(k, i) for i in sorted(rng.sample(found, min(len(found), cfg.corrections_per_task)))]
+        found = [turns for turns in corrections(tree, cfg) if whole(tree.turns[turns[0]])]
+        chosen = rng.sample(found, min(len(found), cfg.corrections_per_task))
+        D_cf += sorted((k, i) for turns in chosen for i in turns if whole(tree.turns[i]))
         paths += [(k, tree.branch_path(n)) for n, branch in enumerate(tree.branches) if branch.success]
     count = max(1, round(cfg.rehearsal_share * len(paths))) if cfg.rehearsal_share and paths else 0
     D_reh = sorted({(k, i) for k, path in rng.sample(paths, count) for i in path if whole(trees[k].turns[i])})

@@ -51,6 +51,7 @@ class Config:
     reflect_tokens: int
     reflect_temperature: float
     corrections: str
+    correct: str
     corrections_per_task: int
     rehearsal_share: float
     beta: float
@@ -79,6 +80,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
     ("rehearsal_share", lambda v: 0 <= v <= 1, "must lie in 0..1"),
     ("corrections", lambda v: v in ("all", "improved", "successful"), "must be all, improved or successful"),
+    ("correct", lambda v: v in ("branch", "first"), "must be branch or first"),
     ("split", lambda v: v in ("train", "valid", "test"), "must be train, valid or test"),
     ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
     ("out", lambda v: bool(v.strip()), "must name a folder"),
