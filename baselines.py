@@ -1,43 +1,296 @@
-"""What LEAFE is compared with, over the same engine, episodes and budget. So far the contenders of Stage 1
-(Table 3):
+"""What LEAFE is compared with: each is one short function over the same engine, episodes, packed rows and optimiser,
+and each gets the number of environment steps that LEAFE's Stage 1 took (replays included).
 
-    python baselines.py config.yaml out=out/quest     needs that run's trees;
-                                                      prints who solves more training tasks
+    python train.py config.yaml method=rft trees=out/quest out=out/rft     rft, early_experience, grpo, ace
+    python baselines.py config.yaml out=out/quest     the contenders of Stage 1 (the paper's Table 3) on that
+                                                      run's training tasks: who solves more of them
 
-    IS    independent sampling: plain rollouts
-    IR    iterative refinement: on failure reflect, and retry from the start with all reflections so far
-          in view
-    IR-1  the same with the latest reflection alone in view
-Each gets, for every task alike, the mean number of environment steps that LEAFE's trees took, the steps of
-replays included; the attempt in which they run out is cut short.
+    rft               rejection sampling: SFT on the successful rollouts
+    early_experience  Early Experience (arXiv 2510.08558): learn what other actions would have brought, then SFT
+    grpo              Group Relative Policy Optimisation: groups of rollouts of one task, clipped policy gradient
+    ace               a playbook of lessons in the prompt, grown by reflection; no training
+    IS, IR, IR-1      independent sampling; iterative refinement: on failure reflect, and retry from the start with
+                      all reflections so far in view, or with the latest alone
 """
 import math
 import random
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Iterator
 
 import torch
 from tqdm import tqdm
 
-from envs import UserError, make_env
-from eval import cell, make_engine, open_policy, pick_tasks, spread
-from leafe import Branch, Tree, episode, read_trees
-from model import Chat, Engine, Job
-from run import Config, Jsonl, RunFolder, guarded, load_config
+from envs import Env, UserError, rollback
+from eval import (Samples, cell, make_engine, make_worlds, open_policy, pick_tasks, read_samples, spread,
+                  with_playbook)
+from leafe import TURN, Branch, Tree, episode, explore, fill, read_trees, rows_of
+from model import Ask, Batch, Chat, Engine, Job, Packed, Segment, adapter_off, pack, token_logp
+from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, spent
+
+# ------------------------------------------------------------------------------------ rollouts within a budget
+
+
+def budget(cfg: Config) -> int:
+    """Environment steps that a method may take for its training."""
+    if not (cfg.env_steps or cfg.trees):
+        raise UserError(f"env_steps: method={cfg.method} needs a budget: give env_steps=, or trees=out/<run> for as "
+                        f"many as that run's trees took")
+    return cfg.env_steps or spent(Path(cfg.trees))["steps"]
+
+
+def taken(store: Jsonl, upto: int) -> int:
+    return sum(r["steps"] + r["replayed"] for r in store.records if r["round"] <= upto)
+
+
+def waves(engine: Callable[[], Engine], chat: Chat, make: Callable[[], Env], cfg: Config, tasks: list[str],
+          store: Jsonl, steps: int, size: int, first: int = 1, reflect: bool = False) -> Iterator[list[Tree]]:
+    """Waves of cfg.roots plain rollouts of up to `size` tasks, drawn anew each wave, until another episode of full
+    length could go over `steps` environment steps. Wave `first` comes first; waves that `store` holds are read."""
+    longest = min(make().max_turns, cfg.horizon or make().max_turns) * cfg.roots
+    wave = first
+    while (room := (steps - taken(store, wave - 1)) // longest) > 0:
+        chosen = random.Random(f"{cfg.seed}/wave/{wave}").sample(tasks, min(len(tasks), size, room))
+        yield explore(engine(), chat, make, cfg, chosen, store, wave, reflect)
+        wave += 1
+
+
+def rollouts(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str], store: Jsonl,
+             steps: int) -> list[Tree]:
+    """As many plain rollouts as fit into the budget, the tasks in turn; one tree of roots a task."""
+    trees = {task: Tree(task) for task in tasks}
+    plain = replace(cfg, roots=1, attempts=1, max_depth=0)
+    for wave in waves(lambda: make_engine(model, chat, cfg), chat, make, plain, tasks, store, steps, len(tasks)):
+        for tree in wave:
+            trees[tree.task].join(tree.branches[0], None)
+    return list(trees.values())
+
+
+# --------------------------------------------------------------------------- rejection sampling, Early Experience
+
+Weights = list[dict[int, tuple[float, float]]]
+
+
+def successes(trees: list[Tree], chat: Chat) -> Weights:
+    """Turns of the successful rollouts, each weighing 1 over their number: L_reh with a share of 1."""
+    pairs = {(k, i) for k, tree in enumerate(trees) for n, branch in enumerate(tree.branches) if branch.success
+             for i in tree.branch_path(n) if tree.turns[i].action_ids[-1] in chat.stop}
+    if not pairs:
+        print("no rollout succeeded: there is nothing to train on, and the policy stays as it is")
+    weights: Weights = [{} for _ in trees]
+    for k, i in pairs:
+        weights[k][i] = 0.0, 1 / len(pairs)
+    return weights
+
+
+def demonstration_rows(trees: list[Tree], weights: Weights, cfg: Config) -> list[Packed]:
+    return [pack(group) for group in rows_of(trees, weights, cfg.row_tokens)]
+
+
+def rft(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str], store: Jsonl,
+        folder: RunFolder) -> tuple[list[Packed], list[Packed]]:
+    """Rejection-sampling fine-tuning: the whole budget goes into rollouts; the successful ones are the data. Returns
+    rows to be seen for an epoch first (none), and the rest."""
+    trees = rollouts(model, chat, cfg, make, tasks, store, budget(cfg))
+    return [], demonstration_rows(trees, successes(trees, chat), cfg)
+
+
+WORLD = "foresee what an action brings.\n{rules}"                    # a system prompt of its own
+WHAT_IF = "\nsuppose the action is: {action}. what comes next?"      # behind the observation
+WHY = "\nof these actions:\n{tried}\nthe best is: {action}. why?"
+
+
+def alternatives(env: Env, chat: Chat, cfg: Config, task: str, turn: int, path: list, after: str):
+    """Other actions at the last turn of `path` (a demonstration up to there, which led to `after`), and what each
+    brings. A generator for the engine, returns a record. Resets and replays are counted as in a rollback tree."""
+    h, t = [i for before in path[:-1] for i in before.ids], len(path)
+    tried, tokens, why = {path[-1].action: after}, 0, []
+    for _ in range(cfg.alternatives):
+        ids = (yield Ask(h + path[-1].obs_ids, cfg.action_tokens)) or []
+        tokens += len(ids)
+        if ids and (action := chat.text(ids)) not in tried:
+            rollback(env, task, path)
+            tried[action] = env.step(action).obs
+    if cfg.early_experience == "reflection":
+        text = TURN.format(t=t, obs=path[-1].obs) + WHY.format(
+            action=path[-1].action, tried="\n".join(f"{action}: {obs}" for action, obs in tried.items()))
+        message = chat.first(env.rules, text) if t == 1 else chat.next(text, path[-2].action_ids[-1] not in chat.stop)
+        why = (yield Ask(h + message, cfg.reflect_tokens, cfg.reflect_temperature)) or []
+    env.close()
+    return dict(task=task, turn=turn, tried=tried, why=why, steps=len(tried) - 1,
+                replayed=(len(tried) - 1) * (t - 1), tokens=tokens + len(why))
+
+
+def live_through(engine: Engine, chat: Chat, cfg: Config, make: Callable[[], Env], trees: list[Tree],
+                 weights: Weights, store: Jsonl, steps: int) -> list[dict]:
+    """Alternatives at the demonstrated states, drawn at random, as many as are sure to fit into `steps`."""
+    states = sorted((k, i) for k, found in enumerate(weights) for i in found)
+    queue, have = deque(), {(r["task"], r["turn"]) for r in store.records}
+    for k, i in random.Random(f"{cfg.seed}/alternatives").sample(states, len(states)):
+        tree, path = trees[k], trees[k].path(i)
+        steps -= cfg.alternatives * len(path)
+        if steps >= 0 and (tree.task, i) not in have:
+            n = max(n for n, start in enumerate(tree.starts) if -1 < start <= i)
+            last = i + 1 == tree.starts[n] + len(tree.branches[n].turns)
+            after = tree.branches[n].last_obs if last else tree.turns[i + 1].obs
+            queue.append(Job(alternatives(make(), chat, cfg, tree.task, i, path, after),
+                             random.Random(f"{cfg.seed}/alternatives/{tree.task}/{i}"), tree.task))
+    for job in tqdm(engine.run(queue), total=len(queue), desc="alternatives", unit="state", disable=not queue):
+        store.append(job.result)
+    return sorted(store.records, key=lambda record: (record["task"], record["turn"]))
+
+
+def foreseen(chat: Chat, rules: str, path: list, tried: dict[str, str]) -> list[Segment]:
+    """-log p(s' | s, a) for every action tried at the last turn of `path`."""
+    head = [chat.first(WORLD.format(rules=rules), TURN.format(t=1, obs=path[0].obs)) + path[0].action_ids,
+            *(turn.ids for turn in path[1:-1])] if len(path) > 1 else []
+    trunk = [i for ids in head for i in ids]
+    segments = [Segment(trunk, [0.0] * len(trunk), None)] if trunk else []
+    for action, obs in tried.items():
+        text = TURN.format(t=len(path), obs=path[-1].obs) + WHAT_IF.format(action=action)
+        asked = (chat.next(text, path[-2].action_ids[-1] not in chat.stop) if trunk else
+                 chat.first(WORLD.format(rules=rules), text))
+        answer = chat.ids(obs) + [chat.end]
+        segments.append(Segment(asked + answer, [0.0] * len(asked) + [1.0] * len(answer), 0 if trunk else None))
+    return segments
+
+
+def reasoned(chat: Chat, path: list, why: list[int]) -> list[Segment]:
+    """-log p(why, a | s): the policy's own reason, then the demonstrated action."""
+    seen = [i for turn in path[:-1] for i in turn.ids] + path[-1].obs_ids
+    answer = [i for i in why if i not in chat.stop] + chat.ids("\n") + path[-1].action_ids
+    return [Segment(seen + answer, [0.0] * len(seen) + [1.0] * len(answer), None)]
+
+
+def early_experience(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str], store: Jsonl,
+                     folder: RunFolder) -> tuple[list[Packed], list[Packed]]:
+    """Early Experience: the demonstrations are the successful rollouts of a part of the budget; the rest of it goes
+    into other actions at their states. `world`: learn what each brings for one epoch (half of the optimiser steps at
+    most), then the demonstrations, as many steps in all as rft. `reflection`: mixed with the demonstrations, the
+    policy's reasons why the demonstrated action is the best."""
+    steps, lived = budget(cfg), folder.jsonl("alternatives.jsonl")
+    trees = rollouts(model, chat, cfg, make, tasks, store, round(steps * (1 - cfg.alternatives_share)))
+    weights, by_task = successes(trees, chat), {tree.task: tree for tree in trees}
+    records = live_through(make_engine(model, chat, cfg), chat, cfg, make, trees, weights, lived,
+                           steps - taken(store, 10**9))
+    lived.close()
+    if cfg.early_experience == "world":
+        extra = [foreseen(chat, make().rules, by_task[r["task"]].path(r["turn"]), r["tried"]) for r in records]
+    else:
+        extra = [reasoned(chat, by_task[r["task"]].path(r["turn"]), r["why"]) for r in records if r["why"]]
+    count = sum(any(segment.weights) for piece in extra for segment in piece)
+    for segment in (segment for piece in extra for segment in piece):
+        segment.weights = [(weight / count, 0.0) for weight in segment.weights]
+    demonstrations = demonstration_rows(trees, weights, cfg)
+    rows = [pack(group) for group in fill(extra, cfg.row_tokens)]
+    if cfg.early_experience == "reflection":
+        return [], demonstrations + rows
+    per = max(1, cfg.batch_tokens // cfg.row_tokens)
+    return rows[:cfg.steps // 2 * per], demonstrations
+
+
+# ------------------------------------------------------------------------------------------------------- GRPO
+
+def advantages(tree: Tree, cfg: Config) -> dict[int, tuple[float, float]]:
+    """Turn -> (A, 1) for a group of rollouts of one task: A = (R - mean) / (std + 1e-6), R = 1 for success, less
+    cfg.grpo_refusal for each refused action. Mean and std over the episodes, or over their steps."""
+    rewards = [branch.success - cfg.grpo_refusal * sum(not turn.valid for turn in branch.turns)
+               for branch in tree.branches]
+    group = torch.tensor(rewards if cfg.grpo_statistics == "episodes" else
+                         [r for r, branch in zip(rewards, tree.branches) for _ in branch.turns])
+    spread_ = float(group.std()) if len(group) > 1 else 0.0
+    return {i: ((r - float(group.mean())) / (spread_ + 1e-6), 1.0)
+            for n, r in enumerate(rewards) for i in tree.branch_path(n)}
+
+
+def grpo_loss(cfg: Config, model, row: Packed) -> torch.Tensor:
+    """(2,): summed over the row's tokens, the clipped policy loss (dual clip for A < 0) and the k3 estimate of
+    KL(pi' || reference) times its weight. row.weights: (N, 3), advantage, log pi_old, log pi_ref."""
+    new = token_logp(model, [row])                                                              # (N,)
+    advantage, old, ref = row.weights.to(new.device).T
+    ratio = (new - old).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - cfg.grpo_clip, 1 + cfg.grpo_clip) * advantage)
+    gain = gain.where(advantage >= 0, gain.maximum(cfg.grpo_dual * advantage))
+    kl = (ref - new).exp() - (ref - new) - 1
+    return torch.stack([-gain.sum(), cfg.grpo_kl * kl.sum()])
+
+
+@torch.no_grad()
+def with_old(model, row: Packed) -> Packed:
+    """The row, its weights (A, 1) replaced by (A, log pi_old, log pi_ref); the reference is the adapter off."""
+    old = token_logp(model, [row])
+    with adapter_off(model):
+        ref = token_logp(model, [row])
+    return replace(row, weights=torch.stack([row.weights[:, 0], old.cpu(), ref.cpu()], 1))
+
+
+def grpo(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str], store: Jsonl, metrics: Jsonl,
+         first: int) -> Iterator[Batch]:
+    """Group Relative Policy Optimisation: waves of groups of rollouts until the budget is used; after each wave
+    cfg.grpo_updates optimiser steps, the mean over tokens. Goes on after wave `first`."""
+    group = replace(cfg, roots=cfg.grpo_group, attempts=cfg.grpo_group, max_depth=0)
+    for wave, trees in enumerate(waves(lambda: make_engine(model, chat, cfg), chat, make, group, tasks, store,
+                                       budget(cfg), cfg.grpo_tasks, first + 1), first + 1):
+        rows = [with_old(model, pack(pieces))
+                for pieces in rows_of(trees, [advantages(tree, cfg) for tree in trees], cfg.row_tokens)]
+        ended = [branch for tree in trees for branch in tree.branches]
+        refused = sum(not turn.valid for branch in ended for turn in branch.turns) / len(ended)
+        success = sum(branch.success for branch in ended) / len(ended)
+        metrics.append(dict(wave=wave, reward=success - cfg.grpo_refusal * refused, success=success, refused=refused,
+                            env_steps=taken(store, wave)))
+        random.Random(f"{cfg.seed}/grpo/{wave}").shuffle(rows)
+        parts = [rows[n::cfg.grpo_updates] for n in range(min(cfg.grpo_updates, len(rows)))]
+        for n, part in enumerate(parts):
+            step = (wave - 1) * cfg.grpo_updates + n + 1
+            yield Batch(part, 1 / sum(len(row.targets) for row in part), min(1.0, step / (cfg.warmup + 1)),
+                        wave if n + 1 == len(parts) else None)
+
+
+# -------------------------------------------------------------------------------------------------------- ACE
+
+def ace(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str], store: Jsonl) -> str:
+    """Agentic Context Engineering: generator, rollouts with the playbook in view; reflector, the policy's experience
+    after each failure; curator, append what is new while there is room (cfg.playbook_tokens). Nothing is trained."""
+    playbook: list[str] = []
+
+    def seen() -> Env:
+        env = make()
+        env.rules = with_playbook(env.rules, "\n".join(playbook))
+        return env
+    alone = replace(cfg, roots=1, attempts=1, max_depth=0, reflect_every=10**9)     # reflect on failure only
+    for trees in waves(lambda: make_engine(model, chat, cfg), chat, seen, alone, tasks, store, budget(cfg),
+                       cfg.grpo_tasks, reflect=True):
+        lessons = [r.e for tree in trees for branch in tree.branches for r in branch.reflections if r.tau]
+        for e in lessons:
+            if e not in playbook and len(chat.ids("\n".join([*playbook, e]))) <= cfg.playbook_tokens:
+                playbook.append(e)
+    return "\n".join(playbook) + "\n"
+
+
+def read_lessons(folder: str) -> dict[str, list[str]]:
+    """The experiences that a run's reflections gave, by task: for the control that gives each branch another task's."""
+    found: dict[str, list[str]] = {}
+    for record in read_jsonl(Path(folder) / "trees.jsonl"):
+        found.setdefault(record["task"], []).extend(r["e"] for r in record["reflections"] if r["tau"])
+    return {task: lessons for task, lessons in found.items() if lessons}
+
+
+# ---------------------------------------------------------------------------------------- Stage 1's contenders
 
 CONTENDERS = ("IS", "IR", "IR-1")
 
 
-def contend(chat: Chat, cfg: Config, method: str, task: str, budget: int):
-    """Attempts at one task until `budget` steps are used; a generator for the engine, returns a record."""
+def contend(chat: Chat, cfg: Config, make: Callable[[], Env], method: str, task: str, steps_: int):
+    """Attempts at one task until `steps_` steps are used; a generator for the engine, returns a record."""
     refine = method != "IS"
     cfg = replace(cfg, keep_experience=True, reflect_every=10**9)      # reflect on failure, keep e in view
     steps = tokens = attempts = wins = 0
     lessons: list[str] = []
-    while steps < budget:
+    while steps < steps_:
         e = "\nexperience: ".join(lessons[-1:] if method == "IR-1" else lessons)
-        left = replace(cfg, horizon=min(cfg.horizon or budget, budget - steps))
-        branch: Branch = yield from episode(make_env(cfg.env, cfg.data), chat, left, task, [], e, str(attempts), refine)
+        left = replace(cfg, horizon=min(cfg.horizon or steps_, steps_ - steps))
+        branch: Branch = yield from episode(make(), chat, left, task, [], e, str(attempts), refine)
         steps, tokens, attempts = steps + branch.steps, tokens + branch.tokens, attempts + 1
         wins += branch.success
         lessons += [r.e for r in branch.reflections if r.tau and r.e not in lessons]
@@ -49,8 +302,8 @@ def contend(chat: Chat, cfg: Config, method: str, task: str, budget: int):
 
 def run_contenders(engine: Engine, chat: Chat, cfg: Config, trees: list[Tree], store: Jsonl) -> None:
     done = {(r["method"], r["task"]) for r in store.records}
-    budget = math.ceil(sum(b.steps + b.replayed for tree in trees for b in tree.branches) / len(trees))
-    queue = deque(Job(contend(chat, cfg, method, tree.task, budget),
+    mean = math.ceil(sum(b.steps + b.replayed for tree in trees for b in tree.branches) / len(trees))
+    queue = deque(Job(contend(chat, cfg, make_worlds(cfg), method, tree.task, mean),
                       random.Random(f"{cfg.seed}/{method}/{tree.task}"), tree.task)
                   for method in CONTENDERS for tree in trees if (method, tree.task) not in done)
     for job in tqdm(engine.run(queue), total=len(queue), desc="IS and IR", unit="task", disable=not queue):
@@ -77,6 +330,48 @@ def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
     return "\n".join(lines)
 
 
+def comparison(folder: Path) -> str:
+    """The runs of a folder, <name>-<seed>/ each, and what their training took. Figures are means over seeds, intervals
+    are over tasks, differences are paired. new: tasks that the policy solves in any of its samples and the base of
+    that seed in none; lost: the other way round."""
+    runs: dict[str, list[tuple[Samples, dict]]] = {"base": []}
+    for run in sorted(path.parent for path in folder.glob("*-*/passk.json")):
+        name = run.name.rpartition("-")[0]
+        runs.setdefault(name, []).append((read_samples(str(run)), spent(run)))
+        if name == "leafe":
+            runs["base"].append((read_samples(f"{run}:base"), dict.fromkeys(spent(run), 0)))
+    if not runs["base"]:
+        raise UserError(f"{folder}: no leafe-<seed>/ that has ended; run train.py method=compare out={folder} first")
+    cfg, base = load_config([str(next(folder.glob("leafe-*/config.yaml")))]), [own for own, _ in runs["base"]]
+    tasks, last, leafe = len(base[0].by_task), f"Pass@{cfg.ks[-1]}", [own for own, _ in runs["leafe"]]
+    figures = [f"Pass@{k}" for k in sorted({cfg.ks[0], cfg.ks[len(cfg.ks) // 2], cfg.ks[-1]})] + ["recovery"]
+    heads = [f"{'%':18}", *(f"{name:>22}" for name in figures), f"{last + ' minus base':>24}",
+             f"{'leafe minus this':>24}", f"{'new':>6}{'lost':>6}", *(f"{name:>12}" for name in ("env steps", "sampled", "trained", "minutes"))]
+    lines = ["".join(heads)]
+    for name, found in runs.items():
+        own, meters = [samples for samples, _ in found], [meter for _, meter in found]
+        if len(own) < len(base):
+            lines.append(f"{name:18}{len(own)} of {len(base)} seeds so far")
+            continue
+
+        def mean(policies: list[Samples], figure: str) -> Callable:
+            known = [policy.estimates(cfg.ks)[figure] for policy in policies]
+            return lambda index: sum(estimate(index) for estimate in known) / len(known)
+        cells = [f"{name:18}", *(f"{cell(spread(mean(own, f), tasks, cfg.resamples)):>22}" for f in figures)]
+        for more, less in ((own, base), (leafe, own)):
+            a, b = mean(more, last), mean(less, last)
+            gap = cell(spread(lambda index: a(index) - b(index), tasks, cfg.resamples), "+") if more != less else ""
+            cells.append(f"{gap:>24}")
+        for a, b in ((own, base), (base, own)):
+            more = [int(((x.passes(x.n) > 0) & (y.passes(y.n) == 0)).sum()) for x, y in zip(a, b)]
+            cells.append(f"{sum(more) / len(base):6.1f}")
+        took = {key: sum(meter[key] for meter in meters) / len(base) for key in meters[0]}
+        cells += [*(f"{took[key]:12.0f}" for key in ("steps", "sampled", "trained")), f"{took['seconds'] / 60:12.1f}"]
+        lines.append("".join(cells))
+    return "\n".join([*lines, f"{tasks} tasks, {base[0].n} samples each, means over {len(base)} seeds; environment "
+                      f"steps with replays, sampled and trained tokens"])
+
+
 def main(args: list[str]) -> None:
     cfg = load_config(args)
     folder = RunFolder(cfg)
@@ -84,7 +379,7 @@ def main(args: list[str]) -> None:
     if not tree_store.records:
         raise UserError(f"{folder.path} has no trees yet; run python train.py with out={folder.path} first")
     trees = read_trees(iter(tree_store.records), 1, pick_tasks(cfg, "train", cfg.train_tasks))
-    model, chat = open_policy(cfg)
+    model, chat = open_policy(cfg, cfg.init)
     store = folder.jsonl("stage1.jsonl")
     run_contenders(make_engine(model, chat, cfg), chat, cfg, trees, store)
     print(table(trees, store.records, cfg.resamples))

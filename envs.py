@@ -83,6 +83,10 @@ class Quest(Env):
     max_turns = 3 * 4 + 2 + slack
     sizes = {"train": 512, "valid": 256, "test": 512, "corpus": 10_000_000}
 
+    def __init__(self, data: str = ""):
+        if data:
+            raise UserError("data: quest makes its own tasks and reads no file; leave data empty")
+
     def tasks(self, split: str) -> list[str]:
         return [f"{split}-{1 + i % 4}-{i:04d}" for i in range(min(self.sizes.get(split, 0), 4096))]
 
@@ -214,18 +218,12 @@ class Quest(Env):
         return True, True, room not in self.bars
 
 
-def quest(data: str = "") -> Env:
-    if data:
-        raise UserError("data: quest makes its own tasks and reads no file; leave data empty")
-    return Quest()
-
-
 def sokoban(data: str = "") -> Env:
     from sokoban import Sokoban
     return Sokoban(data)
 
 
-ENVS = {"quest": quest, "sokoban": sokoban}           # a world's module is loaded when it is asked for
+ENVS = {"quest": Quest, "sokoban": sokoban}           # a world's module is loaded when it is asked for
 
 
 def make_env(name: str, data: str = "") -> Env:

@@ -6,6 +6,7 @@ reflection, no rollback, no hint.
     python eval.py table out/quest              the tables again, from samples.jsonl, without a model
     python eval.py compare out/a out/b          the second minus the first, paired over the same tasks
     python eval.py compare out/a:base out/a     likewise; `:base` picks the base's samples of a run
+    python eval.py compare out/compare          all methods of a comparison (train.py method=compare)
 
 n samples a task, c successes: pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021), mean over tasks. Intervals are
 95 % percentile bootstraps over tasks; a difference is bootstrapped over the tasks that both have (paired).
@@ -14,20 +15,38 @@ import hashlib
 import json
 import random
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
 import torch
 from tqdm import tqdm
 
-from envs import UserError, make_env
-from leafe import episode
+from envs import Env, UserError, make_env
+from leafe import PLAYBOOK, episode
 from model import Chat, Engine, Job, adapter_off, load_adapter, load_model, lora_parameters
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, write_aside
 
 
 def make_engine(model, chat: Chat, cfg: Config) -> Engine:
     return Engine(model, chat.stop, cfg.slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
+
+
+def with_playbook(rules: str, lessons: str) -> str:
+    return rules + PLAYBOOK + lessons.strip() if lessons.strip() else rules
+
+
+def make_worlds(cfg: Config) -> Callable[[], Env]:
+    """A function that makes an environment, with cfg.playbook behind its rules if there is one."""
+    if cfg.playbook and not Path(cfg.playbook).is_file():
+        raise UserError(f"playbook: there is no file {cfg.playbook}; train.py method=ace writes one")
+    lessons = Path(cfg.playbook).read_text(encoding="utf-8") if cfg.playbook else ""
+
+    def make() -> Env:
+        env = make_env(cfg.env, cfg.data)
+        env.rules = with_playbook(env.rules, lessons)
+        return env
+    return make
 
 
 def pick_tasks(cfg: Config, split: str, count: int) -> list[str]:
@@ -39,26 +58,27 @@ def pick_tasks(cfg: Config, split: str, count: int) -> list[str]:
     return tasks[:count]
 
 
-def fingerprint(model) -> str:
-    """Names the weights that samples were drawn from, so that a resumed run never mixes two policies."""
-    digest = hashlib.sha256()
+def fingerprint(model, rules: str) -> str:
+    """Names the policy that samples were drawn from, so that a resumed run never mixes two."""
+    digest = hashlib.sha256(rules.encode())
     for parameter in lora_parameters(model):
         digest.update(parameter.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
 def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: list[str]) -> None:
-    """Draw what is missing of cfg.samples episodes for each task; `policy` is base (adapter off) or leafe."""
-    weights = "base" if policy == "base" else fingerprint(model)
+    """Draw what is missing of cfg.samples episodes for each task; `policy`: base (adapter off) or the method."""
+    make = make_worlds(replace(cfg, playbook="") if policy == "base" else cfg)
+    weights = "base" if policy == "base" else fingerprint(model, make().rules if cfg.playbook else "")
     held = [record for record in store.records if record["policy"] == policy]
     if others := {record["weights"] for record in held} - {weights}:
-        raise UserError(f"{store.path} holds {policy} samples of another adapter "
+        raise UserError(f"{store.path} holds {policy} samples of another policy "
                         f"({others.pop()}, not {weights}); choose another out=")
     done = {(record["task"], record["sample"]) for record in held}
-    world, engine = make_env(cfg.env, cfg.data), make_engine(model, chat, cfg)
+    world, engine = make(), make_engine(model, chat, cfg)
 
     def plain(task: str, i: int):
-        branch = yield from episode(make_env(cfg.env, cfg.data), chat, cfg, task, [], "", str(i), reflect=False)
+        branch = yield from episode(make(), chat, cfg, task, [], "", str(i), reflect=False)
         return dict(policy=policy, weights=weights, task=task, sample=i, difficulty=world.difficulty(task),
                     success=branch.success, score=branch.turns[-1].score if branch.turns else 0.0,
                     turns=branch.steps, refused=sum(not turn.valid for turn in branch.turns),
@@ -188,7 +208,8 @@ def read_samples(name: str, policy: str | None = None, tasks: list[str] | None =
     if not path.is_file():
         raise UserError(f"{folder}: there is no samples.jsonl; run train.py or eval.py with out={folder} first")
     records = list(read_jsonl(path))
-    wanted = wanted or policy or ("leafe" if any(r["policy"] == "leafe" for r in records) else "base")
+    trained = next((r["policy"] for r in records if r["policy"] != "base"), "base")
+    wanted = wanted or policy or trained
     chosen = [r for r in records if r["policy"] == wanted and (tasks is None or r["task"] in set(tasks))]
     return Samples(chosen, f"{folder}:{wanted}" if policy is None else wanted)
 
@@ -196,7 +217,7 @@ def read_samples(name: str, policy: str | None = None, tasks: list[str] | None =
 def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
     """passk.json and the printed table of a run, from its samples.jsonl alone."""
     there = {r["policy"] for r in read_jsonl(folder / "samples.jsonl") if r["task"] in set(tasks)}
-    found = [read_samples(str(folder), policy, tasks) for policy in ("base", "leafe") if policy in there]
+    found = [read_samples(str(folder), policy, tasks) for policy in sorted(there, key=lambda name: name != "base")]
     if not found:
         raise UserError(f"{folder}: samples.jsonl has no sample of these tasks")
     passk = {p.label: {name: dict(zip(("estimate", "low", "high"), f))
@@ -205,33 +226,34 @@ def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
     return table(found, cfg.ks, cfg.resamples)
 
 
-def open_policy(cfg: Config):
+def open_policy(cfg: Config, adapter: str):
     model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
-    if cfg.adapter:
-        load_adapter(model, Path(cfg.adapter))
+    if adapter:
+        load_adapter(model, Path(adapter))
     return model, Chat(tokenizer)
 
 
 def main(args: list[str]) -> None:
-    usage = dict(table="table out/run", compare="compare out/a out/b")
-    if args[0] in usage:
-        if len(args) != len(usage[args[0]].split()):
-            raise UserError(f"usage: python eval.py {usage[args[0]]}")
+    if args[0] == "table" and len(args) == 2:
+        cfg = load_config([str(Path(args[1]) / "config.yaml")])
+        print(report(Path(args[1]), cfg, pick_tasks(cfg, cfg.split, cfg.test_tasks)))
+    elif args[0] == "compare" and len(args) == 2:
+        from baselines import comparison               # they build on this file
+        print(comparison(Path(args[1])))
+    elif args[0] == "compare" and len(args) == 3:
         cfg = load_config([str(Path(args[-1].partition(":")[0]) / "config.yaml")])
-        if args[0] == "table":
-            print(report(Path(args[1]), cfg, pick_tasks(cfg, cfg.split, cfg.test_tasks)))
-        else:
-            print(table([read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples))
-        return
-    cfg = load_config(args)
-    tasks = pick_tasks(cfg, cfg.split, cfg.test_tasks)
-    folder = RunFolder(cfg)
-    model, chat = open_policy(cfg)
-    store = folder.jsonl("samples.jsonl")
-    sample(model, chat, cfg, store, "leafe" if cfg.adapter else "base", tasks)
-    store.close()
-    print(report(folder.path, cfg, tasks))
-    print(f"results: {folder.path}/samples.jsonl, {folder.path}/passk.json")
+        print(table([read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples))
+    elif args[0] in ("table", "compare"):
+        raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
+    else:
+        cfg = load_config(args)
+        tasks, folder = pick_tasks(cfg, cfg.split, cfg.test_tasks), RunFolder(cfg)
+        model, chat = open_policy(cfg, cfg.adapter)
+        store = folder.jsonl("samples.jsonl")
+        sample(model, chat, cfg, store, cfg.method if cfg.adapter or cfg.playbook else "base", tasks)
+        store.close()
+        print(report(folder.path, cfg, tasks))
+        print(f"results: {folder.path}/samples.jsonl, {folder.path}/passk.json")
 
 
 if __name__ == "__main__":

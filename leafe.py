@@ -20,7 +20,7 @@ from typing import Callable, Iterator
 from tqdm import tqdm
 
 from envs import Env, ReplayMismatch, UserError, rollback
-from model import Ask, Chat, Engine, Episode, Job
+from model import Ask, Chat, Engine, Episode, Job, Segment
 from run import Config, Jsonl
 
 # The prompts: all the text that a policy ever reads, besides the environment's own rules and observations.
@@ -28,6 +28,7 @@ TURN = "step {t}: {obs}"                          # a user message: turn t's obs
 HINT = "\nexperience: {e}"                        # behind the observation at tau, in a branch only
 REFLECT = ("\nlook back: what should have been known, and from which step on? answer:\n"
            "experience: ...\nstep: N")            # behind the observation that followed the last action
+PLAYBOOK = "\nwhat earlier episodes taught:\n"       # behind the rules, then a lesson a line (baselines.ace)
 REFLECTION = "experience: {e}\nstep: {tau}"       # what a well-formed answer looks like (tiny.py teaches it)
 
 
@@ -185,7 +186,7 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
                 branch.end = "context"
                 break
             cut = action_ids[-1] not in chat.stop
-            action = chat.text(action_ids)
+            action = chat.text(action_ids).rpartition("\n")[2]         # the last line; thoughts may come before
             outcome = env.step(action)
             branch.steps += 1
             branch.tokens += len(action_ids)
@@ -210,10 +211,12 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
     return branch
 
 
-def grow(tree: Tree, cfg: Config, ended: dict[str, Branch]) -> Iterator[list[tuple[str, list[Turn], str]]]:
+def grow(tree: Tree, cfg: Config, ended: dict[str, Branch],
+         lessons: dict[str, list[str]]) -> Iterator[list[tuple[str, list[Turn], str]]]:
     """Grow a tree breadth first: yield the attempts of a level, as (name, past, e), and go on when all are in
     `ended`. They run in any order; the requests for the next level are taken in the order of the attempts and of
-    their reflections. So the tree does not depend on the schedule, nor on whether the run was interrupted."""
+    their reflections. So the tree does not depend on the schedule, nor on whether the run was interrupted.
+    `lessons`: experiences by task; if there are any, a branch is given another task's in place of its own."""
     level: list[tuple[str, list[Turn], str]] = [(str(i), [], "") for i in range(min(cfg.roots, cfg.attempts))]
     left, depth, asked = cfg.attempts - len(level), 0, set()
     while level:
@@ -225,21 +228,24 @@ def grow(tree: Tree, cfg: Config, ended: dict[str, Branch]) -> Iterator[list[tup
             for n, reflection in enumerate(ended[name].reflections):
                 if not reflection.tau or depth > cfg.max_depth or not left:
                     continue
-                back = tree.path(path[reflection.tau - 1])
-                request = (back[-1].parent, reflection.tau, reflection.e)
+                back, new = tree.path(path[reflection.tau - 1]), f"{name}.{n}"
+                rng, others = random.Random(f"{cfg.seed}/{tree.task}/{new}/e"), [t for t in lessons if t != tree.task]
+                e = rng.choice(lessons[rng.choice(others)]) if others else reflection.e
+                request = back[-1].parent, reflection.tau, e
                 if request not in asked:                 # the same lesson at the same place: the same prompt
                     asked.add(request)
                     left -= 1
-                    level.append((f"{name}.{n}", back, reflection.e))
+                    level.append((new, back, e))
 
 
 def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, tasks: list[str], store: Jsonl,
-            round_: int = 1) -> list[Tree]:
-    """Stage 1: a rollback tree for every task. Attempts that `store` already holds are not run again."""
+            round_: int = 1, reflect: bool = True, lessons: dict | None = None) -> list[Tree]:
+    """Stage 1: a rollback tree for every task. Attempts that `store` already holds are not run again.
+    reflect=False: plain rollouts, cfg.roots of them a task. `lessons`: see grow."""
     trees = {task: Tree(task) for task in tasks}
     done = [Branch.read(record) for record in store.records if record["round"] == round_]
     ended = {task: {branch.name: branch for branch in done if branch.task == task} for task in tasks}
-    growing = {task: grow(tree, cfg, ended[task]) for task, tree in trees.items()}
+    growing = {task: grow(tree, cfg, ended[task], lessons or {}) for task, tree in trees.items()}
     levels = {task: [] for task in tasks}                # the level that each tree waits for
     queue: deque[Job] = deque()
     bar = tqdm(total=len(tasks), desc=f"explore, round {round_}", unit="tree")
@@ -254,7 +260,7 @@ def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, ta
                 return
             for name, past, e in levels[task]:
                 if name not in ended[task]:
-                    attempt = episode(make(), chat, cfg, task, past, e, name, reflect=True)
+                    attempt = episode(make(), chat, cfg, task, past, e, name, reflect)
                     rng = random.Random(f"{cfg.seed}/{round_}/{task}/{name}")
                     queue.append(Job(attempt, rng, task, snapshot=True))
 
@@ -320,6 +326,46 @@ def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
     return Targets(D_cf, D_reh)
 
 
+def segments(tree: Tree, weights: dict[int, tuple]) -> list[Segment]:
+    """The tree, pruned to the ancestors of the turns that bear loss. weights: turn -> its tokens' weights."""
+    kept = sorted({a for turn in weights for a in tree.ancestors(turn)})
+    place = {turn: n for n, turn in enumerate(kept)}
+    found, none = [], (0.0,) * len(next(iter(weights.values())))
+    for i in kept:
+        turn = tree.turns[i]
+        loss = [none] * len(turn.obs_ids) + [weights.get(i, none)] * len(turn.action_ids)
+        found.append(Segment(turn.ids, loss, place.get(turn.parent)))
+    return found
+
+
+def fill(pieces: list[list[Segment]], row_tokens: int) -> list[list[list[Segment]]]:
+    """Token trees in groups of at most row_tokens tokens (a larger one is alone), in order."""
+    rows, room = [], 0
+    for piece in pieces:
+        size = sum(len(segment.ids) for segment in piece)
+        if size > room:
+            rows.append([])
+            room = row_tokens
+        rows[-1].append(piece)
+        room -= size
+    return rows
+
+
+def rows_of(trees: list[Tree], weights: list[dict[int, tuple]], row_tokens: int) -> list[list[list[Segment]]]:
+    """Groups of pruned trees of at most row_tokens tokens each; a larger tree is split by its targets."""
+    todo = [(tree, w) for tree, w in zip(trees, weights, strict=True) if w]
+    pieces = []
+    while todo:
+        tree, w = todo.pop(0)
+        pieces.append(segments(tree, w))
+        if sum(len(segment.ids) for segment in pieces[-1]) > row_tokens and len(w) > 1:
+            pieces.pop()
+            turns = sorted(w)
+            halves = turns[:len(turns) // 2], turns[len(turns) // 2:]
+            todo[:0] = [(tree, {i: w[i] for i in half}) for half in halves]
+    return fill(pieces, row_tokens)
+
+
 def read_trees(records: Iterator[dict], round_: int, tasks: list[str]) -> list[Tree]:
     """The trees of a trees.jsonl, turns in the order in which exploration joined them."""
     trees = {task: Tree(task) for task in tasks}
@@ -340,8 +386,8 @@ def stage1_figures(trees: list[Tree], pairs: Targets) -> str:
     solved = sum(any(b.success for b in tree.branches) for tree in trees)
     first = sum(tree.branches[0].success for tree in trees)
     ends = Counter(b.end for b in branches)
-    return (f"stage 1: {solved} of {len(trees)} tasks solved ({first} by the first rollout), {len(branches)} attempts, "
-            f"{sum(b.steps for b in branches)} environment steps + {sum(b.replayed for b in branches)} replayed, "
+    return (f"stage 1: {solved} of {len(trees)} tasks solved ({first} by the first rollout), {len(branches)} "
+            f"attempts, {sum(b.steps for b in branches)} environment steps + {sum(b.replayed for b in branches)} replayed, "
             f"{sum(b.tokens for b in branches)} sampled tokens; dropped: {ends['mismatch']} replays that differed, "
             f"{ends['context']} out of context; |D_cf| = {len(pairs.D_cf)}, |D_reh| = {len(pairs.D_reh)}")
 

@@ -210,7 +210,8 @@ class Chat:
         self.ids = lru_cache(maxsize=1 << 16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
         if not self.ids(self.reply_to_user):
             raise UserError(f"model: the chat template of {tokenizer.name_or_path} does not mark a reply's end")
-        self.stop = {self.ids(self.reply_to_user)[0]} | {i for i in [tokenizer.eos_token_id] if i is not None}
+        self.end = self.ids(self.reply_to_user)[0]       # of a reply
+        self.stop = {self.end} | {i for i in [tokenizer.eos_token_id] if i is not None}
 
     def _render(self, messages: list[dict]) -> str | None:
         try:
@@ -542,6 +543,15 @@ class Packed:
     weights: torch.Tensor               # (N, C), one column a loss
 
 
+@dataclass
+class Batch:
+    """What one optimiser step sees."""
+    rows: list[Packed]
+    scale: float                        # of the rows' losses
+    lr: float                           # share of the peak learning rate
+    resume: int | None                  # what to go on from after this step; None: no checkpoint here
+
+
 def pack(trees: list[list[Segment]]) -> Packed:
     """One row from whole trees, a shared prefix in it once. Exact: test_packed_equals_one_pair_at_a_time."""
     above = torch.eye(sum(map(len, trees)), dtype=torch.bool)    # (S, S): segment j is an ancestor of i, or i
@@ -565,8 +575,8 @@ def pack(trees: list[list[Segment]]) -> Packed:
     return Packed(torch.tensor(ids), torch.tensor(positions), mask, targets, before[targets], weight[targets])
 
 
-def packed_nll(model, rows: list[Packed]) -> torch.Tensor:
-    """Weighted sums of -log pi(token | its ancestors) over the rows' targets: (C,), one a loss, with gradient.
+def token_logp(model, rows: list[Packed]) -> torch.Tensor:
+    """log pi(token | its ancestors) of the rows' targets, one row after the other: (N,), with gradient.
     Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor."""
     device = next(model.parameters()).device
     longest = max(len(row.ids) for row in rows)
@@ -580,9 +590,12 @@ def packed_nll(model, rows: list[Packed]) -> torch.Tensor:
                                  attention_mask=mask[:, None].to(device)).last_hidden_state      # (B, T, D)
     picked = torch.cat([hidden[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
     labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
-    weights = torch.cat([row.weights for row in rows]).to(device)
-    head, total = model.get_output_embeddings(), torch.zeros(weights.shape[1], device=device)
-    for part in torch.arange(len(labels)).split(4096):
-        nll = nn.functional.cross_entropy(head(picked[part]).float(), labels[part], reduction="none")
-        total = total + nll @ weights[part]
-    return total
+    head = model.get_output_embeddings()
+    return torch.cat([-nn.functional.cross_entropy(head(picked[part]).float(), labels[part], reduction="none")
+                      for part in torch.arange(len(labels)).split(4096)])
+
+
+def packed_nll(model, rows: list[Packed]) -> torch.Tensor:
+    """Weighted sums of -log pi(token | its ancestors) over the rows' targets: (C,), one a loss, with gradient."""
+    logp = token_logp(model, rows)
+    return -logp @ torch.cat([row.weights for row in rows]).to(logp.device)

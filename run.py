@@ -8,6 +8,8 @@ import fcntl
 import json
 import os
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -42,6 +44,13 @@ class Config:
     out: str
     rounds: int
     trees: str
+    env_steps: int | None
+    method: str
+    init: str
+    seeds: list[int]
+    playbook: str
+    playbook_tokens: int
+    experiences: str
     roots: int
     reflect_every: int
     max_depth: int
@@ -59,6 +68,17 @@ class Config:
     batch_tokens: int
     row_tokens: int
     lr: float
+    grpo_group: int
+    grpo_tasks: int
+    grpo_updates: int
+    grpo_clip: float
+    grpo_dual: float
+    grpo_kl: float
+    grpo_refusal: float
+    grpo_statistics: str
+    alternatives: int
+    alternatives_share: float
+    early_experience: str
     warmup: int
     clip: float
     gradient_checkpointing: bool
@@ -69,16 +89,26 @@ class Config:
     evaluate_base: bool
 
 
+METHODS = ("leafe", "rft", "early_experience", "grpo", "ace", "compare")
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     *[(key, lambda v: v >= 1, "must be 1 or more") for key in
       ("lora_rank", "context", "slots", "train_tasks", "test_tasks", "rounds", "roots", "reflect_every",
        "attempts", "action_tokens", "reflect_tokens", "corrections_per_task", "steps", "batch_tokens",
-       "row_tokens", "checkpoint_every", "samples", "resamples")],
+       "row_tokens", "checkpoint_every", "samples", "resamples", "grpo_group", "grpo_tasks", "grpo_updates",
+       "alternatives")],
     *[(key, lambda v: v >= 0, "must be 0 or more") for key in
-      ("snapshot_mb", "temperature", "reflect_temperature", "max_depth", "beta", "warmup", "seed")],
-    *[(key, lambda v: 0 < v < float("inf"), "must be above 0") for key in ("lora_alpha", "lr", "clip")],
+      ("snapshot_mb", "temperature", "reflect_temperature", "max_depth", "beta", "warmup", "seed",
+       "grpo_kl", "grpo_refusal", "playbook_tokens")],
+    *[(key, lambda v: 0 < v < float("inf"), "must be above 0") for key in
+      ("lora_alpha", "lr", "clip", "grpo_clip")],
     ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
-    ("rehearsal_share", lambda v: 0 <= v <= 1, "must lie in 0..1"),
+    *[(key, lambda v: 0 <= v <= 1, "must lie in 0..1") for key in ("rehearsal_share", "alternatives_share")],
+    ("env_steps", lambda v: v is None or v >= 1, "must be 1 or more, or null for what trees= took"),
+    ("grpo_dual", lambda v: v > 1, "must be above 1"),
+    ("grpo_statistics", lambda v: v in ("episodes", "steps"), "must be episodes or steps"),
+    ("early_experience", lambda v: v in ("world", "reflection"), "must be world or reflection"),
+    ("method", lambda v: v in METHODS, f"must be one of {', '.join(METHODS)}"),
+    ("seeds", lambda v: v and all(seed >= 0 for seed in v), "must be a list of numbers of 0 or more, like [0, 1]"),
     ("corrections", lambda v: v in ("all", "improved", "successful"), "must be all, improved or successful"),
     ("correct", lambda v: v in ("branch", "first"), "must be branch or first"),
     ("split", lambda v: v in ("train", "valid", "test"), "must be train, valid or test"),
@@ -86,7 +116,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("out", lambda v: bool(v.strip()), "must name a folder"),
 ]
 NOT_PART_OF_RESULTS = {"out", "slots", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base",
-                       "test_tasks", "samples", "split", "adapter"}
+                       "test_tasks", "samples", "split", "adapter", "playbook", "seeds"}
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -119,10 +149,13 @@ def load_config(args: list[str]) -> Config:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected lines of `key: value`")
-    presets = settings.pop("presets", None) or {}
+    presets, methods = settings.pop("presets", None) or {}, settings.pop("methods", None) or {}
     kinds = {field.name: field.type for field in fields(Config)}
     sources = dict.fromkeys(settings, path)
     options = [arg.split("=", 1) for arg in args if "=" in arg]
+    method = dict(options).get("method", settings.get("method"))
+    settings.update(methods.get(method) or {})
+    sources.update(dict.fromkeys(methods.get(method) or {}, f"{path}, method {method}"))
     for key, text in sorted(options, key=lambda option: option[0] != "preset"):      # a preset first
         if key == "preset":
             if text not in presets:
@@ -227,8 +260,8 @@ def write_aside(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """out/<name>/, held by one process at a time. `train`: what is made here depends on adapter= too."""
-    def __init__(self, config: Config, train: bool = False):
+    """out/<name>/, held by one process at a time."""
+    def __init__(self, config: Config):
         self.path = Path(config.out)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -240,22 +273,44 @@ class RunFolder:
         except OSError:
             raise UserError(f"out: another process is running in {config.out}; "
                             f"wait for it, or choose another out=") from None
-        self._settle(config, NOT_PART_OF_RESULTS - ({"adapter"} if train else set()))
+        self._settle(config)
 
-    def _settle(self, config: Config, free: set[str]) -> None:
+    def _settle(self, config: Config) -> None:
         """Keep config.yaml; refuse to mix results of two configurations in one folder."""
         kept, now = self.path / "config.yaml", dict(vars(config))
         if kept.exists():
             before = yaml.safe_load(kept.read_text()) or {}
-            odd = [key for key in now if key not in free and before.get(key) != now[key]]
+            odd = [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]
             if odd:
                 raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, "
                                 f"not {now[odd[0]]!r}; choose another out=, or delete that folder")
-            now["adapter"] = before.get("adapter", "")            # what train.py started from, whatever was sampled
         write_aside(kept, yaml.safe_dump(now, sort_keys=False))
 
     def jsonl(self, name: str) -> Jsonl:
         return Jsonl(self.path / name)
+
+    @contextmanager
+    def metered(self) -> Iterator[None]:
+        """Add the seconds that the block takes to seconds.json (those of a process that was killed are lost)."""
+        path, began = self.path / "seconds.json", time.time()
+        try:
+            yield
+        finally:
+            before = json.loads(path.read_text()) if path.exists() else 0.0
+            write_aside(path, json.dumps(round(before + time.time() - began, 1)))
+
+
+def spent(folder: Path) -> dict[str, float]:
+    """What training took so far: environment steps (replayed ones included), sampled tokens, trained tokens, seconds;
+    from the run's files."""
+    lived = [record for name in ("trees.jsonl", "alternatives.jsonl") if (folder / name).exists()
+             for record in read_jsonl(folder / name)]
+    trained = {record["round"]: record["tokens"] for record in read_jsonl(folder / "metrics.jsonl")
+               if "tokens" in record} if (folder / "metrics.jsonl").exists() else {}
+    seconds = folder / "seconds.json"
+    return dict(steps=sum(record["steps"] + record["replayed"] for record in lived),
+                sampled=sum(record["tokens"] for record in lived), trained=sum(trained.values()),
+                seconds=json.loads(seconds.read_text()) if seconds.exists() else 0.0)
 
 
 def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:

@@ -1,9 +1,11 @@
-"""LEAFE, the whole loop: evaluate the base, explore, distil, evaluate.
+"""The whole loop: evaluate the base, train a policy by `method` (LEAFE: explore, distil), evaluate.
 
     python train.py config.yaml                       about seven minutes on two CPU cores with the embedded model
     python train.py config.yaml preset=smoke          seconds; to see that all of it runs
     python train.py config.yaml seed=1 out=out/seed1  any key of config.yaml; the same command again resumes
     python train.py config.yaml beta=.inf trees=out/quest out=out/reh      L_reh alone, on the trees of another run
+    python train.py config.yaml method=grpo trees=out/quest out=out/grpo   a baseline, with that run's budget of steps
+    python train.py config.yaml method=compare out=out/compare             all methods, on all cfg.seeds
 
 Stage 2, experience distillation, is here: plain next-token SFT of
 
@@ -15,58 +17,36 @@ where log pi'(a | h) is the sum over the action's tokens, so a token of a pair i
 D_reh beta/|D_reh|. A step sees one of the M batches of an epoch and takes M times its share of L: over an epoch
 that is L.
 """
+import gc
 import random
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Callable, Iterator
 
 import torch
 from tqdm import tqdm
 
-from envs import UserError, make_env
-from eval import make_engine, open_policy, pick_tasks, report, sample
-from leafe import Targets, Tree, explore, read_trees, reflection_figures, stage1_figures, targets
-from model import Chat, Packed, Segment, add_lora, load_adapter, lora_parameters, pack, packed_nll, save_adapter
-from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl
+import baselines
+from envs import UserError
+from eval import make_engine, make_worlds, open_policy, pick_tasks, report, sample
+from leafe import Targets, Tree, explore, read_trees, reflection_figures, rows_of, stage1_figures, targets
+from model import Batch, Chat, Packed, add_lora, load_adapter, lora_parameters, pack, packed_nll, save_adapter
+from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, write_aside
+COMPARED = ("leafe", "rft", "early_experience", "grpo", "grpo+leafe", "ace")
 
 
-def segments(tree: Tree, weights: dict[int, tuple[float, float]]) -> list[Segment]:
-    """The tree, pruned to the ancestors of the turns that bear loss. weights: turn -> (in L_cf, in L_reh)."""
-    kept = sorted({a for turn in weights for a in tree.ancestors(turn)})
-    place = {turn: n for n, turn in enumerate(kept)}
-    found = []
-    for i in kept:
-        turn = tree.turns[i]
-        loss = [(0.0, 0.0)] * len(turn.obs_ids) + [weights.get(i, (0.0, 0.0))] * len(turn.action_ids)
-        found.append(Segment(turn.ids, loss, place.get(turn.parent)))
-    return found
-
-
-def rows_of(trees: list[Tree], pairs: Targets, cfg: Config) -> list[list[list[Segment]]]:
-    """Groups of pruned trees of at most cfg.row_tokens tokens each; a larger tree is split by its targets."""
-    alone = cfg.beta == float("inf")                   # L_reh alone
+def loss_weights(trees: list[Tree], pairs: Targets, beta: float) -> list[dict[int, tuple[float, float]]]:
+    """For each tree: turn -> what each of its action's tokens weighs (in L_cf, in beta L_reh)."""
+    alone = beta == float("inf")                       # L_reh alone
     weights: list[dict[int, tuple[float, float]]] = [{} for _ in trees]
     for k, i in [] if alone else pairs.D_cf:
         weights[k][i] = (1 / len(pairs.D_cf), 0.0)
     for k, i in pairs.D_reh:
-        weights[k][i] = (weights[k].get(i, (0.0, 0.0))[0], (1 if alone else min(cfg.beta, 1e30)) / len(pairs.D_reh))
-    todo = [(tree, w) for tree, w in zip(trees, weights) if w]
-    rows, room = [], 0
-    while todo:
-        tree, w = todo.pop(0)
-        piece = segments(tree, w)
-        size = sum(len(s.ids) for s in piece)
-        if size > cfg.row_tokens and len(w) > 1:
-            turns = sorted(w)
-            halves = turns[:len(turns) // 2], turns[len(turns) // 2:]
-            todo[:0] = [(tree, {i: w[i] for i in half}) for half in halves]
-            continue
-        if size > room:
-            rows.append([])
-            room = cfg.row_tokens
-        rows[-1].append(piece)
-        room -= size
-    return rows
+        weights[k][i] = (weights[k].get(i, (0.0, 0.0))[0], (1 if alone else min(beta, 1e30)) / len(pairs.D_reh))
+    return weights
 
 
 def epoch(rows: list[Packed], cfg: Config, number: int) -> list[list[Packed]]:
@@ -76,97 +56,148 @@ def epoch(rows: list[Packed], cfg: Config, number: int) -> list[list[Packed]]:
     return [[rows[i] for i in order[at:at + per]] for at in range(0, len(order), per)]
 
 
-def distil(model, trees: list[Tree], pairs: Targets, cfg: Config, folder: Path, metrics: Jsonl,
-           round_: int) -> None:
-    """Stage 2: cfg.steps optimiser steps on L = L_cf + beta L_reh. Goes on from folder/checkpoint.pt."""
-    rows = [pack(group) for group in rows_of(trees, pairs, cfg)]
-    parameters = lora_parameters(model)                # always trainable; sampling runs in inference mode
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
-    step = load_checkpoint(folder, parameters, optimizer, round_)
-    if cfg.gradient_checkpointing:
+def sft_batches(before: list[Packed], rows: list[Packed], cfg: Config, first: int) -> Iterator[Batch]:
+    """Steps first..cfg.steps: an epoch of `before`, then `rows` for the rest."""
+    ahead = len(epoch(before, cfg, 0))
+    for step in range(first, cfg.steps if rows else 0):
+        part, at = (before, step) if step < ahead else (rows, step - ahead)
+        per_epoch = len(epoch(part, cfg, 0))
+        warm, decay = (step + 1) / (cfg.warmup + 1), 1 - (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        keep = (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.steps
+        yield Batch(epoch(part, cfg, at // per_epoch)[at % per_epoch], per_epoch, min(warm, decay, 1.0),
+                    step + 1 if keep else None)
+
+
+@contextmanager
+def recomputing(model, on: bool) -> Iterator[None]:
+    """Gradient checkpointing, while a step is taken; transformers does it in training mode only."""
+    if on:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-        model.train()                                  # transformers checkpoints in training mode only
-    per_epoch = len(epoch(rows, cfg, 0))
-    bar = tqdm(total=cfg.steps, initial=step, desc=f"distil, round {round_}", unit="step")
-    began, trained = time.time(), 0
-    while step < cfg.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min((step + 1) / (cfg.warmup + 1),
-                                       1 - max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-        batch, sums = epoch(rows, cfg, step // per_epoch)[step % per_epoch], torch.zeros(2)
-        for row in batch:
-            losses = packed_nll(model, [row]) * per_epoch     # (2,): the batch's estimate of L_cf, beta L_reh
-            losses.sum().backward()
-            sums += losses.detach().cpu()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step, trained = step + 1, trained + sum(len(row.ids) for row in batch)
-        metrics.append(dict(round=round_, step=step, L_cf=float(sums[0]), beta_L_reh=float(sums[1]),
-                            gradient_norm=float(norm), lr=optimizer.param_groups[0]["lr"], tokens=trained,
-                            seconds=round(time.time() - began, 2)))
-        bar.update()
-        bar.set_postfix_str(f"L_cf {sums[0]:.3f}, beta L_reh {sums[1]:.3f}, "
-                            f"{trained / (time.time() - began):.0f} tokens/s")
-        if step % cfg.checkpoint_every == 0 or step == cfg.steps:
-            save_checkpoint(folder, parameters, optimizer, round_, step)
-    bar.close()
-    if cfg.gradient_checkpointing:
+        model.train()
+    yield
+    if on:
         model.gradient_checkpointing_disable()
         model.eval()
 
 
-def save_checkpoint(folder: Path, parameters, optimizer, round_: int, step: int) -> None:
+def optimise(model, batches: Callable[[int], Iterator[Batch]], loss: Callable, names: tuple[str, str], cfg: Config,
+             folder: Path, metrics: Jsonl, round_: int, total: int | None) -> None:
+    """An AdamW step on the adapter for each batch of `batches(first)`. Goes on from folder/checkpoint.pt."""
+    parameters = lora_parameters(model)                # always trainable; sampling runs in inference mode
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
+    state = load_checkpoint(folder, parameters, optimizer, round_)
+    bar = tqdm(total=total, initial=state["step"], desc=f"train, round {round_}", unit="step")
+    began, before = time.time(), state["tokens"]
+    for batch in batches(state["resume"]):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * batch.lr
+        sums = torch.zeros(2)
+        with recomputing(model, cfg.gradient_checkpointing):
+            for row in batch.rows:
+                losses = loss(model, row) * batch.scale                # (2,)
+                losses.sum().backward()
+                sums += losses.detach().cpu()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        state["step"] += 1
+        state["tokens"] += sum(len(row.ids) for row in batch.rows)
+        shown = dict(zip(names, sums.tolist()))
+        metrics.append(dict(round=round_, step=state["step"], **shown, gradient_norm=float(norm),
+                            lr=cfg.lr * batch.lr, tokens=state["tokens"], seconds=round(time.time() - began, 2)))
+        bar.update()
+        bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+                            + f", {(state['tokens'] - before) / (time.time() - began):.0f} tokens/s")
+        if batch.resume is not None:
+            state["resume"] = batch.resume
+            save_checkpoint(folder, parameters, optimizer, state)
+    bar.close()
+
+
+def save_checkpoint(folder: Path, parameters, optimizer, state: dict[str, int]) -> None:
     """Adapter, optimiser, position; the order of the data follows from the seed, nothing else is random."""
     aside = folder / "checkpoint.pt.new"
-    torch.save(dict(round=round_, step=step, parameters=[p.detach().cpu() for p in parameters],
+    torch.save(dict(state=state, parameters=[p.detach().cpu() for p in parameters],
                     optimizer=optimizer.state_dict()), aside)
     aside.replace(folder / "checkpoint.pt")
 
 
-def load_checkpoint(folder: Path, parameters, optimizer, round_: int) -> int:
-    """The step to go on from; 0 if there is no checkpoint of this round."""
+def load_checkpoint(folder: Path, parameters, optimizer, round_: int) -> dict[str, int]:
+    """Where to go on: optimiser steps and tokens so far, and what the batches resume from. 0 without a checkpoint."""
     path = folder / "checkpoint.pt"
     saved = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-    if not saved or saved["round"] != round_:
-        return 0
+    if not saved or saved["state"]["round"] != round_:
+        return dict(round=round_, step=0, tokens=0, resume=0)
     with torch.no_grad():
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
             parameter.copy_(value)
     optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"]
+    return saved["state"]
 
 
-def run_round(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) -> None:
-    """Explore with the policy as it is, then distil; by adapter_<round>/ a rerun knows that this is done."""
-    make = partial(make_env, cfg.env, cfg.data)
-    tasks = pick_tasks(cfg, "train", cfg.train_tasks)
+def stage_1(model, chat: Chat, cfg: Config, make: Callable, tasks: list[str], store: Jsonl,
+            round_: int) -> tuple[list[Tree], Targets]:
+    """Explore with the policy as it is, or take the trees of another run; say what that gave."""
     if cfg.trees:
         trees = read_trees(read_jsonl(Path(cfg.trees) / "trees.jsonl"), round_, tasks)
     else:
-        store = folder.jsonl("trees.jsonl")
-        trees = explore(make_engine(model, chat, cfg), chat, make, cfg, tasks, store, round_)
-        store.close()
+        lessons = baselines.read_lessons(cfg.experiences) if cfg.experiences else {}
+        trees = explore(make_engine(model, chat, cfg), chat, make, cfg, tasks, store, round_, lessons=lessons)
     pairs = targets(trees, cfg, chat.stop)
     print(stage1_figures(trees, pairs))
     print(reflection_figures(trees, make))
     if not pairs.D_reh and (cfg.beta == float("inf") or not pairs.D_cf):
         raise UserError("exploration found nothing to train on: no correction and no success; see trees.jsonl, and "
                         "try more attempts=, train_tasks=, or a stronger model=")
-    metrics = folder.jsonl("metrics.jsonl")
-    distil(model, trees, pairs, cfg, folder.path, metrics, round_)
+    return trees, pairs
+
+
+def distil(model, trees: list[Tree], pairs: Targets, cfg: Config, folder: Path, metrics: Jsonl, round_: int) -> None:
+    """Stage 2: cfg.steps optimiser steps on L = L_cf + beta L_reh."""
+    rows = [pack(group) for group in rows_of(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)]
+    fit(model, [], rows, ("L_cf", "beta_L_reh"), cfg, folder, metrics, round_)
+
+
+def fit(model, before: list[Packed], rows: list[Packed], names: tuple[str, str], cfg: Config, folder: Path,
+        metrics: Jsonl, round_: int) -> None:
+    optimise(model, partial(sft_batches, before, rows, cfg), lambda model, row: packed_nll(model, [row]), names, cfg,
+             folder, metrics, round_, cfg.steps)
+
+
+def train(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) -> None:
+    """One round of cfg.method; by adapter_<round>/ (ace: playbook.txt) a rerun knows that it is done."""
+    make, tasks = make_worlds(cfg), pick_tasks(cfg, "train", cfg.train_tasks)
+    store, metrics = folder.jsonl("trees.jsonl"), folder.jsonl("metrics.jsonl")
+    if cfg.method == "leafe":
+        trees, pairs = stage_1(model, chat, cfg, make, tasks, store, round_)
+        distil(model, trees, pairs, cfg, folder.path, metrics, round_)
+    elif cfg.method == "ace":
+        write_aside(folder.path / "playbook.txt", baselines.ace(model, chat, cfg, make, tasks, store))
+    elif cfg.method == "grpo":
+        batches = partial(baselines.grpo, model, chat, cfg, make, tasks, store, metrics)
+        optimise(model, batches, partial(baselines.grpo_loss, cfg), ("L_clip", "beta_KL"), cfg, folder.path, metrics,
+                 round_, None)
+    else:
+        before, rows = (baselines.rft if cfg.method == "rft" else baselines.early_experience)(
+            model, chat, cfg, make, tasks, store, folder)
+        fit(model, before, rows, ("L_extra", "L_demonstrations"), cfg, folder.path, metrics, round_)
+    store.close()
     metrics.close()
-    save_adapter(model, folder.path / f"adapter_{round_}", cfg.model)
+    if cfg.method != "ace":
+        save_adapter(model, folder.path / f"adapter_{round_}", cfg.model)
 
 
-def main(args: list[str]) -> None:
-    cfg = load_config(args)
-    if cfg.trees and not (Path(cfg.trees) / "trees.jsonl").is_file():
-        raise UserError(f"trees: {cfg.trees} has no trees.jsonl")
-    began, folder = time.time(), RunFolder(cfg, train=True)
+def run(cfg: Config) -> None:
+    """One run in its folder: the base's samples, training, the trained policy's samples, the table."""
+    if cfg.method == "leafe" and cfg.env_steps:
+        raise UserError("env_steps is the budget of a baseline; leafe's is attempts= a task")
+    for key in ("trees", "experiences"):
+        if (other := getattr(cfg, key)) and not (Path(other) / "trees.jsonl").is_file():
+            raise UserError(f"{key}: {other} has no trees.jsonl")
+    began, folder = time.time(), RunFolder(cfg)
     test = pick_tasks(cfg, cfg.split, cfg.test_tasks)
-    model, chat = open_policy(cfg)
-    if not cfg.adapter:
+    model, chat = open_policy(cfg, cfg.init)
+    if not cfg.init:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     samples = folder.jsonl("samples.jsonl")
     if cfg.evaluate_base:
@@ -175,14 +206,39 @@ def main(args: list[str]) -> None:
         done = folder.path / f"adapter_{round_}"
         if (done / "adapter_config.json").exists():
             load_adapter(model, done)
-        else:
-            run_round(model, chat, cfg, folder, round_)
-    save_adapter(model, folder.path / "adapter", cfg.model)
-    sample(model, chat, cfg, samples, "leafe", test)
+        elif not (folder.path / "playbook.txt").exists():
+            with folder.metered():
+                train(model, chat, cfg, folder, round_)
+    if cfg.method == "ace":
+        cfg = replace(cfg, playbook=str(folder.path / "playbook.txt"))
+    else:
+        save_adapter(model, folder.path / "adapter", cfg.model)
+    sample(model, chat, cfg, samples, cfg.method, test)
     samples.close()
     print(report(folder.path, cfg, test))
     print(f"results: {folder.path}/ (passk.json, samples.jsonl, trees.jsonl, metrics.jsonl, adapter/)  "
           f"{(time.time() - began) / 60:.1f} minutes")
+
+
+def compare(args: list[str], cfg: Config) -> None:
+    """Every method on every seed, each a run of its own in cfg.out/<method>-<seed>/, with the tasks and the number
+    of environment steps of LEAFE's Stage 1. grpo+leafe starts LEAFE from GRPO's adapter, as the paper does."""
+    for seed in cfg.seeds:
+        for name in COMPARED:
+            folder = {other: Path(cfg.out) / f"{other}-{seed}" for other in COMPARED}
+            own = dict(method=name.rpartition("+")[2], seed=seed, out=folder[name], evaluate_base=name == "leafe",
+                       trees="" if name.endswith("leafe") else folder["leafe"],
+                       env_steps=None if name.endswith("leafe") else cfg.env_steps,
+                       init=folder["grpo"] / "adapter" if name == "grpo+leafe" else "")
+            print(f"\n{name}, seed {seed}")
+            run(load_config([*args, *(f"{key}={'null' if value is None else value}" for key, value in own.items())]))
+            gc.collect()                               # a model may be large: it goes before the next one comes
+    print(baselines.comparison(Path(cfg.out)))
+
+
+def main(args: list[str]) -> None:
+    cfg = load_config(args)
+    compare(args, cfg) if cfg.method == "compare" else run(cfg)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,22 @@
+import json
+import math
 import random
 import xml.etree.ElementTree as ElementTree
 from collections import deque
+from functools import partial
 
-from baselines import CONTENDERS, contend, run_contenders, table
+import pytest
+import torch
+
+import baselines
+from baselines import (CONTENDERS, ace, advantages, alternatives, budget, contend, early_experience, foreseen,
+                       grpo_loss, reasoned, rft, rollouts, run_contenders, successes, table, taken, with_old)
+from envs import Quest, UserError
 from eval import Samples
-from model import Job
+from leafe import Branch, Tree, Turn, rows_of
+from model import Job, Segment, add_lora, lora_parameters, pack, packed_nll, token_logp
 from report import curves
-from run import Jsonl
+from run import Jsonl, RunFolder, spent
 from test_eval import records
 from test_leafe import act, engine_for, grow
 
@@ -14,7 +24,7 @@ from test_leafe import act, engine_for, grow
 def test_contenders_use_their_budget_of_steps_and_no_step_more(tiny, settings):
     cfg = settings()
     for method in CONTENDERS:
-        job = Job(contend(tiny[1], cfg, method, "train-3-0002", 40), random.Random(0), "t")
+        job = Job(contend(tiny[1], cfg, Quest, method, "train-3-0002", 40), random.Random(0), "t")
         record = next(engine_for(tiny, cfg).run(deque([job]))).result
         assert record["steps"] == 40 and record["attempts"] >= 3
 
@@ -24,7 +34,7 @@ def test_refinement_retries_with_all_lessons_in_view_or_the_latest(tiny, setting
         for n in range(99):
             yield from ["take hat"] * 8 + [f"experience: the attic needs the {n}.\nstep: 1"]
     for method, expected in (("IR", [0, 1, 2]), ("IR-1", [0, 1, 1])):
-        _, contexts = act(tiny[1], contend(tiny[1], settings(), method, "train-1-0000", 24), replies())
+        _, contexts = act(tiny[1], contend(tiny[1], settings(), Quest, method, "train-1-0000", 24), replies())
         firsts = [c for c in contexts if "step 2" not in c]
         assert [c.count("experience: the attic needs") for c in firsts] == expected
     assert "needs the 1." in firsts[2]
@@ -49,3 +59,243 @@ def test_curves_are_well_formed_and_escape_their_labels():
     lines = [e for e in root if e.tag.endswith("polyline")]
     assert [len(e.get("points").split()) for e in lines] == [4, 4]
     assert "<script>&" in [e.text for e in root if e.tag.endswith("text")]
+
+
+# rollouts within a budget
+
+def test_rollouts_never_take_more_steps_than_the_budget_and_nearly_all_of_it(tiny, settings, tmp_path):
+    cfg, tasks = settings(), Quest().tasks("train")[:8]
+    store = Jsonl(tmp_path / "t.jsonl")
+    trees = rollouts(*tiny, cfg, Quest, tasks, store, 400)
+    steps = sum(b.steps for tree in trees for b in tree.branches)
+    assert 400 - Quest.max_turns < steps <= 400 and steps == taken(store, 99)
+    assert {tree.task for tree in trees if tree.branches} == set(tasks)
+    assert all(not b.reflections and not b.experience for tree in trees for b in tree.branches)
+    before = list(store.records)
+    again = rollouts(*tiny, cfg, Quest, tasks, store, 400)
+    assert store.records == before and again == trees
+    seen = [tuple(t.action for t in b.turns) for tree in trees for b in tree.branches]
+    assert len(set(seen)) > len(tasks)                                 # waves do not repeat one another
+
+
+def test_a_baseline_without_a_budget_is_told_how_to_give_one(settings):
+    with pytest.raises(UserError, match="needs a budget: give env_steps=, or trees="):
+        budget(settings("method=rft"))
+    assert budget(settings("method=rft", "env_steps=7")) == 7
+
+
+def test_a_budget_taken_from_trees_counts_their_replays(settings, tmp_path):
+    lines = [json.dumps(dict(steps=5, replayed=replayed, tokens=1)) + "\n" for replayed in (0, 3)]
+    (tmp_path / "trees.jsonl").write_text("".join(lines))
+    assert budget(settings("method=rft", f"trees={tmp_path}")) == 13
+
+
+# rejection sampling, Early Experience
+
+def won(task="train-1-0000"):
+    """A tree with a successful rollout of Quest, by its own solver, and a failed one."""
+    env, tree, chat_ids = Quest(), Tree(task), [7]
+    for name, lazy in (("0", False), ("1", True)):
+        obs, turns, done = env.reset(task), [], False
+        while not done:
+            action = "jump" if lazy else env.next_best()
+            outcome = env.step(action)
+            turns.append(Turn(obs, chat_ids, action, [8, 2], None, success=outcome.success, valid=outcome.valid))
+            obs, done = outcome.obs, outcome.done
+        tree.join(Branch(task, name, 1, "", turns, obs, [], "success" if outcome.success else "failure",
+                         len(turns), 0, 0), None)
+    return tree
+
+
+def test_rejection_sampling_trains_on_every_turn_of_the_successes_and_on_no_other(tiny):
+    tree = won()
+    weights = successes([tree, Tree("train-1-0001")], type("C", (), {"stop": {2}}))
+    n = len(tree.branches[0].turns)
+    assert weights == [{i: (0.0, 1 / n) for i in range(n)}, {}]
+
+
+def test_rejection_sampling_without_a_success_has_no_rows_and_says_so(tiny, settings, tmp_path, capsys):
+    cfg = settings("env_steps=60", "method=rft")
+    folder = RunFolder(cfg)
+    hard = [task for task in Quest().tasks("train")[:40] if "-4-" in task][:2]
+    assert rft(*tiny, cfg, Quest, hard, folder.jsonl("trees.jsonl"), folder) == ([], [])
+    assert "no rollout succeeded" in capsys.readouterr().out
+
+
+def test_an_alternative_is_another_action_at_the_same_state_and_says_what_it_brings(tiny, settings):
+    cfg, tree = settings("alternatives=3"), won("train-2-0001")
+    tree.turns[0].obs_ids = tiny[1].first(Quest.rules, "step 1")
+    path = tree.path(2)
+    record, contexts = act(tiny[1], alternatives(Quest(), tiny[1], cfg, tree.task, 2, path, "after"),
+                           iter(["take hat", path[-1].action, "go hall"]))
+    assert list(record["tried"]) == [path[-1].action, "take hat", "go hall"] and len(contexts) == 3
+    env = Quest()
+    env.reset(tree.task)
+    for turn in path[:-1]:
+        env.step(turn.action)
+    assert record["tried"]["take hat"] == env.step("take hat").obs and record["tried"][path[-1].action] == "after"
+    assert (record["steps"], record["replayed"]) == (2, 4)
+
+
+def test_world_modelling_has_its_own_prompt_and_bears_loss_on_the_answers_alone(tiny):
+    chat, tree = tiny[1], won("train-2-0001")
+    for turn in tree.turns:
+        turn.action_ids = chat.ids(turn.action) + [chat.end]
+    for t in (0, 2):
+        tried = {"go attic": "it is dark.", "take hat": "you take the hat."}
+        row = pack([foreseen(chat, Quest.rules, tree.path(t), tried)])
+        text = chat.tokenizer.decode(row.ids.tolist())
+        assert text.count(Quest.rules) == (1 if t else 2)              # a first turn has no trunk to share
+        borne = chat.tokenizer.decode(row.ids[row.targets].tolist(), skip_special_tokens=True)
+        assert "it is dark." in borne and "you take the hat." in borne and "suppose" not in borne
+        assert "suppose" in text or chat.tokenizer.unk_token in text
+
+
+def test_a_reason_is_learned_with_the_demonstrated_action_behind_it(tiny):
+    chat, tree = tiny[1], won()
+    tree.turns[0].obs_ids = chat.first(Quest.rules, "step 1")
+    why = chat.ids("the attic needs the torch") + [chat.end]
+    row = pack([reasoned(chat, tree.path(0), why)])
+    assert row.ids[row.targets].tolist() == why[:-1] + chat.ids("\n") + tree.turns[0].action_ids
+
+
+@pytest.mark.parametrize("kind", ["world", "reflection"])
+def test_early_experience_spends_its_share_on_alternatives_and_resumes(own_tiny, settings, monkeypatch, kind):
+    cfg = settings("env_steps=300", "alternatives_share=0.5", "alternatives=2", f"early_experience={kind}", "steps=4")
+    model, chat = own_tiny
+    folder, tasks = RunFolder(cfg), Quest().tasks("train")[:4]
+    tree = won()
+    for turn in tree.turns:
+        turn.action_ids = chat.ids(turn.action) + [chat.end]
+        turn.obs_ids = chat.next("step: " + turn.obs)
+    tree.turns[0].obs_ids = chat.first(Quest.rules, tree.turns[0].obs)
+    monkeypatch.setattr(baselines, "rollouts", lambda *_: [tree])
+    store = folder.jsonl("trees.jsonl")
+    first = early_experience(model, chat, cfg, Quest, tasks, store, folder)
+    lived = (folder.path / "alternatives.jsonl").read_text()
+    assert len(lived.splitlines()) == len(tree.branches[0].turns)      # every demonstrated state
+    world, rows = early_experience(model, chat, cfg, Quest, tasks, store, folder)
+    assert (folder.path / "alternatives.jsonl").read_text() == lived and len(first[1]) == len(rows)
+    assert bool(world) == (kind == "world")
+    whole = sum(row.weights.sum(0) for row in [*world, *rows])
+    assert float(whole[0]) > 0 and float(whole[1]) > 0
+
+
+# GRPO
+
+def group_of(rewards, lengths=None):
+    tree = Tree("t")
+    for n, success in enumerate(rewards):
+        turns = [Turn("o", [1, 1], "a", [3, 2], None) for _ in range((lengths or [2] * len(rewards))[n])]
+        tree.join(Branch("t", str(n), 1, "", turns, "", [], "success" if success else "failure", 2, 0, 0), None)
+    return tree
+
+
+def test_advantages_are_those_worked_out_by_hand(settings):
+    cfg = settings("grpo_refusal=0.1")
+    found = advantages(group_of([True, False, False, False]), cfg)     # mean 1/4, deviation 1/2
+    assert [round(found[i][0], 4) for i in (0, 2, 4, 6)] == [1.5, -0.5, -0.5, -0.5]
+    assert found[0] == found[1] and found[0][1] == 1.0                 # the same for every step of an episode
+    refused = group_of([False, False])
+    refused.turns[0].valid = False                                     # rewards -0.1 and 0
+    found = advantages(refused, cfg)
+    assert [round(found[i][0], 3) for i in (0, 2)] == [-0.707, 0.707]
+    assert all(a == 0 for a, _ in advantages(group_of([True, True]), cfg).values())
+    assert all(a == 0 for a, _ in advantages(group_of([True]), cfg).values())      # a group of one says nothing
+
+
+def test_statistics_over_steps_weigh_long_episodes_more(settings):
+    found = advantages(group_of([True, False], [1, 3]), settings("grpo_statistics=steps"))
+    assert [round(found[i][0], 4) for i in (0, 1)] == [1.5, -0.5]      # rewards 1, 0, 0, 0
+
+
+def trl_loss(logp, old, ref, advantage, epsilon, beta, delta=None):
+    """The per-token loss of TRL's GRPOTrainer (sum of clipped policy loss and beta times k3), as documented."""
+    coef_1 = math.exp(logp - old)
+    coef_2 = min(max(coef_1, 1 - epsilon), 1 + epsilon)
+    coef_1 = min(coef_1, delta) if delta else coef_1
+    kl = math.exp(ref - logp) - (ref - logp) - 1
+    return -min(coef_1 * advantage, coef_2 * advantage) + beta * kl
+
+
+def test_the_loss_agrees_with_a_hand_worked_token_and_with_trls_formula(own_tiny, settings):
+    model, chat = own_tiny
+    ids = chat.first(Quest.rules, "step 1: you are in the hall.") + chat.ids("go attic") + [chat.end]
+    cfg = settings("grpo_clip=0.2", "grpo_kl=0.01", "grpo_dual=3")
+    n = 3
+    row, at = pack([[Segment(ids, [0.0] * (len(ids) - n) + [1.0] * n, None)]]), range(len(ids) - n, len(ids))
+    assert row.targets.tolist() == list(at)
+    logp = token_logp(model, [row]).tolist()
+    for advantage, shift in ((1.0, 0.1), (1.0, 0.5), (-1.0, 0.5), (-1.0, -0.5), (0.7, -0.5), (-2.0, 1.0)):
+        old, ref = [x - shift for x in logp], [x + 0.3 for x in logp]
+        row.weights = torch.tensor([[advantage] * n, old, ref]).T
+        expected = sum(trl_loss(*each, advantage, 0.2, 0.01) for each in zip(logp, old, ref))
+        assert float(grpo_loss(cfg, model, row).sum()) == pytest.approx(expected, abs=1e-4)
+    row.weights = torch.tensor([[-1.0] * n, [x - 2.0 for x in logp], logp]).T         # ratio e^2, dual clip at 3
+    assert grpo_loss(cfg, model, row).tolist() == pytest.approx([3.0 * n, 0.0], abs=1e-4)
+    assert trl_loss(0.0, -2.0, 0.0, -1.0, 0.2, 0.0, delta=3.0) == pytest.approx(3.0)
+    row.weights = torch.tensor([[1.0] * n, [x - 2.0 for x in logp], logp]).T          # clipped: no gradient is left
+    model.requires_grad_(True)
+    grpo_loss(cfg, model, row)[0].backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_at_the_old_policy_the_gradient_is_the_policy_gradient(own_tiny, settings):
+    model, chat = own_tiny
+    add_lora(model, 4, 8, seed=0)
+    tree, cfg = group_of([True, False]), settings()
+    for turn in tree.turns:
+        turn.obs_ids, turn.action_ids = chat.first(Quest.rules, "step 1"), chat.ids("go attic") + [chat.end]
+    weights = advantages(tree, cfg)
+    (group,) = rows_of([tree], [weights], 1024)
+    plain = pack(group)
+    grpo_loss(cfg, model, with_old(model, plain))[0].backward()
+    found = [p.grad.clone() for p in lora_parameters(model)]
+    for parameter in lora_parameters(model):
+        parameter.grad = None
+    packed_nll(model, [plain])[0].backward()                           # column 0 of the weights is the advantage
+    assert any(p.grad.any() for p in lora_parameters(model))
+    assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(lora_parameters(model), found))
+
+
+def test_grpo_raises_the_reward_of_what_is_rewarded(own_tiny, settings, tmp_path):
+    """A world in which every first action is right or wrong at once: its reward must rise."""
+    from train import optimise
+
+    class Door(Quest):
+        def step(self, action):
+            outcome = super().step(action)
+            outcome.success = outcome.done = action.startswith("take")
+            return outcome
+    model, chat = own_tiny
+    add_lora(model, 8, 16, seed=0)
+    cfg = settings("method=grpo", "env_steps=900", "grpo_tasks=4", "grpo_group=8", "grpo_updates=2", "lr=0.01",
+                   "horizon=2", "warmup=1")
+    metrics = Jsonl(tmp_path / "metrics.jsonl")
+    store = Jsonl(tmp_path / "trees.jsonl")
+    how = (partial(baselines.grpo, model, chat, cfg, Door, Quest().tasks("train")[:4], store, metrics),
+           partial(grpo_loss, cfg), ("L_clip", "beta_KL"), cfg, tmp_path, metrics, 1, None)
+    optimise(model, *how)
+    rewards = [record["reward"] for record in metrics.records if "reward" in record]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+    assert spent(tmp_path)["steps"] <= 900
+    waves_before, steps = len(rewards), metrics.records[-1]["step"]
+    optimise(model, *how)
+    assert metrics.records[-1]["step"] == steps and sum("reward" in r for r in metrics.records) == waves_before
+
+
+# ACE
+
+def test_the_playbook_takes_new_lessons_while_there_is_room_and_is_in_view(tiny, settings, tmp_path, monkeypatch):
+    cfg, seen = settings("env_steps=250", "playbook_tokens=30", "method=ace"), []
+    monkeypatch.setattr(baselines, "explore", lambda engine, chat, make, *rest: seen.append(make().rules) or explore(
+        engine, chat, make, *rest))
+    from leafe import explore
+    store = Jsonl(tmp_path / "t.jsonl")
+    playbook = ace(*tiny, cfg, Quest, Quest().tasks("train")[:4], store)
+    lines = playbook.split()
+    lessons = playbook.strip().split("\n")
+    assert lines and len(set(lessons)) == len(lessons) and len(tiny[1].ids(playbook.strip())) <= 30
+    assert seen[0] == Quest.rules and lessons[0] in seen[-1]
+    again = ace(*tiny, cfg, Quest, Quest().tasks("train")[:4], store)
+    assert again == playbook

@@ -101,7 +101,7 @@ def test_sampling_goes_on_where_it_stopped_and_refuses_another_adapter(own_tiny,
     sample(model, chat, cfg, store, "leafe", tasks[:1])
     with torch.no_grad():
         lora_parameters(model)[1].add_(1.0)
-    with pytest.raises(UserError, match="samples of another adapter"):
+    with pytest.raises(UserError, match="samples of another policy"):
         sample(model, chat, cfg, store, "leafe", tasks[:1])
 
 

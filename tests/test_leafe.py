@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from envs import Outcome, Quest
 import leafe
+from baselines import read_lessons
+from envs import Outcome, Quest
 from leafe import (HINT, REFLECT, TURN, Branch, Tree, Turn, best_scores, corrections, episode, explore,
                    read_reflection, read_trees, targets)
 from model import Engine, Job
@@ -161,16 +162,35 @@ def engine_for(tiny, cfg, slots=32):
     return Engine(tiny[0], tiny[1].stop, slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
 
 
-def grow(tiny, cfg, path, slots=32, tasks=10):
+def grow(tiny, cfg, path, slots=32, tasks=10, **more):
     store = Jsonl(path)
-    trees = explore(engine_for(tiny, cfg, slots), tiny[1], Quest, cfg, Quest().tasks("train")[:tasks], store)
+    trees = explore(engine_for(tiny, cfg, slots), tiny[1], Quest, cfg, Quest().tasks("train")[:tasks], store, **more)
     store.close()
     return trees
 
 
+def test_shuffled_experiences_come_from_other_tasks(tiny, settings, tmp_path):
+    """The control: the same trees, but e is another task's."""
+    grow(tiny, settings("attempts=4"), tmp_path / "trees.jsonl", tasks=6)
+    lessons = read_lessons(str(tmp_path))
+    trees = grow(tiny, settings("attempts=4"), tmp_path / "other.jsonl", tasks=6, lessons=lessons)
+    given = [(tree.task, b.experience) for tree in trees for b in tree.branches if b.experience]
+    assert len(given) >= 6
+    for task, e in given:
+        assert any(e in found for other, found in lessons.items() if other != task)
+    assert len({e for _, e in given} - set(lessons["train-1-0000"])) > 1
+
+
+def test_thoughts_may_come_before_the_action(tiny, settings):
+    attempt = episode(Quest(), tiny[1], settings(), "train-1-0000", [], "", "0", reflect=False)
+    branch, _ = act(tiny[1], attempt, forever("the hall\ntake hat"))
+    assert {turn.action for turn in branch.turns} == {"take hat"}
+    assert tiny[1].text(branch.turns[0].action_ids) == "the hall\ntake hat"      # the ids keep all of it
+
+
 def test_the_same_lesson_at_the_same_turn_is_tried_once(settings):
     tree, ended = Tree("t"), {}
-    growing = leafe.grow(tree, settings("attempts=9"), ended)
+    growing = leafe.grow(tree, settings("attempts=9"), ended, {})
     assert next(growing) == [("0", [], "")]
     turns = [Turn("o", [1], "a", [2], None), Turn("p", [1], "b", [2], None)]
     asked = [leafe.Reflection(1, "", 1, "x"), leafe.Reflection(2, "", 1, "x"), leafe.Reflection(2, "", 2, "x")]

@@ -184,7 +184,8 @@ def trees_for_packing(tiny, settings):
 
 
 def test_packed_equals_one_pair_at_a_time(tiny, own_tiny, settings):
-    from train import rows_of
+    from leafe import rows_of
+    from train import loss_weights
     cfg, trees, pairs = trees_for_packing(tiny, settings)
     assert len(pairs.D_cf) >= 8
     model, _ = own_tiny
@@ -195,7 +196,7 @@ def test_packed_equals_one_pair_at_a_time(tiny, own_tiny, settings):
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
     total = torch.zeros(2, dtype=torch.double)
-    for group in rows_of(trees, pairs, cfg):
+    for group in rows_of(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens):
         assert sum(len(s.ids) for tree in group for s in tree) <= cfg.row_tokens
         losses = packed_nll(model, [pack(group)])
         losses.sum().backward()

@@ -71,7 +71,7 @@ def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_file():
 
 
 def test_every_key_is_explained_where_it_stands():
-    lines = (ROOT / "config.yaml").read_text().split("presets:")[0].splitlines()
+    lines = (ROOT / "config.yaml").read_text().split("methods:")[0].splitlines()
     keys = [line.split(":")[0] for line in lines if line and not line.startswith("#")]
     assert sorted(keys) == sorted(Config.__dataclass_fields__)
     assert all(" # " in line for line in lines if line and not line.startswith("#"))
@@ -81,6 +81,17 @@ def test_every_preset_is_valid():
     presets = yaml.safe_load((ROOT / "config.yaml").read_text())["presets"]
     for name in presets:
         load_config([str(ROOT / "config.yaml"), f"preset={name}"])
+
+
+def test_a_methods_own_settings_go_below_a_preset_and_the_command_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(config_text(methods=dict(rft=dict(lr=0.5, steps=7, clip=0.25)), presets=dict(p=dict(steps=8))))
+    cfg = load_config([str(path), "method=rft", "preset=p", "clip=0.75"])
+    assert (cfg.lr, cfg.steps, cfg.clip) == (0.5, 8, 0.75)
+    assert load_config([str(path)]).lr == yaml.safe_load((ROOT / "config.yaml").read_text())["lr"]
+    path.write_text(config_text(methods=dict(rft=dict(stps=7))))
+    with pytest.raises(UserError, match="method rft: there is no key 'stps'"):
+        load_config([str(path), "method=rft"])
 
 
 def test_a_key_that_nothing_reads_is_found():
@@ -123,12 +134,11 @@ def test_a_folder_is_held_by_one_process_and_by_one_configuration(settings):
         RunFolder(settings("seed=1"))
 
 
-def test_training_goes_on_from_the_adapter_it_began_with_whatever_was_sampled_meanwhile(settings):
-    RunFolder(settings(), train=True).lock.close()
+def test_training_goes_on_from_the_adapter_it_began_with_whatever_is_sampled_meanwhile(settings):
+    RunFolder(settings()).lock.close()
     RunFolder(settings("adapter=out/other")).lock.close()                  # eval.py in the same folder
-    RunFolder(settings(), train=True).lock.close()
-    with pytest.raises(UserError, match="holds a run with adapter=''"):
-        RunFolder(settings("adapter=out/other"), train=True)
+    with pytest.raises(UserError, match="holds a run with init='', not 'out/other'"):
+        RunFolder(settings("init=out/other"))
 
 
 def test_an_out_folder_that_cannot_be_written_is_one_line(tmp_path, settings):

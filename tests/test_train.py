@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from baselines import comparison
 from conftest import ROOT
-from leafe import targets
+from leafe import rows_of, targets
 from model import Chat, add_lora, load_model, lora_parameters, pack
-from run import Jsonl
+from run import Jsonl, spent
 from test_leafe import grow, tree_by_hand
-from train import distil, epoch, rows_of
+from train import COMPARED, distil, epoch, loss_weights
 
 
 def train(out, *args, **kwargs):
@@ -136,6 +137,63 @@ def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
     assert process.returncode == 130 and "nothing is lost" in errors and "Traceback" not in errors
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of all methods: (folder, stdout)."""
+    out = tmp_path_factory.mktemp("compared") / "run"
+    process = train(out, "method=compare")
+    shown, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    return out, shown
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_every_method_within_leafes_steps_and_shows_one_table(compared):
+    out, shown = compared
+    assert {path.name for path in out.iterdir()} == {f"{name}-0" for name in COMPARED}
+    lines = shown[shown.rindex("%  "):].splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == ["base", *sorted(COMPARED)]
+    allowed = spent(out / "leafe-0")["steps"]
+    for name in COMPARED:
+        took = spent(out / f"{name}-0")
+        assert took["seconds"] > 0 and (took["steps"] <= allowed or name == "grpo+leafe") and took["steps"] > 0
+        assert (took["trained"] == 0) == (name == "ace" or not (out / f"{name}-0/checkpoint.pt").exists())
+    policies = {json.loads(line)["policy"] for line in (out / "leafe-0/samples.jsonl").read_text().splitlines()}
+    assert policies == {"base", "leafe"} and (out / "ace-0/playbook.txt").exists()
+    again = subprocess.run([sys.executable, "eval.py", "compare", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert again.stdout.splitlines() == lines
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_where_it_was_killed(compared, tmp_path):
+    """Late in GRPO and late in ACE; every method's part then ends as if it had not been."""
+    out, rows = tmp_path / "run", lambda path: sorted(path.read_text().splitlines())                 # noqa: E731
+    shutil.copytree(compared[0], out)
+    for name in ("grpo-0", "ace-0"):
+        folder = out / name
+        for made in ("adapter", "adapter_1", "playbook.txt", "samples.jsonl", "passk.json"):
+            path = folder / made
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        os.truncate(folder / "trees.jsonl", (folder / "trees.jsonl").stat().st_size - 2000)
+    (out / "grpo-0/checkpoint.pt").unlink()
+    process = train(out, "method=compare")
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    for name in ("grpo-0", "ace-0"):
+        for made in ("trees.jsonl", "samples.jsonl"):
+            assert rows(out / name / made) == rows(compared[0] / name / made), (name, made)
+
+
+@pytest.mark.slow
+def test_a_comparison_shows_which_methods_are_unfinished(compared, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(compared[0], out)
+    (out / "leafe-0").rename(out / "leafe-1")
+    shutil.copytree(out / "leafe-1", out / "leafe-2")
+    shown = comparison(out)
+    assert "grpo              1 of 2 seeds so far" in shown and "means over 2 seeds" in shown
+
+
 # distillation alone
 
 def distilled(folder, settings, trees, stop, until=None, **extra):
@@ -184,7 +242,7 @@ def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings, tmp_path):
     cfg = settings("beta=0.5", "corrections=all", "rehearsal_share=1", "batch_tokens=1024")
     trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=8)
     pairs = targets(trees, cfg, tiny[1].stop)
-    rows = [pack(group) for group in rows_of(trees, pairs, cfg)]
+    rows = [pack(group) for group in rows_of(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)]
     batches = epoch(rows, cfg, 3)
     assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows)) and len(batches) > 1
     total = sum(row.weights.double().sum(0) for row in rows)
@@ -198,7 +256,7 @@ def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings, tmp_path):
 def test_beta_infinite_leaves_l_reh_alone(settings):
     cfg = settings("beta=.inf", "corrections=all", "rehearsal_share=1")
     trees = [tree_by_hand()]
-    rows = rows_of(trees, targets(trees, cfg, {2}), cfg)
+    rows = rows_of(trees, loss_weights(trees, targets(trees, cfg, {2}), cfg.beta), cfg.row_tokens)
     total = sum(pack(group).weights.sum(0) for group in rows)
     assert total.tolist() == pytest.approx([0.0, 1.0])
 
@@ -207,7 +265,7 @@ def test_no_row_is_longer_than_its_budget(tiny, settings, tmp_path):
     cfg = settings("corrections=all", "rehearsal_share=1", "attempts=12", "row_tokens=768")
     trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=6)
     pairs = targets(trees, cfg, tiny[1].stop)
-    rows = [pack(group) for group in rows_of(trees, pairs, cfg)]
+    rows = [pack(group) for group in rows_of(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)]
     assert max(len(row.ids) for row in rows) <= 768
     bearing = sum(len(trees[k].turns[i].action_ids) for k, i in {*pairs.D_cf, *pairs.D_reh})
     assert sum(len(row.targets) for row in rows) == bearing           # every target once
