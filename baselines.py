@@ -269,7 +269,7 @@ def ace(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str
 
 
 def read_lessons(folder: str) -> dict[str, list[str]]:
-    """The experiences that a run's reflections gave, by task: for the control that gives each branch another task's."""
+    """The experiences that a run's reflections gave, by task; for the control that gives branches another task's."""
     found: dict[str, list[str]] = {}
     for record in read_jsonl(Path(folder) / "trees.jsonl"):
         found.setdefault(record["task"], []).extend(r["e"] for r in record["reflections"] if r["tau"])
@@ -331,13 +331,16 @@ def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
 
 
 def comparison(folder: Path) -> str:
-    """The runs of a folder, <name>-<seed>/ each, and what their training took. Figures are means over seeds, intervals
-    are over tasks, differences are paired. new: tasks that the policy solves in any of its samples and the base of
-    that seed in none; lost: the other way round."""
+    """The runs of a folder, <name>-<seed>/ each, and what their training took. Figures are means over seeds,
+    intervals are over tasks, differences are paired. new: tasks that the policy solves in any of its samples and the
+    base of that seed in none; lost: the other way round."""
     runs: dict[str, list[tuple[Samples, dict]]] = {"base": []}
     for run in sorted(path.parent for path in folder.glob("*-*/passk.json")):
         name = run.name.rpartition("-")[0]
-        runs.setdefault(name, []).append((read_samples(str(run)), spent(run)))
+        took, init = spent(run), Path(load_config([str(run / "config.yaml")]).init)
+        if init.parent.parent == folder:                  # what its start took counts too
+            took = {key: value + spent(init.parent)[key] for key, value in took.items()}
+        runs.setdefault(name, []).append((read_samples(str(run)), took))
         if name == "leafe":
             runs["base"].append((read_samples(f"{run}:base"), dict.fromkeys(spent(run), 0)))
     if not runs["base"]:
@@ -345,31 +348,37 @@ def comparison(folder: Path) -> str:
     cfg, base = load_config([str(next(folder.glob("leafe-*/config.yaml")))]), [own for own, _ in runs["base"]]
     tasks, last, leafe = len(base[0].by_task), f"Pass@{cfg.ks[-1]}", [own for own, _ in runs["leafe"]]
     figures = [f"Pass@{k}" for k in sorted({cfg.ks[0], cfg.ks[len(cfg.ks) // 2], cfg.ks[-1]})] + ["recovery"]
-    heads = [f"{'%':18}", *(f"{name:>22}" for name in figures), f"{last + ' minus base':>24}",
-             f"{'leafe minus this':>24}", f"{'new':>6}{'lost':>6}", *(f"{name:>12}" for name in ("env steps", "sampled", "trained", "minutes"))]
-    lines = ["".join(heads)]
-    for name, found in runs.items():
+
+    def mean(policies: list[Samples], figure: str) -> Callable:
+        known = [policy.estimates(cfg.ks)[figure] for policy in policies]
+        return lambda index: sum(estimate(index) for estimate in known) / len(known)
+    gaps = [(f"{last} minus base", last), (f"leafe minus this, {figures[0]}", figures[0]),
+            (f"leafe minus this, {last}", last)]
+    first = [f"{'%':18}" + "".join(f"{name:>24}" for name in figures)]
+    second = [f"{'':18}" + "".join(f"{title:>28}" for title, _ in gaps) + f"{'new':>6}{'lost':>6}"]
+    third = [f"{'training took':18}" + "".join(
+        f"{name:>16}" for name in ("env steps", "sampled tokens", "trained tokens", "minutes"))]
+    for name, found in sorted(runs.items(), key=lambda item: (item[0] != "base", item[0])):
         own, meters = [samples for samples, _ in found], [meter for _, meter in found]
         if len(own) < len(base):
-            lines.append(f"{name:18}{len(own)} of {len(base)} seeds so far")
+            first.append(f"{name:18}{len(own)} of {len(base)} seeds so far")
             continue
-
-        def mean(policies: list[Samples], figure: str) -> Callable:
-            known = [policy.estimates(cfg.ks)[figure] for policy in policies]
-            return lambda index: sum(estimate(index) for estimate in known) / len(known)
-        cells = [f"{name:18}", *(f"{cell(spread(mean(own, f), tasks, cfg.resamples)):>22}" for f in figures)]
-        for more, less in ((own, base), (leafe, own)):
-            a, b = mean(more, last), mean(less, last)
+        cells = [cell(spread(mean(own, figure), tasks, cfg.resamples)) for figure in figures]
+        first.append(f"{name:18}" + "".join(f"{shown:>24}" for shown in cells))
+        cells = [f"{name:18}"]
+        for (_, figure), (more, less) in zip(gaps, ((own, base), (leafe, own), (leafe, own))):
+            a, b = mean(more, figure), mean(less, figure)
             gap = cell(spread(lambda index: a(index) - b(index), tasks, cfg.resamples), "+") if more != less else ""
-            cells.append(f"{gap:>24}")
+            cells.append(f"{gap:>28}")
         for a, b in ((own, base), (base, own)):
             more = [int(((x.passes(x.n) > 0) & (y.passes(y.n) == 0)).sum()) for x, y in zip(a, b)]
             cells.append(f"{sum(more) / len(base):6.1f}")
+        second.append("".join(cells))
         took = {key: sum(meter[key] for meter in meters) / len(base) for key in meters[0]}
-        cells += [*(f"{took[key]:12.0f}" for key in ("steps", "sampled", "trained")), f"{took['seconds'] / 60:12.1f}"]
-        lines.append("".join(cells))
-    return "\n".join([*lines, f"{tasks} tasks, {base[0].n} samples each, means over {len(base)} seeds; environment "
-                      f"steps with replays, sampled and trained tokens"])
+        third.append(f"{name:18}" + "".join(f"{took[key]:16.0f}" for key in ("steps", "sampled", "trained"))
+                     + f"{took['seconds'] / 60:16.1f}")
+    return "\n".join([*first, *second, *third, f"{tasks} tasks, {base[0].n} samples each, means over {len(base)} seeds"
+                      "; env steps with replays; new, lost: tasks solved that the base never solves, and back"])
 
 
 def main(args: list[str]) -> None:

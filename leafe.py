@@ -387,9 +387,9 @@ def stage1_figures(trees: list[Tree], pairs: Targets) -> str:
     first = sum(tree.branches[0].success for tree in trees)
     ends = Counter(b.end for b in branches)
     return (f"stage 1: {solved} of {len(trees)} tasks solved ({first} by the first rollout), {len(branches)} "
-            f"attempts, {sum(b.steps for b in branches)} environment steps + {sum(b.replayed for b in branches)} replayed, "
-            f"{sum(b.tokens for b in branches)} sampled tokens; dropped: {ends['mismatch']} replays that differed, "
-            f"{ends['context']} out of context; |D_cf| = {len(pairs.D_cf)}, |D_reh| = {len(pairs.D_reh)}")
+            f"attempts, {sum(b.steps for b in branches)} environment steps + {sum(b.replayed for b in branches)} "
+            f"replayed, {sum(b.tokens for b in branches)} sampled tokens; dropped: {ends['mismatch']} replays that "
+            f"differed, {ends['context']} out of context; |D_cf| = {len(pairs.D_cf)}, |D_reh| = {len(pairs.D_reh)}")
 
 
 def reflection_figures(trees: list[Tree], make: Callable[[], Env]) -> str:

@@ -215,19 +215,21 @@ def nearest(word: str, words: Any) -> str:
 # ------------------------------------------------------------------------------------------- the run's folder
 
 class Jsonl:
-    """Append-only records. A half-written last line (process killed) is cut off when the file is opened."""
+    """Append-only records; the file comes with the first. A half-written last line (process killed) is cut off."""
     def __init__(self, path: Path):
         self.path = path
         self.records = list(read_jsonl(path, repair=True)) if path.exists() else []
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = None
 
     def append(self, record: dict) -> None:
+        self.file = self.file or open(self.path, "a", encoding="utf-8")
         self.file.write(json.dumps(record, separators=(",", ":")) + "\n")
         self.file.flush()
         self.records.append(record)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
