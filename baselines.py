@@ -1,5 +1,5 @@
 """What LEAFE is compared with: each is one short function over the same engine, episodes, packed rows and optimiser,
-and each gets the number of environment steps that LEAFE's Stage 1 took (replays included).
+and none takes more environment steps than LEAFE's Stage 1 took (replays included).
 
     python train.py config.yaml method=rft trees=out/quest out=out/rft     rft, early_experience, grpo, ace
     python baselines.py config.yaml out=out/quest     the contenders of Stage 1 (the paper's Table 3) on that
@@ -22,10 +22,9 @@ from typing import Callable, Iterator
 import torch
 from tqdm import tqdm
 
-from envs import Env, UserError, rollback
-from eval import (Samples, cell, make_engine, make_worlds, open_policy, pick_tasks, read_samples, spread,
-                  with_playbook)
-from leafe import TURN, Branch, Tree, episode, explore, fill, read_trees, rows_of
+from envs import Env, ReplayMismatch, UserError, rollback
+from eval import Samples, cell, make_engine, make_worlds, open_policy, pick_tasks, read_samples, spread
+from leafe import PLAYBOOK, TURN, Branch, Tree, episode, explore, fill, read_trees, rows_of
 from model import Ask, Batch, Chat, Engine, Job, Packed, Segment, adapter_off, pack, token_logp
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, spent
 
@@ -37,6 +36,8 @@ def budget(cfg: Config) -> int:
     if not (cfg.env_steps or cfg.trees):
         raise UserError(f"env_steps: method={cfg.method} needs a budget: give env_steps=, or trees=out/<run> for as "
                         f"many as that run's trees took")
+    if not cfg.env_steps and not (Path(cfg.trees) / "adapter").exists():
+        raise UserError(f"trees: {cfg.trees} has not ended, so what its trees took is not known yet; finish that run")
     return cfg.env_steps or spent(Path(cfg.trees))["steps"]
 
 
@@ -50,21 +51,28 @@ def waves(engine: Callable[[], Engine], chat: Chat, make: Callable[[], Env], cfg
     length could go over `steps` environment steps. Wave `first` comes first; waves that `store` holds are read."""
     longest = min(make().max_turns, cfg.horizon or make().max_turns) * cfg.roots
     wave = first
+    if steps < longest:
+        raise UserError(f"env_steps: {steps} are too few; an episode, or a group of them, may take {longest}")
     while (room := (steps - taken(store, wave - 1)) // longest) > 0:
         chosen = random.Random(f"{cfg.seed}/wave/{wave}").sample(tasks, min(len(tasks), size, room))
-        yield explore(engine(), chat, make, cfg, chosen, store, wave, reflect)
+        trees = explore(engine(), chat, make, cfg, chosen, store, wave, reflect)
+        if taken(store, wave) == taken(store, wave - 1):
+            raise UserError(f"context: {cfg.context} tokens leave no room for a single action; raise it")
+        yield trees
         wave += 1
 
 
-def rollouts(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str], store: Jsonl,
-             steps: int) -> list[Tree]:
-    """As many plain rollouts as fit into the budget, the tasks in turn; one tree of roots a task."""
-    trees = {task: Tree(task) for task in tasks}
-    plain = replace(cfg, roots=1, attempts=1, max_depth=0)
-    for wave in waves(lambda: make_engine(model, chat, cfg), chat, make, plain, tasks, store, steps, len(tasks)):
+def rollouts(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str], store: Jsonl, steps: int,
+             trees: list[Tree], first: int = 1) -> int:
+    """As many plain rollouts as fit into the budget, the tasks in turn, each a root more in its task's tree; from
+    wave `first` on. Returns the number of the next wave."""
+    by_task, plain = {tree.task: tree for tree in trees}, replace(cfg, roots=1, attempts=1, max_depth=0)
+    for wave in waves(lambda: make_engine(model, chat, cfg), chat, make, plain, tasks, store, steps, len(tasks),
+                      first):
         for tree in wave:
-            trees[tree.task].join(tree.branches[0], None)
-    return list(trees.values())
+            by_task[tree.task].join(tree.branches[0], None)
+        first += 1
+    return first
 
 
 # --------------------------------------------------------------------------- rejection sampling, Early Experience
@@ -92,7 +100,8 @@ def rft(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str
         folder: RunFolder) -> tuple[list[Packed], list[Packed]]:
     """Rejection-sampling fine-tuning: the whole budget goes into rollouts; the successful ones are the data. Returns
     rows to be seen for an epoch first (none), and the rest."""
-    trees = rollouts(model, chat, cfg, make, tasks, store, budget(cfg))
+    trees = [Tree(task) for task in tasks]
+    rollouts(model, chat, cfg, make, tasks, store, budget(cfg), trees)
     return [], demonstration_rows(trees, successes(trees, chat), cfg)
 
 
@@ -109,8 +118,12 @@ def alternatives(env: Env, chat: Chat, cfg: Config, task: str, turn: int, path: 
     for _ in range(cfg.alternatives):
         ids = (yield Ask(h + path[-1].obs_ids, cfg.action_tokens)) or []
         tokens += len(ids)
-        if ids and (action := chat.text(ids)) not in tried:
-            rollback(env, task, path)
+        action = chat.text(ids).rpartition("\n")[2]                   # as in play (leafe.episode)
+        if ids and action not in tried:
+            try:
+                rollback(env, task, path)
+            except ReplayMismatch:
+                break
             tried[action] = env.step(action).obs
     if cfg.early_experience == "reflection":
         text = TURN.format(t=t, obs=path[-1].obs) + WHY.format(
@@ -129,8 +142,10 @@ def live_through(engine: Engine, chat: Chat, cfg: Config, make: Callable[[], Env
     queue, have = deque(), {(r["task"], r["turn"]) for r in store.records}
     for k, i in random.Random(f"{cfg.seed}/alternatives").sample(states, len(states)):
         tree, path = trees[k], trees[k].path(i)
-        steps -= cfg.alternatives * len(path)
-        if steps >= 0 and (tree.task, i) not in have:
+        if (cost := cfg.alternatives * len(path)) > steps:
+            continue
+        steps -= cost
+        if (tree.task, i) not in have:
             n = max(n for n, start in enumerate(tree.starts) if -1 < start <= i)
             last = i + 1 == tree.starts[n] + len(tree.branches[n].turns)
             after = tree.branches[n].last_obs if last else tree.turns[i + 1].obs
@@ -165,16 +180,19 @@ def reasoned(chat: Chat, path: list, why: list[int]) -> list[Segment]:
 
 def early_experience(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str], store: Jsonl,
                      folder: RunFolder) -> tuple[list[Packed], list[Packed]]:
-    """Early Experience: the demonstrations are the successful rollouts of a part of the budget; the rest of it goes
-    into other actions at their states. `world`: learn what each brings for one epoch (half of the optimiser steps at
-    most), then the demonstrations, as many steps in all as rft. `reflection`: mixed with the demonstrations, the
-    policy's reasons why the demonstrated action is the best."""
-    steps, lived = budget(cfg), folder.jsonl("alternatives.jsonl")
-    trees = rollouts(model, chat, cfg, make, tasks, store, round(steps * (1 - cfg.alternatives_share)))
-    weights, by_task = successes(trees, chat), {tree.task: tree for tree in trees}
-    records = live_through(make_engine(model, chat, cfg), chat, cfg, make, trees, weights, lived,
-                           steps - taken(store, 10**9))
+    """Early Experience: the demonstrations are the successful rollouts of a part of the budget; the rest goes into
+    other actions at their states, and what that leaves over into rollouts again. `world`: learn what each action
+    brings for one epoch (half of the optimiser steps at most), then the demonstrations, as many steps in all as rft.
+    `reflection`: mixed with the demonstrations, the policy's reasons why the demonstrated action is the best."""
+    steps, lived, trees = budget(cfg), folder.jsonl("alternatives.jsonl"), [Tree(task) for task in tasks]
+    wave = rollouts(model, chat, cfg, make, tasks, store, round(steps * (1 - cfg.alternatives_share)), trees)
+    by_task = {tree.task: tree for tree in trees}
+    records = live_through(make_engine(model, chat, cfg), chat, cfg, make, trees, successes(trees, chat), lived,
+                           steps - taken(store, wave - 1))
     lived.close()
+    steps -= sum(record["steps"] + record["replayed"] for record in records)
+    rollouts(model, chat, cfg, make, tasks, store, steps, trees, wave)       # what they left over
+    weights = successes(trees, chat)
     if cfg.early_experience == "world":
         extra = [foreseen(chat, make().rules, by_task[r["task"]].path(r["turn"]), r["tried"]) for r in records]
     else:
@@ -195,7 +213,7 @@ def early_experience(model, chat: Chat, cfg: Config, make: Callable[[], Env], ta
 def advantages(tree: Tree, cfg: Config) -> dict[int, tuple[float, float]]:
     """Turn -> (A, 1) for a group of rollouts of one task: A = (R - mean) / (std + 1e-6), R = 1 for success, less
     cfg.grpo_refusal for each refused action. Mean and std over the episodes, or over their steps."""
-    rewards = [branch.success - cfg.grpo_refusal * sum(not turn.valid for turn in branch.turns)
+    rewards = [float(branch.success) - cfg.grpo_refusal * sum(not turn.valid for turn in branch.turns)
                for branch in tree.branches]
     group = torch.tensor(rewards if cfg.grpo_statistics == "episodes" else
                          [r for r, branch in zip(rewards, tree.branches) for _ in branch.turns])
@@ -240,7 +258,8 @@ def grpo(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[st
         metrics.append(dict(wave=wave, reward=success - cfg.grpo_refusal * refused, success=success, refused=refused,
                             env_steps=taken(store, wave)))
         random.Random(f"{cfg.seed}/grpo/{wave}").shuffle(rows)
-        parts = [rows[n::cfg.grpo_updates] for n in range(min(cfg.grpo_updates, len(rows)))]
+        updates = min(len(rows), math.ceil(cfg.grpo_updates * len(trees) / cfg.grpo_tasks))  # the last wave is small
+        parts = [rows[n::updates] for n in range(updates)]
         for n, part in enumerate(parts):
             step = (wave - 1) * cfg.grpo_updates + n + 1
             yield Batch(part, 1 / sum(len(row.targets) for row in part), min(1.0, step / (cfg.warmup + 1)),
@@ -256,7 +275,7 @@ def ace(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str
 
     def seen() -> Env:
         env = make()
-        env.rules = with_playbook(env.rules, "\n".join(playbook))
+        env.rules += PLAYBOOK + "\n".join(playbook) if playbook else ""
         return env
     alone = replace(cfg, roots=1, attempts=1, max_depth=0, reflect_every=10**9)     # reflect on failure only
     for trees in waves(lambda: make_engine(model, chat, cfg), chat, seen, alone, tasks, store, budget(cfg),
@@ -273,7 +292,10 @@ def read_lessons(folder: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for record in read_jsonl(Path(folder) / "trees.jsonl"):
         found.setdefault(record["task"], []).extend(r["e"] for r in record["reflections"] if r["tau"])
-    return {task: lessons for task, lessons in found.items() if lessons}
+    found = {task: lessons for task, lessons in found.items() if lessons}
+    if len(found) < 2:
+        raise UserError(f"experiences: {folder} has reflections of {len(found)} tasks; the control needs several")
+    return found
 
 
 # ---------------------------------------------------------------------------------------- Stage 1's contenders
@@ -330,23 +352,38 @@ def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
     return "\n".join(lines)
 
 
-def comparison(folder: Path) -> str:
-    """The runs of a folder, <name>-<seed>/ each, and what their training took. Figures are means over seeds,
-    intervals are over tasks, differences are paired. new: tasks that the policy solves in any of its samples and the
-    base of that seed in none; lost: the other way round."""
-    runs: dict[str, list[tuple[Samples, dict]]] = {"base": []}
+def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
+    """The ended runs of a folder, <name>-<seed>/ each: name -> seed -> (samples, what training took). The base's
+    samples are those of leafe-<seed>/. Raises UserError if they were not sampled on the same tasks."""
+    runs: dict[str, dict[str, tuple[Samples, dict]]] = {"base": {}}
     for run in sorted(path.parent for path in folder.glob("*-*/passk.json")):
-        name = run.name.rpartition("-")[0]
-        took, init = spent(run), Path(load_config([str(run / "config.yaml")]).init)
-        if init.parent.parent == folder:                  # what its start took counts too
-            took = {key: value + spent(init.parent)[key] for key, value in took.items()}
-        runs.setdefault(name, []).append((read_samples(str(run)), took))
-        if name == "leafe":
-            runs["base"].append((read_samples(f"{run}:base"), dict.fromkeys(spent(run), 0)))
+        (name, _, seed), own = run.name.rpartition("-"), load_config([str(run / "config.yaml")])
+        took = spent(run)
+        for start in [Path(own.init).parent] if own.init else []:         # what its start took counts too
+            took = {key: value + spent(start)[key] for key, value in took.items()}
+        if own.trees and own.method == "leafe":                           # and so do trees that it reused
+            took |= {key: took[key] + spent(Path(own.trees))[key] for key in ("steps", "sampled")}
+        runs.setdefault(name, {})[seed] = read_samples(str(run)), took
+        if name == "leafe" and own.evaluate_base:
+            runs["base"][seed] = read_samples(f"{run}:base"), dict.fromkeys(took, 0)
     if not runs["base"]:
         raise UserError(f"{folder}: no leafe-<seed>/ that has ended; run train.py method=compare out={folder} first")
-    cfg, base = load_config([str(next(folder.glob("leafe-*/config.yaml")))]), [own for own, _ in runs["base"]]
-    tasks, last, leafe = len(base[0].by_task), f"Pass@{cfg.ks[-1]}", [own for own, _ in runs["leafe"]]
+    expected = next(iter(runs["base"].values()))[0]
+    for name, by_seed in runs.items():
+        for seed, (own, _) in by_seed.items():
+            if (list(own.by_task), own.n) != (list(expected.by_task), expected.n):
+                raise UserError(f"{folder}/{name}-{seed} was not sampled on the same tasks, as often; move it away")
+    return runs
+
+
+def comparison(folder: Path) -> str:
+    """The runs of a folder side by side. Figures are means over seeds, intervals are over tasks, differences are
+    paired. new: tasks that the policy solves in any of its samples and the base of that seed in none; lost: the
+    other way round."""
+    runs = read_runs(folder)
+    cfg, seeds = load_config([str(next(folder.glob("leafe-*/config.yaml")))]), list(runs["base"])
+    base, leafe = ([runs[name][seed][0] for seed in seeds] for name in ("base", "leafe"))
+    tasks, last = len(base[0].by_task), f"Pass@{cfg.ks[-1]}"
     figures = [f"Pass@{k}" for k in sorted({cfg.ks[0], cfg.ks[len(cfg.ks) // 2], cfg.ks[-1]})] + ["recovery"]
 
     def mean(policies: list[Samples], figure: str) -> Callable:
@@ -359,10 +396,10 @@ def comparison(folder: Path) -> str:
     third = [f"{'training took':18}" + "".join(
         f"{name:>16}" for name in ("env steps", "sampled tokens", "trained tokens", "minutes"))]
     for name, found in sorted(runs.items(), key=lambda item: (item[0] != "base", item[0])):
-        own, meters = [samples for samples, _ in found], [meter for _, meter in found]
-        if len(own) < len(base):
-            first.append(f"{name:18}{len(own)} of {len(base)} seeds so far")
+        if missing := set(seeds) - set(found):
+            first.append(f"{name:18}{len(base) - len(missing)} of {len(base)} seeds so far")
             continue
+        own, meters = [found[seed][0] for seed in seeds], [found[seed][1] for seed in seeds]
         cells = [cell(spread(mean(own, figure), tasks, cfg.resamples)) for figure in figures]
         first.append(f"{name:18}" + "".join(f"{shown:>24}" for shown in cells))
         cells = [f"{name:18}"]
@@ -376,8 +413,9 @@ def comparison(folder: Path) -> str:
         second.append("".join(cells))
         took = {key: sum(meter[key] for meter in meters) / len(base) for key in meters[0]}
         third.append(f"{name:18}" + "".join(f"{took[key]:16.0f}" for key in ("steps", "sampled", "trained"))
-                     + f"{took['seconds'] / 60:16.1f}")
-    return "\n".join([*first, *second, *third, f"{tasks} tasks, {base[0].n} samples each, means over {len(base)} seeds"
+                     + f"{took['seconds'] / 60 or float('nan'):16.1f}")
+    return "\n".join([*first, *second, *third,
+                      f"{tasks} tasks, {base[0].n} samples each, means over {len(base)} seeds"
                       "; env steps with replays; new, lost: tasks solved that the base never solves, and back"])
 
 

@@ -25,26 +25,22 @@ from tqdm import tqdm
 from envs import Env, UserError, make_env
 from leafe import PLAYBOOK, episode
 from model import Chat, Engine, Job, adapter_off, load_adapter, load_model, lora_parameters
-from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, write_aside
+from run import Config, Jsonl, RunFolder, guarded, load_config, policy_name, read_jsonl, refuse, write_aside
 
 
 def make_engine(model, chat: Chat, cfg: Config) -> Engine:
     return Engine(model, chat.stop, cfg.slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
 
 
-def with_playbook(rules: str, lessons: str) -> str:
-    return rules + PLAYBOOK + lessons.strip() if lessons.strip() else rules
-
-
 def make_worlds(cfg: Config) -> Callable[[], Env]:
     """A function that makes an environment, with cfg.playbook behind its rules if there is one."""
     if cfg.playbook and not Path(cfg.playbook).is_file():
         raise UserError(f"playbook: there is no file {cfg.playbook}; train.py method=ace writes one")
-    lessons = Path(cfg.playbook).read_text(encoding="utf-8") if cfg.playbook else ""
+    lessons = Path(cfg.playbook).read_text(encoding="utf-8").strip() if cfg.playbook else ""
 
     def make() -> Env:
         env = make_env(cfg.env, cfg.data)
-        env.rules = with_playbook(env.rules, lessons)
+        env.rules += PLAYBOOK + lessons if lessons else ""
         return env
     return make
 
@@ -247,10 +243,11 @@ def main(args: list[str]) -> None:
         raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
     else:
         cfg = load_config(args)
+        refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=")
         tasks, folder = pick_tasks(cfg, cfg.split, cfg.test_tasks), RunFolder(cfg)
         model, chat = open_policy(cfg, cfg.adapter)
         store = folder.jsonl("samples.jsonl")
-        sample(model, chat, cfg, store, cfg.method if cfg.adapter or cfg.playbook else "base", tasks)
+        sample(model, chat, cfg, store, policy_name(cfg), tasks)
         store.close()
         print(report(folder.path, cfg, tasks))
         print(f"results: {folder.path}/samples.jsonl, {folder.path}/passk.json")

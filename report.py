@@ -57,7 +57,7 @@ def main(args: list[str]) -> None:
     ks = [k for k in cfg.ks if k <= min(policy.n for policy in policies)]
     for policy in policies:
         policy.label = ("base" if policy.label.endswith(":base") else
-                        "LEAFE" if len(policies) == 2 else policy.label)
+                        "LEAFE" if len(policies) == 2 and policy.label.endswith(":leafe") else policy.label)
     write_aside(Path(args[0]), curves(policies, ks, cfg.resamples))
 
 

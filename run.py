@@ -115,6 +115,15 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
     ("out", lambda v: bool(v.strip()), "must name a folder"),
 ]
+TOGETHER: list[tuple[str, Callable[[dict], bool], str]] = [
+    ("env_steps", lambda s: s["method"] != "leafe", "is a baseline's budget; leafe's is attempts= a task"),
+    ("rounds", lambda s: s["rounds"] == 1 or s["method"] in ("leafe", "compare"), "is for leafe; a baseline has one"),
+    ("experiences", lambda s: s["method"] == "leafe" and not s["trees"], "is for leafe when it explores (no trees=)"),
+    ("early_experience", lambda s: s["early_experience"] == "world" or s["method"] != "early_experience"
+     or s["action_tokens"] > s["reflect_tokens"],
+     "learns a reason before each action: raise action_tokens above reflect_tokens"),
+    ("grpo_group", lambda s: s["grpo_group"] > 1, "must be 2 or more: a rollout is judged against its group"),
+]
 NOT_PART_OF_RESULTS = {"out", "slots", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base",
                        "test_tasks", "samples", "split", "adapter", "playbook", "seeds"}
 
@@ -153,7 +162,7 @@ def load_config(args: list[str]) -> Config:
     kinds = {field.name: field.type for field in fields(Config)}
     sources = dict.fromkeys(settings, path)
     options = [arg.split("=", 1) for arg in args if "=" in arg]
-    method = dict(options).get("method", settings.get("method"))
+    method = str(dict(options).get("method", settings.get("method")))
     settings.update(methods.get(method) or {})
     sources.update(dict.fromkeys(methods.get(method) or {}, f"{path}, method {method}"))
     for key, text in sorted(options, key=lambda option: option[0] != "preset"):      # a preset first
@@ -189,12 +198,33 @@ def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, st
     for key, holds, message in RANGES:
         if not holds(settings[key]):
             raise UserError(f"{sources[key]}: {key} {message}, not {settings[key]!r}")
+    for key, holds, message in TOGETHER:
+        if settings[key] and not holds(settings):
+            raise UserError(f"{sources[key]}: {key}={settings[key]} {message}")
+    for key in ("seed", "trees", "init", "evaluate_base") if settings["method"] == "compare" else ():
+        if sources[key] == "the command line":
+            raise UserError(f"{key}: method=compare sets it for each of its runs{'; use seeds=' * (key == 'seed')}")
     if max(settings["ks"]) > settings["samples"]:
         raise UserError(f"{sources['ks']}: ks asks for Pass@{max(settings['ks'])}, but samples is "
                         f"{settings['samples']}: k can be at most the number of samples")
     if settings["row_tokens"] < settings["context"]:
         raise UserError(f"{sources['row_tokens']}: row_tokens is {settings['row_tokens']}, but must be "
                         f"at least context ({settings['context']}), so that every episode fits into a row")
+
+
+def refuse(cfg: Config, **reasons: str) -> None:
+    """Raise UserError if one of these keys is set: the script would not heed it."""
+    for key, reason in reasons.items():
+        if getattr(cfg, key):
+            raise UserError(f"{key}: {reason}")
+
+
+def policy_name(cfg: Config) -> str:
+    """What eval.py's samples are called: the method of the run that the adapter or the playbook came from."""
+    made = Path(cfg.adapter or cfg.playbook).parent / "config.yaml"
+    if not (cfg.adapter or cfg.playbook):
+        return "base"
+    return yaml.safe_load(made.read_text()).get("method", "trained") if made.is_file() else "trained"
 
 
 def number(value: Any) -> Any:

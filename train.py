@@ -2,7 +2,6 @@
 
     python train.py config.yaml                       about seven minutes on two CPU cores with the embedded model
     python train.py config.yaml preset=smoke          seconds; to see that all of it runs
-    python train.py config.yaml seed=1 out=out/seed1  any key of config.yaml; the same command again resumes
     python train.py config.yaml beta=.inf trees=out/quest out=out/reh      L_reh alone, on the trees of another run
     python train.py config.yaml method=grpo trees=out/quest out=out/grpo   a baseline, with that run's budget of steps
     python train.py config.yaml method=compare out=out/compare             all methods, on all cfg.seeds
@@ -10,7 +9,7 @@
 Stage 2, experience distillation, is here: plain next-token SFT of
 
     L = L_cf + beta * L_reh
-    L_cf  = 1/|D_cf|  sum over D_cf  of -log pi'(a'_tau | h_tau, q)   h_tau without e: the heart of the method
+    L_cf  = 1/|D_cf|  sum over D_cf  of -log pi'(a'_t | h_t, q)   t = tau and on, h_t without e: the heart of it
     L_reh = 1/|D_reh| sum over D_reh of -log pi'(a_t | h_t, q)
 
 where log pi'(a | h) is the sum over the action's tokens, so a token of a pair in D_cf weighs 1/|D_cf| and one in
@@ -34,7 +33,7 @@ from envs import UserError
 from eval import make_engine, make_worlds, open_policy, pick_tasks, report, sample
 from leafe import Targets, Tree, explore, read_trees, reflection_figures, rows_of, stage1_figures, targets
 from model import Batch, Chat, Packed, add_lora, load_adapter, lora_parameters, pack, packed_nll, save_adapter
-from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, write_aside
+from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, refuse, write_aside
 COMPARED = ("leafe", "rft", "early_experience", "grpo", "grpo+leafe", "ace")
 
 
@@ -189,15 +188,17 @@ def train(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) -> Non
 
 def run(cfg: Config) -> None:
     """One run in its folder: the base's samples, training, the trained policy's samples, the table."""
-    if cfg.method == "leafe" and cfg.env_steps:
-        raise UserError("env_steps is the budget of a baseline; leafe's is attempts= a task")
+    refuse(cfg, adapter="is what eval.py samples with; train.py starts from init=",
+           playbook="is what eval.py puts into the prompt; method=ace writes its own")
+    if cfg.method != "leafe":
+        baselines.budget(cfg)                          # before anything is written or sampled
     for key in ("trees", "experiences"):
         if (other := getattr(cfg, key)) and not (Path(other) / "trees.jsonl").is_file():
             raise UserError(f"{key}: {other} has no trees.jsonl")
     began, folder = time.time(), RunFolder(cfg)
     test = pick_tasks(cfg, cfg.split, cfg.test_tasks)
     model, chat = open_policy(cfg, cfg.init)
-    if not cfg.init:
+    if not cfg.init and cfg.method != "ace":
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     samples = folder.jsonl("samples.jsonl")
     if cfg.evaluate_base:
@@ -229,7 +230,8 @@ def compare(args: list[str], cfg: Config) -> None:
             own = dict(method=name.rpartition("+")[2], seed=seed, out=folder[name], evaluate_base=name == "leafe",
                        trees="" if name.endswith("leafe") else folder["leafe"],
                        env_steps=None if name.endswith("leafe") else cfg.env_steps,
-                       init=folder["grpo"] / "adapter" if name == "grpo+leafe" else "")
+                       init=folder["grpo"] / "adapter" if name == "grpo+leafe" else "",
+                       rounds=cfg.rounds if name.endswith("leafe") else 1)
             print(f"\n{name}, seed {seed}")
             run(load_config([*args, *(f"{key}={'null' if value is None else value}" for key, value in own.items())]))
             gc.collect()                               # a model may be large: it goes before the next one comes

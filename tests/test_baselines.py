@@ -66,16 +66,30 @@ def test_curves_are_well_formed_and_escape_their_labels():
 def test_rollouts_never_take_more_steps_than_the_budget_and_nearly_all_of_it(tiny, settings, tmp_path):
     cfg, tasks = settings(), Quest().tasks("train")[:8]
     store = Jsonl(tmp_path / "t.jsonl")
-    trees = rollouts(*tiny, cfg, Quest, tasks, store, 400)
+    trees = [Tree(task) for task in tasks]
+    following = rollouts(*tiny, cfg, Quest, tasks, store, 400, trees)
     steps = sum(b.steps for tree in trees for b in tree.branches)
     assert 400 - Quest.max_turns < steps <= 400 and steps == taken(store, 99)
     assert {tree.task for tree in trees if tree.branches} == set(tasks)
     assert all(not b.reflections and not b.experience for tree in trees for b in tree.branches)
     before = list(store.records)
-    again = rollouts(*tiny, cfg, Quest, tasks, store, 400)
+    again = [Tree(task) for task in tasks]
+    assert rollouts(*tiny, cfg, Quest, tasks, store, 400, again) == following
     assert store.records == before and again == trees
+    rollouts(*tiny, cfg, Quest, tasks, store, 600, trees, following)   # a larger budget goes on behind
+    assert 600 - Quest.max_turns < taken(store, 99) <= 600
+    for tree, more in zip(again, trees):
+        assert more.turns[:len(tree.turns)] == tree.turns
     seen = [tuple(t.action for t in b.turns) for tree in trees for b in tree.branches]
     assert len(set(seen)) > len(tasks)                                 # waves do not repeat one another
+
+
+def test_a_context_without_room_and_a_budget_without_an_episode_are_one_line(tiny, settings, tmp_path):
+    tasks = Quest().tasks("train")[:2]
+    with pytest.raises(UserError, match="context: 90 tokens leave no room"):
+        rollouts(*tiny, settings("context=90"), Quest, tasks, Jsonl(tmp_path / "a"), 400, [Tree(t) for t in tasks])
+    with pytest.raises(UserError, match="env_steps: 5 are too few"):
+        rollouts(*tiny, settings(), Quest, tasks, Jsonl(tmp_path / "b"), 5, [Tree(t) for t in tasks])
 
 
 def test_a_baseline_without_a_budget_is_told_how_to_give_one(settings):
@@ -87,6 +101,9 @@ def test_a_baseline_without_a_budget_is_told_how_to_give_one(settings):
 def test_a_budget_taken_from_trees_counts_their_replays(settings, tmp_path):
     lines = [json.dumps(dict(steps=5, replayed=replayed, tokens=1)) + "\n" for replayed in (0, 3)]
     (tmp_path / "trees.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="has not ended"):
+        budget(settings("method=rft", f"trees={tmp_path}"))
+    (tmp_path / "adapter").mkdir()
     assert budget(settings("method=rft", f"trees={tmp_path}")) == 13
 
 
@@ -127,12 +144,16 @@ def test_an_alternative_is_another_action_at_the_same_state_and_says_what_it_bri
     tree.turns[0].obs_ids = tiny[1].first(Quest.rules, "step 1")
     path = tree.path(2)
     record, contexts = act(tiny[1], alternatives(Quest(), tiny[1], cfg, tree.task, 2, path, "after"),
-                           iter(["take hat", path[-1].action, "go hall"]))
+                           iter(["so:\ntake hat", path[-1].action, "go hall"]))
     assert list(record["tried"]) == [path[-1].action, "take hat", "go hall"] and len(contexts) == 3
     env = Quest()
     env.reset(tree.task)
     for turn in path[:-1]:
         env.step(turn.action)
+    drifted = [*path[:-1], Turn("another room", [1], "go attic", [2], None)]
+    lost, _ = act(tiny[1], alternatives(Quest(), tiny[1], cfg, tree.task, 2, drifted, "after"),
+                  iter(["take hat"] * 3))
+    assert list(lost["tried"]) == ["go attic"]                         # a world that does not replay teaches nothing
     assert record["tried"]["take hat"] == env.step("take hat").obs and record["tried"][path[-1].action] == "after"
     assert (record["steps"], record["replayed"]) == (2, 4)
 
@@ -161,7 +182,8 @@ def test_a_reason_is_learned_with_the_demonstrated_action_behind_it(tiny):
 
 @pytest.mark.parametrize("kind", ["world", "reflection"])
 def test_early_experience_spends_its_share_on_alternatives_and_resumes(own_tiny, settings, monkeypatch, kind):
-    cfg = settings("env_steps=300", "alternatives_share=0.5", "alternatives=2", f"early_experience={kind}", "steps=4")
+    cfg = settings("env_steps=300", "alternatives_share=0.5", "alternatives=2", f"early_experience={kind}", "steps=4",
+                   "action_tokens=120", "method=early_experience")
     model, chat = own_tiny
     folder, tasks = RunFolder(cfg), Quest().tasks("train")[:4]
     tree = won()
@@ -169,7 +191,10 @@ def test_early_experience_spends_its_share_on_alternatives_and_resumes(own_tiny,
         turn.action_ids = chat.ids(turn.action) + [chat.end]
         turn.obs_ids = chat.next("step: " + turn.obs)
     tree.turns[0].obs_ids = chat.first(Quest.rules, tree.turns[0].obs)
-    monkeypatch.setattr(baselines, "rollouts", lambda *_: [tree])
+    def given(model, chat, cfg, make, tasks, store, steps, trees, first=1):
+        trees[:] = [tree]
+        return 2
+    monkeypatch.setattr(baselines, "rollouts", given)
     store = folder.jsonl("trees.jsonl")
     first = early_experience(model, chat, cfg, Quest, tasks, store, folder)
     lived = (folder.path / "alternatives.jsonl").read_text()

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from envs import Quest, UserError
-from eval import (Samples, bootstrap, compare, interval, main, make_engine, pass_at_k, pick_tasks,
+from eval import (Samples, bootstrap, compare, interval, main, make_engine, make_worlds, pass_at_k, pick_tasks,
                   read_samples, report, sample, table)
 from model import add_lora, lora_parameters
-from run import RunFolder
+from run import Jsonl, RunFolder, policy_name
 
 
 @pytest.mark.parametrize("n, c, k", [(6, 2, 3), (6, 0, 3), (6, 6, 1), (5, 1, 5), (7, 3, 2), (128, 1, 128),
@@ -134,3 +134,27 @@ def test_more_tasks_than_the_split_has_is_one_line(settings, tmp_path):
 def test_the_engine_takes_its_settings_from_the_configuration(tiny, settings):
     engine = make_engine(*tiny, settings("slots=5", "temperature=0.5", "snapshot_mb=3"))
     assert (engine.slots, engine.temperature, engine.budget, engine.context) == (5, 0.5, 3 * 2**20, 768)
+
+
+def test_samples_are_called_after_the_run_that_made_the_policy(settings, tmp_path):
+    assert policy_name(settings()) == "base"
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo" / "config.yaml").write_text("method: grpo\n")
+    assert policy_name(settings(f"adapter={tmp_path}/grpo/adapter")) == "grpo"
+    assert policy_name(settings(f"adapter={tmp_path}/elsewhere")) == "trained"
+
+
+def test_a_playbook_stands_behind_the_rules_and_marks_the_samples(own_tiny, settings, tmp_path):
+    model, chat = own_tiny
+    (tmp_path / "playbook.txt").write_text("the attic needs the torch\n")
+    cfg = settings(f"playbook={tmp_path}/playbook.txt", "samples=1", "ks=[1]")
+    rules = make_worlds(cfg)().rules
+    assert rules.startswith(Quest.rules) and rules.endswith("\nthe attic needs the torch")
+    assert make_worlds(settings())().rules == Quest.rules
+    store = Jsonl(tmp_path / "samples.jsonl")
+    sample(model, chat, cfg, store, "ace", Quest().tasks("test")[:1])
+    (tmp_path / "playbook.txt").write_text("another\n")
+    with pytest.raises(UserError, match="samples of another policy"):
+        sample(model, chat, cfg, store, "ace", Quest().tasks("test")[:1])
+    with pytest.raises(UserError, match="playbook: there is no file"):
+        make_worlds(settings("playbook=nowhere.txt"))

@@ -6,7 +6,7 @@ import pytest
 
 import leafe
 from baselines import read_lessons
-from envs import Outcome, Quest
+from envs import Outcome, Quest, UserError
 from leafe import (HINT, REFLECT, TURN, Branch, Tree, Turn, best_scores, corrections, episode, explore,
                    read_reflection, read_trees, targets)
 from model import Engine, Job
@@ -173,6 +173,10 @@ def test_shuffled_experiences_come_from_other_tasks(tiny, settings, tmp_path):
     """The control: the same trees, but e is another task's."""
     grow(tiny, settings("attempts=4"), tmp_path / "trees.jsonl", tasks=6)
     lessons = read_lessons(str(tmp_path))
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "trees.jsonl").write_text("")
+    with pytest.raises(UserError, match="has reflections of 0 tasks"):
+        read_lessons(str(tmp_path / "none"))
     trees = grow(tiny, settings("attempts=4"), tmp_path / "other.jsonl", tasks=6, lessons=lessons)
     given = [(tree.task, b.experience) for tree in trees for b in tree.branches if b.experience]
     assert len(given) >= 6

@@ -37,6 +37,12 @@ def config_text(**changes):
     (["lr=0"], "lr must be above 0"), (["lr=nan"], "lr is 'nan'"), (["lr=.nan"], "lr is nan"),
     (["steps=["], "cannot be read as a value"),
     (["preset=smok"], "has smoke, sokoban; did you mean 'smoke'?"),
+    (["env_steps=9"], "env_steps=9 is a baseline's budget"), (["method=rft", "rounds=2"], "rounds=2 is for leafe"),
+    (["experiences=a", "trees=b"], "experiences=a is for leafe when it explores"),
+    (["method=grpo", "grpo_group=1"], "grpo_group=1 must be 2 or more"),
+    (["method=early_experience", "early_experience=reflection"], "raise action_tokens above reflect_tokens"),
+    (["method=compare", "seed=3"], "seed: method=compare sets it for each of its runs; use seeds="),
+    (["method=compare", "init=a"], "init: method=compare sets it"), (["method=[grpo]"], "method must be one of leafe, rft"),
     (["other.yaml", "x"], "x: not understood; write options as key=value"),
     (["nowhere.yaml"], "nowhere.yaml: there is no such file")])
 def test_a_mistake_in_the_configuration_is_one_line_with_the_key_and_the_fix(args, message):

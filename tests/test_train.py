@@ -191,7 +191,7 @@ def test_a_comparison_shows_which_methods_are_unfinished(compared, tmp_path):
     (out / "leafe-0").rename(out / "leafe-1")
     shutil.copytree(out / "leafe-1", out / "leafe-2")
     shown = comparison(out)
-    assert "grpo              1 of 2 seeds so far" in shown and "means over 2 seeds" in shown
+    assert "grpo              0 of 2 seeds so far" in shown and "means over 2 seeds" in shown
 
 
 # distillation alone
