@@ -182,10 +182,11 @@ def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
     if len(policies) == 2:
         columns.append(compare(*policies, ks, resamples))
         heads.append("difference")
-    lines = [f"{'%':10}" + "".join(f"{head:>24}" for head in heads)]
+    wide = max(24, *(len(head) + 2 for head in heads))
+    lines = [f"{'%':10}" + "".join(f"{head:>{wide}}" for head in heads)]
     for name in columns[0]:
         if all(name in column for column in columns):
-            lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>24}"
+            lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>{wide}}"
                                                 for i, c in enumerate(columns)))
     for policy in policies:
         means, n = policy.means(), len(policy.by_task)

@@ -1,6 +1,6 @@
 """Pictures of runs, drawn from their samples.jsonl without a model.
 
-    python report.py passk.svg out/seed0:base out/seed0     Pass@k curves with 95 % bands
+    python report.py passk.svg out/quest:base out/quest     Pass@k curves with 95 % bands
 """
 from html import escape
 from pathlib import Path
