@@ -84,6 +84,13 @@ def test_rollouts_never_take_more_steps_than_the_budget_and_nearly_all_of_it(tin
     assert len(set(seen)) > len(tasks)                                 # waves do not repeat one another
 
 
+@pytest.mark.parametrize("steps", [60, 95, 130])
+def test_no_wave_is_larger_than_what_is_left_of_the_budget(tiny, settings, tmp_path, steps):
+    tasks, store = Quest().tasks("train")[:8], Jsonl(tmp_path / "t.jsonl")
+    rollouts(*tiny, settings(), Quest, tasks, store, steps, [Tree(task) for task in tasks])
+    assert steps - Quest.max_turns < taken(store, 99) <= steps
+
+
 def test_a_context_without_room_and_a_budget_without_an_episode_are_one_line(tiny, settings, tmp_path):
     tasks = Quest().tasks("train")[:2]
     with pytest.raises(UserError, match="context: 90 tokens leave no room"):
@@ -281,6 +288,19 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient(own_tiny, setting
     packed_nll(model, [plain])[0].backward()                           # column 0 of the weights is the advantage
     assert any(p.grad.any() for p in lora_parameters(model))
     assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(lora_parameters(model), found))
+
+
+def test_the_reference_of_the_kl_is_the_base_whatever_the_adapter_has_learned(own_tiny, tiny):
+    model, chat = own_tiny
+    add_lora(model, 4, 8, seed=0)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.add_(0.05)
+    ids = chat.first(Quest.rules, "step 1")
+    row = with_old(model, pack([[Segment(ids, [(0.5, 1.0)] * len(ids), None)]]))
+    assert torch.allclose(row.weights[:, 2], token_logp(tiny[0], [row]).detach(), atol=1e-5)
+    assert torch.allclose(row.weights[:, 1], token_logp(model, [row]).detach(), atol=1e-5)
+    assert not torch.allclose(row.weights[:, 1], row.weights[:, 2], atol=1e-2)
 
 
 def test_grpo_raises_the_reward_of_what_is_rewarded(own_tiny, settings, tmp_path):
