@@ -92,7 +92,7 @@ def successes(trees: list[Tree], chat: Chat) -> Weights:
     return weights
 
 
-def demonstration_rows(trees: list[Tree], weights: Weights, cfg: Config) -> list[Packed]:
+def packed_rows(trees: list[Tree], weights: Weights, cfg: Config) -> list[Packed]:
     return [pack(group) for group in rows_of(trees, weights, cfg.row_tokens)]
 
 
@@ -102,7 +102,7 @@ def rft(model, chat: Chat, cfg: Config, make: Callable[[], Env], tasks: list[str
     rows to be seen for an epoch first (none), and the rest."""
     trees = [Tree(task) for task in tasks]
     rollouts(model, chat, cfg, make, tasks, store, budget(cfg), trees)
-    return [], demonstration_rows(trees, successes(trees, chat), cfg)
+    return [], packed_rows(trees, successes(trees, chat), cfg)
 
 
 WORLD = "foresee what an action brings.\n{rules}"                    # a system prompt of its own
@@ -200,7 +200,7 @@ def early_experience(model, chat: Chat, cfg: Config, make: Callable[[], Env], ta
     count = sum(any(segment.weights) for piece in extra for segment in piece)
     for segment in (segment for piece in extra for segment in piece):
         segment.weights = [(weight / count, 0.0) for weight in segment.weights]
-    demonstrations = demonstration_rows(trees, weights, cfg)
+    demonstrations = packed_rows(trees, weights, cfg)
     rows = [pack(group) for group in fill(extra, cfg.row_tokens)]
     if cfg.early_experience == "reflection":
         return [], demonstrations + rows
@@ -363,9 +363,10 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
             took = {key: value + spent(start)[key] for key, value in took.items()}
         if own.trees and own.method == "leafe":                           # and so do trees that it reused
             took |= {key: took[key] + spent(Path(own.trees))[key] for key in ("steps", "sampled")}
-        runs.setdefault(name, {})[seed] = read_samples(str(run)), took
+        tasks = pick_tasks(own, own.split, own.test_tasks)                # of the split asked for last
+        runs.setdefault(name, {})[seed] = read_samples(str(run), own.method, tasks), took
         if name == "leafe" and own.evaluate_base:
-            runs["base"][seed] = read_samples(f"{run}:base"), dict.fromkeys(took, 0)
+            runs["base"][seed] = read_samples(str(run), "base", tasks), dict.fromkeys(took, 0)
     if not runs["base"]:
         raise UserError(f"{folder}: no leafe-<seed>/ that has ended; run train.py method=compare out={folder} first")
     expected = next(iter(runs["base"].values()))[0]
@@ -374,6 +375,12 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
             if (list(own.by_task), own.n) != (list(expected.by_task), expected.n):
                 raise UserError(f"{folder}/{name}-{seed} was not sampled on the same tasks, as often; move it away")
     return runs
+
+
+def over_seeds(policies: list[Samples], ks: list[int], figure: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A figure's mean over the policies of several seeds, as a function of task indices (R, tasks)."""
+    known = [policy.estimates(ks)[figure] for policy in policies]
+    return lambda index: sum(estimate(index) for estimate in known) / len(known)
 
 
 def comparison(folder: Path) -> str:
@@ -386,9 +393,6 @@ def comparison(folder: Path) -> str:
     tasks, last = len(base[0].by_task), f"Pass@{cfg.ks[-1]}"
     figures = [f"Pass@{k}" for k in sorted({cfg.ks[0], cfg.ks[len(cfg.ks) // 2], cfg.ks[-1]})] + ["recovery"]
 
-    def mean(policies: list[Samples], figure: str) -> Callable:
-        known = [policy.estimates(cfg.ks)[figure] for policy in policies]
-        return lambda index: sum(estimate(index) for estimate in known) / len(known)
     gaps = [(f"{last} minus base", last), (f"leafe minus this, {figures[0]}", figures[0]),
             (f"leafe minus this, {last}", last)]
     first = [f"{'%':18}" + "".join(f"{name:>24}" for name in figures)]
@@ -400,11 +404,11 @@ def comparison(folder: Path) -> str:
             first.append(f"{name:18}{len(base) - len(missing)} of {len(base)} seeds so far")
             continue
         own, meters = [found[seed][0] for seed in seeds], [found[seed][1] for seed in seeds]
-        cells = [cell(spread(mean(own, figure), tasks, cfg.resamples)) for figure in figures]
+        cells = [cell(spread(over_seeds(own, cfg.ks, figure), tasks, cfg.resamples)) for figure in figures]
         first.append(f"{name:18}" + "".join(f"{shown:>24}" for shown in cells))
         cells = [f"{name:18}"]
         for (_, figure), (more, less) in zip(gaps, ((own, base), (leafe, own), (leafe, own))):
-            a, b = mean(more, figure), mean(less, figure)
+            a, b = (over_seeds(policies, cfg.ks, figure) for policies in (more, less))
             gap = cell(spread(lambda index: a(index) - b(index), tasks, cfg.resamples), "+") if more != less else ""
             cells.append(f"{gap:>28}")
         for a, b in ((own, base), (base, own)):
@@ -425,7 +429,7 @@ def main(args: list[str]) -> None:
     tree_store = folder.jsonl("trees.jsonl")
     if not tree_store.records:
         raise UserError(f"{folder.path} has no trees yet; run python train.py with out={folder.path} first")
-    trees = read_trees(iter(tree_store.records), 1, pick_tasks(cfg, "train", cfg.train_tasks))
+    trees = read_trees(iter(tree_store.records), 1, pick_tasks(cfg, cfg.train_split, cfg.train_tasks))
     model, chat = open_policy(cfg, cfg.init)
     store = folder.jsonl("stage1.jsonl")
     run_contenders(make_engine(model, chat, cfg), chat, cfg, trees, store)

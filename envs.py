@@ -38,7 +38,7 @@ class Env(Protocol):
     rules: str                # system prompt: the world, and how an action is written
     max_turns: int            # horizon T
 
-    def tasks(self, split: str) -> list[str]: ...      # stable ids; the splits are disjoint
+    def tasks(self, split: str) -> list[str]: ...      # stable ids; the splits (train, valid, test) are disjoint
     def reset(self, task: str) -> str: ...             # o_1, the task q stated in it; a pure function of task
     def step(self, action: str) -> Outcome: ...
     def actions(self) -> list[str]: ...                # admissible actions, for people and tests
@@ -76,19 +76,28 @@ def listing(things: Sequence[str]) -> str:
 
 class Quest(Env):
     """A house of rooms; the treasure lies behind a chain of 1..4 needs, each told only by a refusal. Task ids are
-    `<split>-<needs>-<number>`; the id alone seeds the world."""
+    `<split>-<needs>-<number>`; the id alone seeds the world. Parts of a split: see `part`."""
     rules = ("you are in a house and look for a treasure. you can go to a room or take a thing. you can "
              "carry one thing. answer with one action, like: go cellar, or: take lamp")
     slack = 3                                     # turns beyond the shortest solution, without foreknowledge
     max_turns = 3 * 4 + 2 + slack
-    sizes = {"train": 512, "valid": 256, "test": 512, "corpus": 10_000_000}
+    sizes = {"train": 1280, "valid": 256, "test": 512, "corpus": 10_000_000}
 
     def __init__(self, data: str = ""):
         if data:
             raise UserError("data: quest makes its own tasks and reads no file; leave data empty")
 
     def tasks(self, split: str) -> list[str]:
-        return [f"{split}-{1 + i % 4}-{i:04d}" for i in range(min(self.sizes.get(split, 0), 4096))]
+        name, _, part = split.partition("-")
+        ids = [f"{name}-{1 + i % 4}-{i:04d}" for i in range(min(self.sizes.get(name, 0), 4096))]
+        return [task for task in ids if not part or self.part(task) == part]
+
+    def part(self, task: str) -> str:
+        """For tests out of distribution: deep, three or four needs; of the others unseen, if what each room needs
+        is never needed there in a shallow one (half of all pairs); shallow; or mixed."""
+        self.reset(task)
+        held_out = {(ROOMS.index(room) + list(NEEDS).index(thing)) % 2 for room, thing in self.bars.items()}
+        return "deep" if self.needs > 2 else "mixed" if len(held_out) > 1 else ("shallow", "unseen")[held_out.pop()]
 
     def difficulty(self, task: str) -> str:
         return task.split("-")[1] + " needs"

@@ -4,8 +4,7 @@ reflection, no rollback, no hint.
     python eval.py config.yaml                  sample the base's episodes on the test split, print the tables
     python eval.py config.yaml adapter=out/quest/adapter   the same for a trained policy
     python eval.py table out/quest              the tables again, from samples.jsonl, without a model
-    python eval.py compare out/a out/b          the second minus the first, paired over the same tasks
-    python eval.py compare out/a:base out/a     likewise; `:base` picks the base's samples of a run
+    python eval.py compare out/a out/b          the second minus the first, paired; out/a:base is the base in run a
     python eval.py compare out/compare          all methods of a comparison (train.py method=compare)
 
 n samples a task, c successes: pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021), mean over tasks. Intervals are
@@ -48,9 +47,8 @@ def make_worlds(cfg: Config) -> Callable[[], Env]:
 def pick_tasks(cfg: Config, split: str, count: int) -> list[str]:
     tasks = make_env(cfg.env, cfg.data).tasks(split)
     if len(tasks) < count:
-        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks)} tasks in "
-                        f"its {split} split, not {count}; "
-                        f"lower {'train' if split == 'train' else 'test'}_tasks or give other data")
+        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks)} tasks in its {split} "
+                        f"split, not {count}; lower {'test' if split == cfg.split else 'train'}_tasks or give other data")
     return tasks[:count]
 
 
@@ -147,10 +145,6 @@ class Samples:
     def figures(self, ks: list[int], resamples: int) -> dict[str, tuple[float, float, float]]:
         return {name: spread(f, len(self.by_task), resamples) for name, f in self.estimates(ks).items()}
 
-    def means(self) -> dict[str, float]:
-        rs = [r for group in self.by_task.values() for r in group]
-        return {key: sum(r[key] for r in rs) / len(rs) for key in ("turns", "tokens", "refused")}
-
     def difficulties(self) -> dict[str, tuple[int, float, float]]:
         """Group -> (tasks, success rate of one rollout, share of tasks solved at least once)."""
         groups: dict[str, list[tuple[float, bool]]] = {}
@@ -189,7 +183,8 @@ def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
             lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>{wide}}"
                                                 for i, c in enumerate(columns)))
     for policy in policies:
-        means, n = policy.means(), len(policy.by_task)
+        rs, n = [r for found in policy.by_task.values() for r in found], len(policy.by_task)
+        means = {key: sum(r[key] for r in rs) / len(rs) for key in ("turns", "tokens", "refused")}
         lines.append(f"{policy.label}: {n} tasks x {policy.n} samples; an episode takes {means['turns']:.1f} "
                      f"turns, {means['tokens']:.0f} sampled tokens, meets {means['refused']:.1f} refusals")
         lines += [f"  {name}: {tasks} tasks, Pass@1 {100 * one:.1f}, solved at least once {100 * any_:.1f}"

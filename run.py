@@ -38,6 +38,7 @@ class Config:
     data: str
     train_tasks: int
     test_tasks: int
+    train_split: str
     split: str
     horizon: int | None
     seed: int
@@ -111,7 +112,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("seeds", lambda v: v and all(seed >= 0 for seed in v), "must be a list of numbers of 0 or more, like [0, 1]"),
     ("corrections", lambda v: v in ("all", "improved", "successful"), "must be all, improved or successful"),
     ("correct", lambda v: v in ("branch", "first"), "must be branch or first"),
-    ("split", lambda v: v in ("train", "valid", "test"), "must be train, valid or test"),
+    *[(key, lambda v: v.partition("-")[0] in ("train", "valid", "test"), "must be train, valid or test, or a part of "
+       "one, like test-deep") for key in ("train_split", "split")],
     ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
     ("out", lambda v: bool(v.strip()), "must name a folder"),
 ]

@@ -72,7 +72,8 @@ def push(walls: set, man: tuple[int, int], boxes: frozenset, move: str):
 
 
 class Sokoban(Env):
-    """Task ids: `<split>-<boxes>-<number>`, made here, `<file stem>/<number>` of Boxoban files in `data`."""
+    """Task ids: `<split>-<boxes>-<number>`, made here, `<file stem>/<number>` of Boxoban files in `data`. Of a split
+    made here, `<split>-one` and `<split>-two` are the rooms with so many boxes."""
     rules = ("you push boxes onto goals. # wall, $ box, . goal, * box on goal, @ you, + you on goal. a box "
              "can be pushed, not pulled, and not two at once. "
              "answer with one action: up, down, left or right")
@@ -90,7 +91,9 @@ class Sokoban(Env):
         if self.files:                             # Boxoban names its files <set>_<split>_<number>
             return [f"{stem}/{i}" for stem, levels in self.files.items() if split in stem
                     for i in range(len(levels))]
-        return [f"{split}-{1 + i % 2}-{i:04d}" for i in range(self.splits.get(split, 0))]
+        name, _, part = split.partition("-")
+        ids = [f"{name}-{1 + i % 2}-{i:04d}" for i in range(self.splits.get(name, 0))]
+        return [task for task in ids if not part or {"one": "1", "two": "2"}.get(part) == task.split("-")[1]]
 
     def difficulty(self, task: str) -> str:
         return f"{len(self._level(task).boxes)} boxes"

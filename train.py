@@ -2,7 +2,6 @@
 
     python train.py config.yaml                       about seven minutes on two CPU cores with the embedded model
     python train.py config.yaml preset=smoke          seconds; to see that all of it runs
-    python train.py config.yaml beta=.inf trees=out/quest out=out/reh      L_reh alone, on the trees of another run
     python train.py config.yaml method=grpo trees=out/quest out=out/grpo   a baseline, with that run's budget of steps
     python train.py config.yaml method=compare out=out/compare             all methods, on all cfg.seeds
 
@@ -31,8 +30,8 @@ from tqdm import tqdm
 import baselines
 from envs import UserError
 from eval import make_engine, make_worlds, open_policy, pick_tasks, report, sample
-from leafe import Targets, Tree, explore, read_trees, reflection_figures, rows_of, stage1_figures, targets
-from model import Batch, Chat, Packed, add_lora, load_adapter, lora_parameters, pack, packed_nll, save_adapter
+from leafe import Targets, Tree, explore, read_trees, reflection_figures, stage1_figures, targets
+from model import Batch, Chat, Packed, add_lora, load_adapter, lora_parameters, packed_nll, save_adapter
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, refuse, write_aside
 COMPARED = ("leafe", "rft", "early_experience", "grpo", "grpo+leafe", "ace")
 
@@ -151,25 +150,21 @@ def stage_1(model, chat: Chat, cfg: Config, make: Callable, tasks: list[str], st
     return trees, pairs
 
 
-def distil(model, trees: list[Tree], pairs: Targets, cfg: Config, folder: Path, metrics: Jsonl, round_: int) -> None:
-    """Stage 2: cfg.steps optimiser steps on L = L_cf + beta L_reh."""
-    rows = [pack(group) for group in rows_of(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)]
-    fit(model, [], rows, ("L_cf", "beta_L_reh"), cfg, folder, metrics, round_)
-
-
 def fit(model, before: list[Packed], rows: list[Packed], names: tuple[str, str], cfg: Config, folder: Path,
         metrics: Jsonl, round_: int) -> None:
+    """SFT (Stage 2, and the baselines that imitate): cfg.steps optimiser steps; `before` is for sft_batches."""
     optimise(model, partial(sft_batches, before, rows, cfg), lambda model, row: packed_nll(model, [row]), names, cfg,
              folder, metrics, round_, cfg.steps)
 
 
 def train(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) -> None:
     """One round of cfg.method; by adapter_<round>/ (ace: playbook.txt) a rerun knows that it is done."""
-    make, tasks = make_worlds(cfg), pick_tasks(cfg, "train", cfg.train_tasks)
+    make, tasks = make_worlds(cfg), pick_tasks(cfg, cfg.train_split, cfg.train_tasks)
     store, metrics = folder.jsonl("trees.jsonl"), folder.jsonl("metrics.jsonl")
     if cfg.method == "leafe":
         trees, pairs = stage_1(model, chat, cfg, make, tasks, store, round_)
-        distil(model, trees, pairs, cfg, folder.path, metrics, round_)
+        rows = baselines.packed_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg)
+        fit(model, [], rows, ("L_cf", "beta_L_reh"), cfg, folder.path, metrics, round_)
     elif cfg.method == "ace":
         write_aside(folder.path / "playbook.txt", baselines.ace(model, chat, cfg, make, tasks, store))
     elif cfg.method == "grpo":

@@ -12,10 +12,9 @@ import baselines
 from baselines import (CONTENDERS, ace, advantages, alternatives, budget, contend, early_experience, foreseen,
                        grpo_loss, reasoned, rft, rollouts, run_contenders, successes, table, taken, with_old)
 from envs import Quest, UserError
-from eval import Samples
 from leafe import Branch, Tree, Turn, rows_of
 from model import Job, Segment, add_lora, lora_parameters, pack, packed_nll, token_logp
-from report import curves
+from report import passk, reward
 from run import Jsonl, RunFolder, spent
 from test_eval import records
 from test_leafe import act, engine_for, grow
@@ -53,12 +52,34 @@ def test_the_table_of_stage_1_counts_tasks_and_resumes(tiny, settings, tmp_path)
     assert f"{steps:10}" in table(trees, store.records, 100).split("\n")[1]
 
 
-def test_curves_are_well_formed_and_escape_their_labels():
-    policies = [Samples(records([0.1, 0.6], n=8), "<script>&"), Samples(records([0.5, 0.9], n=8), "b")]
-    root = ElementTree.fromstring(curves(policies, [1, 2, 4, 8], 50))
+def test_curves_are_well_formed_and_escape_their_labels(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("<script>&", "b"):
+        store = RunFolder(settings(f"out={name}", "ks=[1,2,4,8]", "samples=8")).jsonl("samples.jsonl")
+        for record in records([0.1, 0.6], n=8) + records([0.5, 0.9], n=8):
+            store.append(dict(record, policy="leafe"))
+        store.close()
+    root = ElementTree.fromstring(passk(["<script>&", "b"]))
     lines = [e for e in root if e.tag.endswith("polyline")]
     assert [len(e.get("points").split()) for e in lines] == [4, 4]
-    assert "<script>&" in [e.text for e in root if e.tag.endswith("text")]
+    texts = [e for e in root if e.tag.endswith("text")]
+    assert {"<script>&", "b"} <= {e.text for e in texts}
+    heights = [float(e.get("y")) for e in texts if e.text in ("<script>&", "b")]
+    assert abs(heights[0] - heights[1]) >= 13                      # the two lines end at one place: no overlap
+
+
+def test_the_reward_of_grpo_is_drawn_wave_by_wave(tmp_path):
+    store = Jsonl(tmp_path / "metrics.jsonl")
+    for wave, success in enumerate((0.0, 0.1, 0.2), 1):
+        store.append(dict(wave=wave, success=success))
+        store.append(dict(step=wave))
+    store.close()
+    root = ElementTree.fromstring(reward([str(tmp_path)]))
+    line = next(e for e in root if e.tag.endswith("polyline")).get("points").split()
+    heights = [float(point.split(",")[1]) for point in line]
+    assert len(line) == 3 and heights[0] > heights[1] > heights[2]
+    with pytest.raises(UserError, match="no wave of GRPO"):
+        reward([str(tmp_path / "nothing")])
 
 
 # rollouts within a budget

@@ -32,7 +32,7 @@ def config_text(**changes):
     (["temperature=-1"], "temperature must be 0 or more"),
     (["rehearsal_share=2"], "rehearsal_share must lie in 0..1"),
     (["corrections=best"], "corrections must be all, improved or successful, not 'best'"),
-    (["split=tests"], "split must be train, valid or test"),
+    (["split=tests"], "split must be train, valid or test, or a part"),
     (["row_tokens=100"], "row_tokens is 100, but must be at least context"),
     (["lr=0"], "lr must be above 0"), (["lr=nan"], "lr is 'nan'"), (["lr=.nan"], "lr is nan"),
     (["steps=["], "cannot be read as a value"),

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from baselines import comparison
+from baselines import comparison, packed_rows
 from conftest import ROOT
 from leafe import rows_of, targets
 from model import Chat, add_lora, load_model, lora_parameters, pack
 from run import Jsonl, spent
 from test_leafe import grow, tree_by_hand
-from train import COMPARED, distil, epoch, loss_weights
+from train import COMPARED, epoch, fit, loss_weights
 
 
 def train(out, *args, **kwargs):
@@ -200,7 +200,7 @@ def distilled(folder, settings, trees, stop, until=None, **extra):
     """The adapter after cfg.steps; with `until`, killed there first and gone on with from the checkpoint."""
     cfg = settings("corrections=all", "rehearsal_share=1", "steps=7", "checkpoint_every=2",
                    "batch_tokens=1024", *[f"{k}={v}" for k, v in extra.items()])
-    pairs = targets(trees, cfg, stop)
+    rows = packed_rows(trees, loss_weights(trees, targets(trees, cfg, stop), cfg.beta), cfg)
 
     def start():
         model, tokenizer = load_model("tiny", None, 768)
@@ -218,10 +218,10 @@ def distilled(folder, settings, trees, stop, until=None, **extra):
                 if record["step"] == until:
                     raise Killed
         with pytest.raises(Killed):
-            distil(model, trees, pairs, cfg, folder, Dying(folder / "metrics.jsonl"), 1)
+            fit(model, [], rows, ("L_cf", "beta_L_reh"), cfg, folder, Dying(folder / "metrics.jsonl"), 1)
         model, _ = start()
     metrics = Jsonl(folder / "metrics.jsonl")
-    distil(model, trees, pairs, cfg, folder, metrics, 1)
+    fit(model, [], rows, ("L_cf", "beta_L_reh"), cfg, folder, metrics, 1)
     return [p.detach().clone() for p in lora_parameters(model)], metrics.records
 
 
@@ -242,7 +242,7 @@ def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings, tmp_path):
     cfg = settings("beta=0.5", "corrections=all", "rehearsal_share=1", "batch_tokens=1024")
     trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=8)
     pairs = targets(trees, cfg, tiny[1].stop)
-    rows = [pack(group) for group in rows_of(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)]
+    rows = packed_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg)
     batches = epoch(rows, cfg, 3)
     assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows)) and len(batches) > 1
     total = sum(row.weights.double().sum(0) for row in rows)
@@ -265,7 +265,7 @@ def test_no_row_is_longer_than_its_budget(tiny, settings, tmp_path):
     cfg = settings("corrections=all", "rehearsal_share=1", "attempts=12", "row_tokens=768")
     trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=6)
     pairs = targets(trees, cfg, tiny[1].stop)
-    rows = [pack(group) for group in rows_of(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)]
+    rows = packed_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg)
     assert max(len(row.ids) for row in rows) <= 768
     bearing = sum(len(trees[k].turns[i].action_ids) for k, i in {*pairs.D_cf, *pairs.D_reh})
     assert sum(len(row.targets) for row in rows) == bearing           # every target once
