@@ -12,6 +12,7 @@ fixed habit solves it: one must read the refusals and act on them. Other worlds 
 import random
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Protocol, Sequence
 
@@ -227,19 +228,15 @@ class Quest(Env):
         return True, True, room not in self.bars
 
 
-def sokoban(data: str = "") -> Env:
-    from sokoban import Sokoban
-    return Sokoban(data)
-
-
-ENVS = {"quest": Quest, "sokoban": sokoban}           # a world's module is loaded when it is asked for
+ENVS = {"quest": "envs:Quest", "sokoban": "sokoban:Sokoban", "sokoban-words": "sokoban:InWords"}     # module:class
 
 
 def make_env(name: str, data: str = "") -> Env:
     """An environment by its name in config.yaml. Raises UserError with what there is."""
     if name not in ENVS:
         raise UserError(f"env: there is no {name!r}; there are {', '.join(ENVS)}")
-    return ENVS[name](data)
+    module, _, kind = ENVS[name].partition(":")
+    return getattr(import_module(module), kind)(data)
 
 
 def play(env: Env, task: str) -> None:
@@ -276,7 +273,7 @@ def main(args: list[str]) -> None:
         for name in ENVS:
             env = make_env(name)
             sizes = (f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
-            print(f"{name:10}" + ", ".join(sizes) + " tasks")
+            print(f"{name:14}" + ", ".join(sizes) + " tasks")
         return
     env = make_env(words[0], options.get("data", ""))
     tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]

@@ -1,5 +1,5 @@
 """Sokoban, the paper's: rooms of 6x6 with one or two boxes, made here from the task id alone, or level files in
-Boxoban's format (https://github.com/google-deepmind/boxoban-levels)."""
+Boxoban's format (https://github.com/google-deepmind/boxoban-levels). InWords tells the same rooms without a drawing."""
 import random
 import re
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ def read_boxoban(path: Path) -> list[Level]:
 
 
 def reverse_play(rng: random.Random, boxes: int, side: int = 6) -> Level:
-    """A solvable room: start solved and pull the boxes away, which a player can undo by pushing."""
+    """A solvable room: start solved and pull the boxes away, which a player can undo by pushing. Every box is at
+    least two pushes from every goal."""
     inner = [(r, c) for r in range(1, side - 1) for c in range(1, side - 1)]
     frame = {(r, c) for r in range(side) for c in range(side)} - set(inner)
     while True:
@@ -58,7 +59,7 @@ def reverse_play(rng: random.Random, boxes: int, side: int = 6) -> Level:
             if behind in now and rng.random() < 0.7:
                 now = now - {behind} | {man}
             man = to
-        if not now & set(goals):
+        if all(abs(box[0] - goal[0]) + abs(box[1] - goal[1]) > 1 for box in now for goal in goals):
             return Level(walls, set(goals), now, man, (side, side))
 
 
@@ -78,7 +79,7 @@ class Sokoban(Env):
              "can be pushed, not pulled, and not two at once. "
              "answer with one action: up, down, left or right")
     max_turns = 40
-    splits = {"train": 512, "valid": 256, "test": 512}
+    splits = {"train": 512, "valid": 256, "test": 512, "corpus": 10_000_000}
 
     def __init__(self, data: str = ""):
         self.files: dict[str, list[Level]] = {}
@@ -92,7 +93,7 @@ class Sokoban(Env):
             return [f"{stem}/{i}" for stem, levels in self.files.items() if split in stem
                     for i in range(len(levels))]
         name, _, part = split.partition("-")
-        ids = [f"{name}-{1 + i % 2}-{i:04d}" for i in range(self.splits.get(name, 0))]
+        ids = [f"{name}-{1 + i % 2}-{i:04d}" for i in range(min(self.splits.get(name, 0), 4096))]
         return [task for task in ids if not part or {"one": "1", "two": "2"}.get(part) == task.split("-")[1]]
 
     def difficulty(self, task: str) -> str:
@@ -102,7 +103,7 @@ class Sokoban(Env):
         stem, _, number = task.partition("/")
         if stem in self.files and number.isdecimal() and int(number) < len(self.files[stem]):
             return self.files[stem][int(number)]
-        match = re.fullmatch(r"(train|valid|test)-([12])-(\d{4})", task)
+        match = re.fullmatch(r"(train|valid|test|corpus)-([12])-(\d{4,7})", task)
         if not match or int(match[3]) >= self.splits[match[1]]:
             raise UserError(f"sokoban has no task {task!r}; ids look like test-1-0003, "
                             f"or file/3 with data=file.txt")
@@ -153,3 +154,27 @@ class Sokoban(Env):
 
     def actions(self) -> list[str]:
         return [move for move in MOVES if push(self.level.walls, self.man, self.boxes, move)]
+
+
+def square(at: tuple[int, int]) -> str:
+    """A square's name: columns a, b, c ... from the left, rows 1, 2, 3 ... from the top."""
+    return "abcdefghijklmnopqrstuvwxyz"[at[1]] + str(at[0] + 1)
+
+
+class InWords(Sokoban):
+    """The same rooms, squares named as in chess. A word-level model cannot read a drawing whose runs of spaces are
+    single tokens; large ones play better too when they are told where things are. What never moves is told once."""
+    rules = ("you push a box onto the goal. squares have names, b2 is up and left of c3. a box can be pushed, not "
+             "pulled, and not two at once. answer with one action: up, down, left or right")
+    max_turns = 20
+
+    def reset(self, task: str) -> str:
+        super().reset(task)
+        inner = [cell for cell in self.level.walls if 0 < cell[0] < self.level.size[0] - 1
+                 and 0 < cell[1] < self.level.size[1] - 1]
+        return (f"push every box onto a goal within {self.left} moves. walls: "
+                f"{', '.join(map(square, sorted(inner))) or 'none'}. goal: "
+                f"{', '.join(map(square, sorted(self.level.goals)))}.\n{self.draw()}")
+
+    def draw(self) -> str:
+        return f"box: {', '.join(map(square, sorted(self.boxes)))}. you: {square(self.man)}."

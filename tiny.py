@@ -1,5 +1,5 @@
-"""How the embedded base model, tiny/, is made: `python tiny.py` (see README for how long and on what; its optimiser,
-torch.optim.Muon, came with torch 2.9).
+"""How the embedded base models are made: `python tiny.py` makes tiny/, for Quest, `python tiny.py sokoban` makes
+tiny-sokoban/ (see README for how long and on what; the optimiser, torch.optim.Muon, came with torch 2.9).
 
 No model hub is reachable from a school laptop or a CI machine, so the default model comes with the project: a
 Llama of 0.7 million parameters with a word-level tokenizer and a chat template, in Hugging Face format,
@@ -11,23 +11,27 @@ describes. It is taught, on Quest houses that belong to neither train, valid nor
                               first that went against what the house had said by then, and say what was to
                               be known there.
 What LEAFE has to do is turn the second and third into the first. The reflections taught here come from a
-reader of the transcript (Reader below), never from a solver that sees the house.
+reader of the transcript (Reader below), never from a solver that sees the house. What is taught of Quest is here, what
+of Sokoban in tiny_sokoban.py, under the same names.
 """
 import argparse
 import copy
 import json
 import random
 import re
+import sys
 import time
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from envs import JUNK, NEEDS, ROOMS, TREASURES, Quest
+from envs import JUNK, NEEDS, ROOMS, TREASURES, Env, Quest
 from leafe import HINT, REFLECT, REFLECTION, TURN
 from model import Chat, Packed, Segment, pack, packed_nll
 
@@ -38,32 +42,39 @@ WORDS = r" ?[a-z]+(?:-[a-z]+)*| ?\d+| ?[^\sa-z\d]|\s"
 
 # ---------------------------------------------------------------------------------------------- the tokenizer
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level: every word of Quest and the prompts is one token, with and without the space before it."""
+def make_tokenizer(teacher=None) -> PreTrainedTokenizerFast:
+    """Word-level: every word of the world and the prompts is one token, with and without the space before it.
+    `teacher`: this module, or tiny_sokoban."""
+    teacher = teacher or sys.modules[__name__]
     special = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    texts = [Quest.rules, REFLECT, REFLECTION, HINT, TURN, " ".join(map(str, range(64))),
-             "so: none. it is broken, breaks in the lock. the bridge is gone",
-             " ".join(JUNK + TREASURES + ROOMS), " ".join(f"{tool} {why}" for tool, why in NEEDS.items()),
-             ". , : ; ? ! ( ) ' - # $ * @ + up down left right push box wall",
-             " ".join("abcdefghijklmnopqrstuvwxyz")]
-    quest, rng = Quest(), random.Random(0)
-    for task in quest.tasks("corpus")[:400]:
-        texts.append(quest.reset(task))
-        for _ in range(30):
-            if quest.left > 0:
-                texts.append(quest.step(
-                    rng.choice([*quest.actions(), "take " + rng.choice(JUNK), "jump"])).obs)
-    words = {w.strip(" ") for text in texts for w in re.findall(WORDS, text.lower())} - {""}
+    texts = [REFLECT, REFLECTION, HINT, TURN, " ".join(map(str, range(64))), *teacher.texts()]
+    words = {w.strip(" ") for text in texts for w in re.findall(teacher.WORDS, text.lower())} - {""}
     vocab = special + ["\n", " "] + sorted({form for w in words for form in (w, " " + w)} - {"\n", " \n"})
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(teacher.WORDS), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>",
                                    eos_token="<|end|>", additional_special_tokens=special[3:],
                                    clean_up_tokenization_spaces=False)
     fast.chat_template = TEMPLATE
     return fast
+
+
+def texts() -> list[str]:
+    """All that is ever said in Quest."""
+    found = [Quest.rules, "so: none. it is broken, breaks in the lock. the bridge is gone",
+             " ".join(JUNK + TREASURES + ROOMS), " ".join(f"{tool} {why}" for tool, why in NEEDS.items()),
+             ". , : ; ? ! ( ) ' - # $ * @ + up down left right push box wall",
+             " ".join("abcdefghijklmnopqrstuvwxyz")]
+    quest, rng = Quest(), random.Random(0)
+    for task in quest.tasks("corpus")[:400]:
+        found.append(quest.reset(task))
+        for _ in range(30):
+            if quest.left > 0:
+                found.append(quest.step(
+                    rng.choice([*quest.actions(), "take " + rng.choice(JUNK), "jump"])).obs)
+    return found
 
 
 # ------------------------------------------------------------------------------------- what a transcript says
@@ -81,6 +92,10 @@ class Reader:
     needs: dict[str, tuple[str, str]] = field(default_factory=dict)    # barred room -> (thing, where it lies)
     gone: set[str] = field(default_factory=set)
     was_refused: bool = False                                          # ever told what is missing
+
+    @property
+    def won(self) -> bool:
+        return self.hand == self.treasure
 
     def start(self, obs: str) -> "Reader":
         self.treasure, self.goal = re.search(r"the (\S+) is in the (\S+)\.", obs).groups()
@@ -187,13 +202,35 @@ def spent(reader: Reader, e: str) -> bool:
             or (reader.place == place and thing not in reader.seen.get(place, ()) and reader.hand != thing))
 
 
+def any_lesson(env: Quest, reader: Reader, rng: random.Random, true: bool) -> str:
+    """A true need, or any sentence."""
+    if true and env.bars:
+        room, thing = rng.choice(sorted(env.bars.items()))
+        place = next((place for place, things in env.things.items() if thing in things), rng.choice(reader.doors))
+    else:
+        room, place = rng.sample(reader.doors, 2)
+        thing = rng.choice(list(NEEDS))
+    return f"the {room} needs the {thing} from the {place}."
+
+
+def several(env: Quest, reader: Reader, rng: random.Random) -> list[str]:
+    """Several true lessons at once, which the reader then knows."""
+    for room, thing in rng.sample(sorted(env.bars.items()), rng.randint(1, len(env.bars))):
+        reader.needs[room] = thing, next(place for place, things in env.things.items() if thing in things)
+    return [f"the {room} needs the {thing} from the {place}." for room, (thing, place) in reader.needs.items()]
+
+
+World, DEPTHS, ROLLBACKS = Quest, (1, 4), 2           # task ids' second part; rollbacks on a deep path, times depth
+NAMES = [*ROOMS, *NEEDS, *TREASURES]                  # the words of an experience that matter most
+
+
 # ------------------------------------------------------------------------------------------------- the corpus
 
 @dataclass
 class State:
     """A house before a turn of a path, what its reader knows, and the action of that turn."""
-    env: Quest
-    reader: Reader
+    env: Env
+    reader: Any
     obs: str
     action: str = ""
 
@@ -214,19 +251,19 @@ class Corpus:
     retry = 0.3       # share of the others that are tried again with several lessons in view
     slip = 0.04       # share of turns of habit while a lesson is followed
 
-    def __init__(self, tokenizer, seed: int):
+    def __init__(self, tokenizer, seed: int, teacher=None):
         self.chat, self.rng, self.number = Chat(tokenizer), random.Random(seed), seed * 1_000_000
-        self.end = tokenizer.eos_token_id
+        self.end, self.teacher = tokenizer.eos_token_id, teacher or sys.modules[__name__]
 
     def tree(self) -> list[Segment]:
         """A path as exploration comes to it: habit, hindsight, back to tau, heed, habit again, hindsight, ...
         The actions of a deep path bear no loss: the base does not heed by itself."""
-        rng, env = self.rng, Quest()
+        rng, env = self.rng, self.teacher.World()
         self.number += 1
-        needs = rng.randint(1, 4)
-        first = env.reset(f"corpus-{needs}-{self.number:07d}")
-        path, tau, e = [State(env, Reader().start(first), first)], 1, ""
-        rollbacks = rng.randint(1, 2 * needs) if rng.random() < self.deep else 0
+        depth = rng.randint(*self.teacher.DEPTHS)
+        first = env.reset(f"corpus-{depth}-{self.number:07d}")
+        path, tau, e = [State(env, self.teacher.Reader().start(first), first)], 1, ""
+        rollbacks = rng.randint(1, self.teacher.ROLLBACKS * depth) if rng.random() < self.deep else 0
         for _ in range(rollbacks + 1):
             path = self._attempt(path[:tau], e)
             turns = [(state.action, after.obs) for state, after in zip(path, path[1:])]
@@ -235,9 +272,9 @@ class Corpus:
                     for t, state in enumerate(path[:-1], 1)]
         last = len(turns)
         for t in sorted({last, rng.randint(1, last), rng.randint(start, last), rng.randint(start, last)}):
-            if path[t].reader.hand != path[t].reader.treasure:
+            if not path[t].reader.won:
                 segments.append(self._reflection(first, turns[:t], parent=t - 1))
-        if not rollbacks and rng.random() < self.retry:
+        if not rollbacks and hasattr(self.teacher, "several") and rng.random() < self.retry:
             self._retry(segments, path[0].copy())
         else:
             self._branch(segments, path[tau - 1].copy(), tau, e)
@@ -248,44 +285,36 @@ class Corpus:
         path, heed, done = path[:-1] + [path[-1].copy()], bool(e), False
         while not done:
             state, last = path[-1], path[-2].action if len(path) > 1 else ""
-            state.action = (follow(state.reader, e) if heed and self.rng.random() > self.slip
-                            else habit(state.reader, last, self.rng))
+            state.action = (self.teacher.follow(state.reader, e) if heed and self.rng.random() > self.slip
+                            else self.teacher.habit(state.reader, last, self.rng))
             path.append(state.copy())
             done = path[-1].step(state.action)
-            heed = heed and not spent(path[-1].reader, e)
+            heed = heed and not self.teacher.spent(path[-1].reader, e)
         return path
 
     def _lesson(self, first: str, turns: list[tuple[str, str]], path: list[State]) -> tuple[int, str]:
         """A turn and an experience for it: mostly what hindsight says; now and then a true need or any
         sentence, at any turn (followed all the same)."""
-        rng, kind = self.rng, self.rng.random()
-        _, tau, experience = hindsight(first, turns)
+        kind = self.rng.random()
+        _, tau, experience = self.teacher.hindsight(first, turns)
         if kind < 0.8 and tau != "none":
             return int(tau), experience
-        t = rng.randrange(len(path) - 1)
-        env, reader = path[t].env, path[t].reader
-        if kind < 0.9 and env.bars:
-            room, thing = rng.choice(sorted(env.bars.items()))
-            place = next((place for place, things in env.things.items() if thing in things),
-                         rng.choice(reader.doors))
-        else:
-            room, place = rng.sample(reader.doors, 2)
-            thing = rng.choice(list(NEEDS))
-        return t + 1, f"the {room} needs the {thing} from the {place}."
+        t = self.rng.randrange(len(path) - 1)
+        return t + 1, self.teacher.any_lesson(path[t].env, path[t].reader, self.rng, kind < 0.9)
 
     def _turn(self, t: int, obs: str, action: str, parent: int | None, weight: float,
               hint: str = "") -> Segment:
         text = TURN.format(t=t, obs=obs) + (HINT.format(e=hint) if hint else "")
-        head = self.chat.first(Quest.rules, text) if t == 1 else self.chat.next(text)
+        head = self.chat.first(self.teacher.World.rules, text) if t == 1 else self.chat.next(text)
         reply = self.chat.ids(action) + [self.end]
         return Segment(head + reply, [0.0] * len(head) + [weight] * len(reply), parent)
 
     def _reflection(self, first: str, turns: list[tuple[str, str]], parent: int) -> Segment:
-        thought, tau, experience = hindsight(first, turns)
+        thought, tau, experience = self.teacher.hindsight(first, turns)
         head = self.chat.next(TURN.format(t=len(turns) + 1, obs=turns[-1][1]) + REFLECT)
         thought_ids = self.chat.ids(f"so:{thought}\n")
         reply = self.chat.ids(REFLECTION.format(tau=tau, e=experience)) + [self.end]
-        names = {" " + w for w in [*ROOMS, *NEEDS, *TREASURES]}
+        names = {" " + w for w in self.teacher.NAMES}
         tokens = self.chat.tokenizer.convert_ids_to_tokens(reply)
         weights = [1.5] * len(thought_ids) + [3.0 if token in names else 6.0 if i == len(tokens) - 2 else 0.3
                                               for i, token in enumerate(tokens)]
@@ -295,21 +324,17 @@ class Corpus:
         """From turn tau on, e in view: follow it until done or refused, then two turns of habit."""
         parent, hint, habits, last, done, heed = tau - 2 if tau > 1 else None, e, 0, "", False, True
         while habits < 2 and not done:
-            action = follow(state.reader, e) if heed else habit(state.reader, last, self.rng)
+            action = (self.teacher.follow(state.reader, e) if heed
+                      else self.teacher.habit(state.reader, last, self.rng))
             segments.append(self._turn(tau, state.obs, action, parent, 2.0 if heed else 1.0, hint))
             parent, hint, tau, last = len(segments) - 1, "", tau + 1, action
             done = state.step(action)
-            heed = heed and not spent(state.reader, e)
+            heed = heed and not self.teacher.spent(state.reader, e)
             habits += not heed
 
     def _retry(self, segments: list[Segment], state: State) -> None:
         """From the start with several true lessons in view (iterative refinement): use all until refused."""
-        bars, needs = state.env.bars, state.reader.needs
-        for room, thing in self.rng.sample(sorted(bars.items()), self.rng.randint(1, len(bars))):
-            place = next(place for place, things in state.env.things.items() if thing in things)
-            needs[room] = thing, place
-        hint = HINT.format(e="").join(f"the {room} needs the {thing} from the {place}."
-                                      for room, (thing, place) in needs.items())     # one line each
+        hint = HINT.format(e="").join(self.teacher.several(state.env, state.reader, self.rng))     # one line each
         parent, done, t = None, False, 1
         while not done and not state.reader.refused:
             action = state.reader.expected()[0]
@@ -346,16 +371,18 @@ def accuracy(model, rows: list[Packed]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny",
-                        help="folder to write (default: tiny/)")
+    parser.add_argument("world", nargs="?", choices=("quest", "sokoban"), default="quest")
+    parser.add_argument("--out", type=Path, help="folder to write (default: tiny/ or tiny-sokoban/)")
     parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
     parser.add_argument("--trees", type=int, default=8, help="token trees a step")
     parser.add_argument("--lr", type=float, default=0.02,
                         help="peak learning rate of Muon (matrices; a tenth of it for AdamW's embeddings and norms)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.out = args.out or Path(__file__).parent / {"quest": "tiny", "sokoban": "tiny-sokoban"}[args.world]
+    teacher = sys.modules[__name__] if args.world == "quest" else import_module("tiny_sokoban")
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(teacher)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, intermediate_size=256, max_position_embeddings=1024, tie_word_embeddings=True,
@@ -369,8 +396,8 @@ def main() -> None:
     schedules = [torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm, max(0.02, (args.steps - i) / (args.steps - warm + 1))))
         for optimizer in optimizers]
-    held_out = [pack([tree]) for tree in (lambda c: [c.tree() for _ in range(48)])(Corpus(tokenizer, 9))]
-    batches, began, tokens = buckets(Corpus(tokenizer, args.seed % 9), args.trees), time.time(), 0
+    held_out = [pack([tree]) for tree in (lambda c: [c.tree() for _ in range(48)])(Corpus(tokenizer, 9, teacher))]
+    batches, began, tokens = buckets(Corpus(tokenizer, args.seed % 9, teacher), args.trees), time.time(), 0
     bar = tqdm(range(args.steps), desc="tiny")
     for step in bar:
         rows = next(batches)
@@ -388,7 +415,7 @@ def main() -> None:
                       + f"  {tokens / (time.time() - began):.0f} tokens/s")
             model.save_pretrained(args.out), tokenizer.save_pretrained(args.out)
     (args.out / "made.json").write_text(json.dumps(dict(
-        command=f"python tiny.py --steps {args.steps} --trees {args.trees} --lr {args.lr} --seed {args.seed}",
+        command=f"python tiny.py {args.world} --steps {args.steps} --trees {args.trees} --lr {args.lr} --seed {args.seed}",
         seconds=round(time.time() - began), tokens=tokens, held_out=shares), indent=1) + "\n")
 
 
