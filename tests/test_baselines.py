@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import baselines
-from baselines import (CONTENDERS, ace, advantages, alternatives, budget, contend, early_experience, foreseen,
+from baselines import (CONTENDERS, ace, advantages, alternatives, budget, comparison, contend, early_experience, foreseen,
                        grpo_loss, reasoned, rft, rollouts, run_contenders, successes, table, taken, with_old)
 from envs import Quest, UserError
 from leafe import Branch, Tree, Turn, rows_of
@@ -80,6 +80,41 @@ def test_the_reward_of_grpo_is_drawn_wave_by_wave(tmp_path):
     assert len(line) == 3 and heights[0] > heights[1] > heights[2]
     with pytest.raises(UserError, match="no wave of GRPO"):
         reward([str(tmp_path / "nothing")])
+
+
+def ended_run(settings, folder, method, wins, split="test", **extra):
+    """A run's folder with samples: `wins` by policy, how many of 4 samples succeed on each task."""
+    cfg = settings(f"out={folder}", f"method={method}", f"split={split}", "test_tasks=3", "samples=4", "ks=[1,4]",
+                   *(f"{key}={value}" for key, value in extra.items()))
+    store = RunFolder(cfg).jsonl("samples.jsonl")
+    for policy, counts in wins.items():
+        for task, count in zip(Quest().tasks(split), counts):
+            for i in range(4):
+                store.append(dict(policy=policy, weights="w", task=task, sample=i, success=i < count, score=0.0, turns=5,
+                                  tokens=9, refused=1, end="", difficulty="x"))
+    store.close()
+    (folder / "passk.json").write_text("{}")
+    (folder / "adapter").mkdir(exist_ok=True)
+
+
+def test_a_comparison_shows_means_over_seeds_and_what_is_newly_solved_and_lost(settings, tmp_path):
+    for seed, base in enumerate(([0, 1, 2], [0, 0, 4])):
+        ended_run(settings, tmp_path / f"leafe-{seed}", "leafe", dict(base=base, leafe=[4, 4, 0]), seed=seed)
+        ended_run(settings, tmp_path / f"rft-{seed}", "rft", dict(rft=[0, 2, 4]), seed=seed, trees=tmp_path / "leafe-0",
+                  evaluate_base="false")
+    lines = {}
+    for line in comparison(tmp_path).splitlines():
+        lines.setdefault(line.split()[0], []).append(line.split())
+    assert [lines[name][0][1] for name in ("base", "leafe", "rft")] == ["29.2", "66.7", "50.0"]     # Pass@1
+    assert [lines[name][1][-2:] for name in ("base", "leafe", "rft")] == [["0.0", "0.0"], ["1.5", "1.0"], ["0.5", "0.0"]]
+
+
+def test_a_comparison_is_of_the_split_that_was_asked_for_last(settings, tmp_path):
+    folder = tmp_path / "leafe-0"
+    ended_run(settings, folder, "leafe", dict(base=[0, 0, 0], leafe=[4, 4, 4]))
+    ended_run(settings, folder, "leafe", dict(base=[0, 0, 0], leafe=[4, 0, 0]), split="test-deep")
+    line = next(line for line in comparison(tmp_path).splitlines() if line.startswith("leafe"))
+    assert line.split()[1] == "33.3"
 
 
 # rollouts within a budget
@@ -219,14 +254,18 @@ def test_early_experience_spends_its_share_on_alternatives_and_resumes(own_tiny,
         turn.action_ids = chat.ids(turn.action) + [chat.end]
         turn.obs_ids = chat.next("step: " + turn.obs)
     tree.turns[0].obs_ids = chat.first(Quest.rules, tree.turns[0].obs)
+    calls = []
     def given(model, chat, cfg, make, tasks, store, steps, trees, first=1):
         trees[:] = [tree]
+        calls.append((steps, first))
         return 2
     monkeypatch.setattr(baselines, "rollouts", given)
     store = folder.jsonl("trees.jsonl")
     first = early_experience(model, chat, cfg, Quest, tasks, store, folder)
     lived = (folder.path / "alternatives.jsonl").read_text()
     assert len(lived.splitlines()) == len(tree.branches[0].turns)      # every demonstrated state
+    took = sum(json.loads(line)["steps"] + json.loads(line)["replayed"] for line in lived.splitlines())
+    assert calls == [(150, 1), (300 - took, 2)] and took > 0           # what alternatives leave over: more rollouts
     world, rows = early_experience(model, chat, cfg, Quest, tasks, store, folder)
     assert (folder.path / "alternatives.jsonl").read_text() == lived and len(first[1]) == len(rows)
     assert bool(world) == (kind == "world")
