@@ -84,8 +84,6 @@ def successes(trees: list[Tree], chat: Chat) -> Weights:
     """Turns of the successful rollouts, each weighing 1 over their number: L_reh with a share of 1."""
     pairs = {(k, i) for k, tree in enumerate(trees) for n, branch in enumerate(tree.branches) if branch.success
              for i in tree.branch_path(n) if tree.turns[i].action_ids[-1] in chat.stop}
-    if not pairs:
-        print("no rollout succeeded: there is nothing to train on, and the policy stays as it is")
     weights: Weights = [{} for _ in trees]
     for k, i in pairs:
         weights[k][i] = 0.0, 1 / len(pairs)
@@ -93,6 +91,8 @@ def successes(trees: list[Tree], chat: Chat) -> Weights:
 
 
 def packed_rows(trees: list[Tree], weights: Weights, cfg: Config) -> list[Packed]:
+    if not any(weights):
+        print("no rollout succeeded: there is nothing to train on, and the policy stays as it is")
     return [pack(group) for group in rows_of(trees, weights, cfg.row_tokens)]
 
 

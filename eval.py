@@ -47,8 +47,9 @@ def make_worlds(cfg: Config) -> Callable[[], Env]:
 def pick_tasks(cfg: Config, split: str, count: int) -> list[str]:
     tasks = make_env(cfg.env, cfg.data).tasks(split)
     if len(tasks) < count:
-        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks)} tasks in its {split} "
-                        f"split, not {count}; lower {'test' if split == cfg.split else 'train'}_tasks or give other data")
+        lower = "test_tasks" if split == cfg.split else "train_tasks"
+        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks)} tasks in its "
+                        f"{split} split, not {count}; lower {lower} or give other data")
     return tasks[:count]
 
 

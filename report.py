@@ -29,8 +29,8 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
              f'font-family="sans-serif" font-size="12">',
              f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
     for share in (top * i / 4 for i in range(5)):
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(share):.1f}" y2="{y(share):.1f}" stroke="#e4e6ea"/>'
-                     f'<text x="{LEFT - 8}" y="{y(share) + 4:.1f}" text-anchor="end" fill="#444">'
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(share):.1f}" y2="{y(share):.1f}" '
+                     f'stroke="#e4e6ea"/><text x="{LEFT - 8}" y="{y(share) + 4:.1f}" text-anchor="end" fill="#444">'
                      f'{100 * share:.3g} %</text>')
     for i in range(0, len(marks), 1 + len(marks) // 12):
         parts.append(f'<text x="{x(i):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" '

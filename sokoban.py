@@ -1,5 +1,5 @@
 """Sokoban, the paper's: rooms of 6x6 with one or two boxes, made here from the task id alone, or level files in
-Boxoban's format (https://github.com/google-deepmind/boxoban-levels). InWords tells the same rooms without a drawing."""
+Boxoban's format (https://github.com/google-deepmind/boxoban-levels). InWords tells the same rooms undrawn."""
 import random
 import re
 from dataclasses import dataclass

@@ -11,8 +11,8 @@ describes. It is taught, on Quest houses that belong to neither train, valid nor
                               first that went against what the house had said by then, and say what was to
                               be known there.
 What LEAFE has to do is turn the second and third into the first. The reflections taught here come from a
-reader of the transcript (Reader below), never from a solver that sees the house. What is taught of Quest is here, what
-of Sokoban in tiny_sokoban.py, under the same names.
+reader of the transcript (Reader below), never from a solver that sees the house. What is taught of Quest is here,
+what of Sokoban in tiny_sokoban.py, under the same names.
 """
 import argparse
 import copy
@@ -415,7 +415,8 @@ def main() -> None:
                       + f"  {tokens / (time.time() - began):.0f} tokens/s")
             model.save_pretrained(args.out), tokenizer.save_pretrained(args.out)
     (args.out / "made.json").write_text(json.dumps(dict(
-        command=f"python tiny.py {args.world} --steps {args.steps} --trees {args.trees} --lr {args.lr} --seed {args.seed}",
+        command=f"python tiny.py {args.world} --steps {args.steps} --trees {args.trees} --lr {args.lr} "
+                f"--seed {args.seed}",
         seconds=round(time.time() - began), tokens=tokens, held_out=shares), indent=1) + "\n")
 
 

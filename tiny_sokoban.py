@@ -154,7 +154,7 @@ def hindsight(first: str, turns: list[tuple[str, str]]) -> tuple[str, str, str]:
 
 
 def habit(reader: Reader, last: str, rng: random.Random) -> str:
-    """The habit: at the box by the shortest way and against it, on and on; never mind where it goes, nor what is said."""
+    """The habit: at the box by the shortest way and against it, on and on; never mind where it goes."""
     def far(move: str) -> int:
         return sum(abs(a - b) for a, b in zip(beside(reader.man, move), reader.box))
     if reader.refused and rng.random() < 0.4:

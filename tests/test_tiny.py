@@ -111,9 +111,9 @@ def test_what_hindsight_says_solves_every_room_within_its_moves():
 
 @pytest.mark.parametrize("turns, thought, tau, e", [
     ([("right", PUSHED), ("right", "you push a box right.\nbox: e3. you: d3.")],
-     " 1 c3 right 2 d3 up", "2", "the box at d3 must go up to d2."),                   # the second push is the wrong one
+     " 1 c3 right 2 d3 up", "2", "the box at d3 must go up to d2."),                   # the second push is wrong
     ([("right", PUSHED), ("up", "you go up.\nbox: d3. you: c2.")], " 1 c3 right", "2",
-     "the box at d3 must go up to d2."),                                               # none is wrong: what comes next
+     "the box at d3 must go up to d2."),                                             # none is wrong: what comes next
     ([("up", "you go up.\nbox: c3. you: b2."), ("right", "you go right.\nbox: c3. you: c2."),
       ("down", "you cannot go down: the box does not move.\nbox: c3. you: c2.")],
      "", "1", "the box at c3 must go right to d3.")])
