@@ -363,17 +363,17 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
             took = {key: value + spent(start)[key] for key, value in took.items()}
         if own.trees and own.method == "leafe":                           # and so do trees that it reused
             took |= {key: took[key] + spent(Path(own.trees))[key] for key in ("steps", "sampled")}
-        tasks = pick_tasks(own, own.split, own.test_tasks)                # of the split asked for last
-        runs.setdefault(name, {})[seed] = read_samples(str(run), own.method, tasks), took
+        runs.setdefault(name, {})[seed] = read_samples(str(run)), took
         if name == "leafe" and own.evaluate_base:
-            runs["base"][seed] = read_samples(str(run), "base", tasks), dict.fromkeys(took, 0)
+            runs["base"][seed] = read_samples(f"{run}:base"), dict.fromkeys(took, 0)
     if not runs["base"]:
         raise UserError(f"{folder}: no leafe-<seed>/ that has ended; run train.py method=compare out={folder} first")
     expected = next(iter(runs["base"].values()))[0]
     for name, by_seed in runs.items():
         for seed, (own, _) in by_seed.items():
             if (list(own.by_task), own.n) != (list(expected.by_task), expected.n):
-                raise UserError(f"{folder}/{name}-{seed} was not sampled on the same tasks, as often; move it away")
+                raise UserError(f"{folder}/{name}-{seed} was not sampled on the same tasks, as often; run train.py "
+                                f"with its out= again (same split=, test_tasks=, samples=), or move it away")
     return runs
 
 
@@ -429,7 +429,7 @@ def main(args: list[str]) -> None:
     tree_store = folder.jsonl("trees.jsonl")
     if not tree_store.records:
         raise UserError(f"{folder.path} has no trees yet; run python train.py with out={folder.path} first")
-    trees = read_trees(iter(tree_store.records), 1, pick_tasks(cfg, cfg.train_split, cfg.train_tasks))
+    trees = read_trees(iter(tree_store.records), 1, pick_tasks(cfg, "train"))
     model, chat = open_policy(cfg, cfg.init)
     store = folder.jsonl("stage1.jsonl")
     run_contenders(make_engine(model, chat, cfg), chat, cfg, trees, store)

@@ -44,12 +44,13 @@ def make_worlds(cfg: Config) -> Callable[[], Env]:
     return make
 
 
-def pick_tasks(cfg: Config, split: str, count: int) -> list[str]:
+def pick_tasks(cfg: Config, use: str) -> list[str]:
+    """The tasks to `train` or to `test` on. Raises UserError if the world has too few."""
+    split, count = (cfg.train_split, cfg.train_tasks) if use == "train" else (cfg.split, cfg.test_tasks)
     tasks = make_env(cfg.env, cfg.data).tasks(split)
     if len(tasks) < count:
-        lower = "test_tasks" if split == cfg.split else "train_tasks"
-        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks)} tasks in its "
-                        f"{split} split, not {count}; lower {lower} or give other data")
+        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks) or 'no'} tasks in "
+                        f"its split {split}, not {count}; lower {use}_tasks, or give another split or other data")
     return tasks[:count]
 
 
@@ -195,15 +196,16 @@ def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
 
 
 def read_samples(name: str, policy: str | None = None, tasks: list[str] | None = None) -> Samples:
-    """`out/run` (its trained policy if it has one) or `out/run:base`; only `tasks`, if given."""
+    """`out/run` (its trained policy if it has one) or `out/run:base`, on `tasks`; None: those of its config.yaml."""
     folder, _, wanted = name.partition(":")
     path = Path(folder) / "samples.jsonl"
     if not path.is_file():
         raise UserError(f"{folder}: there is no samples.jsonl; run train.py or eval.py with out={folder} first")
     records = list(read_jsonl(path))
+    tasks = tasks or pick_tasks(load_config([f"{folder}/config.yaml"]), "test")
     trained = next((r["policy"] for r in records if r["policy"] != "base"), "base")
     wanted = wanted or policy or trained
-    chosen = [r for r in records if r["policy"] == wanted and (tasks is None or r["task"] in set(tasks))]
+    chosen = [r for r in records if r["policy"] == wanted and r["task"] in set(tasks)]
     return Samples(chosen, f"{folder}:{wanted}" if policy is None else wanted)
 
 
@@ -229,7 +231,7 @@ def open_policy(cfg: Config, adapter: str):
 def main(args: list[str]) -> None:
     if args[0] == "table" and len(args) == 2:
         cfg = load_config([str(Path(args[1]) / "config.yaml")])
-        print(report(Path(args[1]), cfg, pick_tasks(cfg, cfg.split, cfg.test_tasks)))
+        print(report(Path(args[1]), cfg, pick_tasks(cfg, "test")))
     elif args[0] == "compare" and len(args) == 2:
         from baselines import comparison               # they build on this file
         print(comparison(Path(args[1])))
@@ -241,7 +243,7 @@ def main(args: list[str]) -> None:
     else:
         cfg = load_config(args)
         refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=")
-        tasks, folder = pick_tasks(cfg, cfg.split, cfg.test_tasks), RunFolder(cfg)
+        tasks, folder = pick_tasks(cfg, "test"), RunFolder(cfg)
         model, chat = open_policy(cfg, cfg.adapter)
         store = folder.jsonl("samples.jsonl")
         sample(model, chat, cfg, store, policy_name(cfg), tasks)

@@ -376,7 +376,7 @@ def read_trees(records: Iterator[dict], round_: int, tasks: list[str]) -> list[T
         tree.join(branch, tree.turns[at].parent if at is not None else None)
     if not all(tree.branches for tree in trees.values()):
         raise UserError(f"trees.jsonl has no tree for some of the {len(tasks)} tasks in round {round_}; "
-                        f"finish that run (train.py), or use its train_tasks=")
+                        f"finish that run (train.py), or use its train_tasks= and train_split=")
     return list(trees.values())
 
 

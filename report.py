@@ -5,6 +5,7 @@
     python report.py reward reward.svg out/compare/grpo-*         GRPO: success of the training rollouts, wave by wave
 """
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 from baselines import over_seeds, read_runs
@@ -38,7 +39,7 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle" '
                  f'fill="#444">{escape(title)}</text>')
     below = 0.0                                     # the y of the label above: they are set from the top down
-    for (label, rows), colour in sorted(zip(series, COLOURS), key=lambda line: -line[0][1][-1][0]):
+    for (label, rows), colour in sorted(zip(series, cycle(COLOURS)), key=lambda line: -line[0][1][-1][0]):
         band = [f"{x(i):.1f},{y(high):.1f}" for i, (_, _, high) in enumerate(rows)]
         band += [f"{x(i):.1f},{y(low):.1f}" for i, (_, low, _) in reversed(list(enumerate(rows)))]
         line = " ".join(f"{x(i):.1f},{y(estimate):.1f}" for i, (estimate, _, _) in enumerate(rows))
@@ -51,7 +52,7 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
 
 def passk(names: list[str]) -> str:
     """Of the policies named, or of every method that has ended on all seeds of a comparison."""
-    if len(names) == 1 and not (Path(names[0].partition(":")[0]) / "samples.jsonl").exists():
+    if len(names) == 1 and list(Path(names[0]).glob("leafe-*")):
         runs = read_runs(Path(names[0]))
         cfg = load_config([str(next(Path(names[0]).glob("leafe-*/config.yaml")))])
         policies = {name: [samples for samples, _ in found.values()] for name, found in runs.items()
@@ -61,8 +62,10 @@ def passk(names: list[str]) -> str:
         policies = {name: [read_samples(name)] for name in names}
         short = {own[0].label.rpartition(":")[2]: own for own in policies.values()}
         policies = short if len(short) == len(policies) else policies
+    if len({tuple(own[0].by_task) for own in policies.values()}) > 1:
+        raise UserError(f"{', '.join(names)}: not sampled on the same tasks")
     ks = [k for k in cfg.ks if k <= min(one.n for own in policies.values() for one in own)]
-    series = [(label, [spread(over_seeds(own, cfg.ks, f"Pass@{k}"), len(own[0].by_task), cfg.resamples) for k in ks])
+    series = [(label, [spread(over_seeds(own, [k], f"Pass@{k}"), len(own[0].by_task), cfg.resamples) for k in ks])
               for label, own in policies.items()]
     return chart(series, [str(k) for k in ks], "k, samples a task")
 
@@ -72,10 +75,10 @@ def reward(names: list[str]) -> str:
     series = []
     for name in names:
         path = Path(name) / "metrics.jsonl"
-        waves = [r for r in read_jsonl(path) if "wave" in r] if path.exists() else []
+        waves = {r["wave"]: r for r in read_jsonl(path) if "wave" in r} if path.exists() else {}   # twice if killed
         if not waves:
             raise UserError(f"{name}: no wave of GRPO in metrics.jsonl; a run of method=grpo has them")
-        series.append((name, [(r["success"],) * 3 for r in waves]))
+        series.append((name, [(r["success"],) * 3 for r in waves.values()]))
     longest = max(len(rows) for _, rows in series)
     top = max(share for _, rows in series for share, _, _ in rows)
     return chart(series, [str(i + 1) for i in range(longest)], "wave of rollouts", max(0.04, 1.1 * top))
@@ -85,6 +88,8 @@ def main(args: list[str]) -> None:
     kinds = {"passk": passk, "reward": reward}
     if len(args) < 3 or args[0] not in kinds or not args[1].endswith(".svg"):
         raise UserError("usage: python report.py passk|reward picture.svg out/run ...")
+    if not Path(args[1]).parent.is_dir():
+        raise UserError(f"{args[1]}: there is no folder {Path(args[1]).parent}")
     write_aside(Path(args[1]), kinds[args[0]](args[2:]))
 
 

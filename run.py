@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -112,8 +113,10 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("seeds", lambda v: v and all(seed >= 0 for seed in v), "must be a list of numbers of 0 or more, like [0, 1]"),
     ("corrections", lambda v: v in ("all", "improved", "successful"), "must be all, improved or successful"),
     ("correct", lambda v: v in ("branch", "first"), "must be branch or first"),
-    *[(key, lambda v: v.partition("-")[0] in ("train", "valid", "test"), "must be train, valid or test, or a part of "
-       "one, like test-deep") for key in ("train_split", "split")],
+    ("train_split", lambda v: re.fullmatch("train(-[a-z]+)?", v),
+     "must be train, or a part of it, like train-shallow"),
+    ("split", lambda v: re.fullmatch("(train|valid|test)(-[a-z]+)?", v),
+     "must be train, valid or test, or a part of one, like test-deep"),
     ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
     ("out", lambda v: bool(v.strip()), "must name a folder"),
 ]

@@ -162,11 +162,16 @@ def square(at: tuple[int, int]) -> str:
 
 
 class InWords(Sokoban):
-    """The same rooms, squares named as in chess. A word-level model cannot read a drawing whose runs of spaces are
-    single tokens; large ones play better too when they are told where things are. What never moves is told once."""
+    """The rooms made here, squares named as in chess, since a small model cannot count the columns of a drawing. The
+    room is b2 to e5; which of these are walls, and the goal, is told once."""
     rules = ("you push a box onto the goal. squares have names, b2 is up and left of c3. a box can be pushed, not "
              "pulled, and not two at once. answer with one action: up, down, left or right")
     max_turns = 20
+
+    def __init__(self, data: str = ""):
+        if data:
+            raise UserError("data: sokoban-words tells the rooms that are made here; for files, use env=sokoban")
+        super().__init__()
 
     def reset(self, task: str) -> str:
         super().reset(task)

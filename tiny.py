@@ -62,7 +62,7 @@ def make_tokenizer(teacher=None) -> PreTrainedTokenizerFast:
 
 
 def texts() -> list[str]:
-    """All that is ever said in Quest."""
+    """All that is ever said in Quest (and signs and words that tiny/ came with, though it has no use for them)."""
     found = [Quest.rules, "so: none. it is broken, breaks in the lock. the bridge is gone",
              " ".join(JUNK + TREASURES + ROOMS), " ".join(f"{tool} {why}" for tool, why in NEEDS.items()),
              ". , : ; ? ! ( ) ' - # $ * @ + up down left right push box wall",
@@ -228,7 +228,7 @@ NAMES = [*ROOMS, *NEEDS, *TREASURES]                  # the words of an experien
 
 @dataclass
 class State:
-    """A house before a turn of a path, what its reader knows, and the action of that turn."""
+    """A world before a turn of a path, what its reader knows, and the action of that turn."""
     env: Env
     reader: Any
     obs: str

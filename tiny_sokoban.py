@@ -1,16 +1,16 @@
 """What the embedded base model of Sokoban, tiny-sokoban/, is taught: `python tiny.py sokoban`. The names are those of
-tiny.py. By habit it walks towards the box and pushes it whichever way it happens to go, except that it sees when one
-push ends the game. With an experience in view ("the box at c3 must go left to b3.") it walks around the box
-and does that. In hindsight it goes through the pushes of a transcript and stops at the first that brought the box no
+tiny.py. By habit it walks towards the box and pushes it whichever way it happens to go. With an experience in view
+("the box at c3 must go left to b3.") it walks around the box and does that. In hindsight it goes through the pushes of a transcript and stops at the first that brought the box no
 nearer to the goal (counted in pushes, by a search on the board, which the transcript tells in full).
 """
 import random
 import re
 from collections import deque
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from sokoban import MOVES, InWords, push, square
+from sokoban import MOVES, InWords, square
 
 World, DEPTHS, ROLLBACKS = InWords, (1, 1), 4
 WORDS = r" ?[a-z]\d| ?[a-z]+(?:-[a-z]+)*| ?\d+| ?[^\sa-z\d]|\s"              # a square is one token
@@ -89,11 +89,6 @@ class Reader:
         self.box, self.man = (cell(re.search(rf"{who}: (\S+)\.", obs)[1]) for who in ("box", "you"))
         self.refused = "cannot" in obs or "answer with" in obs
 
-    def after(self, move: str) -> tuple[Cell, Cell] | None:
-        """(man, box) after a move; None if it is refused."""
-        state = push(self.walls, self.man, frozenset([self.box]), move)
-        return (state[0], min(state[1])) if state else None
-
     def way(self, goal: Cell, box: Cell, man: Cell) -> str:
         """First move of a shortest walk to a square, around the box; '' if there is none."""
         seen, queue = {goal: ""}, deque([goal] if goal not in self.walls else [])
@@ -130,27 +125,22 @@ def experience(reader: Reader, move: str, to: Cell) -> str:
 def hindsight(first: str, turns: list[tuple[str, str]]) -> tuple[str, str, str]:
     """(thought, tau, experience) for a transcript. The thought names each push's turn, the box's square and the
     direction it should have gone in, up to the first push that went wrong: tau is where the walk to that push began.
-    If none went wrong, tau is where the walk after the last one began; "none" if nothing can be done from there."""
+    If none went wrong, tau is where the walk after the last one began; "none" if that is the last turn."""
     reader, thought, begins = Reader().start(first), "", 1
     for t, (action, obs) in enumerate(turns, 1):
-        before, now = Reader(reader.walls, reader.goal, reader.box, reader.man, False, reader.left), reader.box
-        left = reader.left.get((reader.man, reader.box), 99)
+        before, left = copy(reader), reader.left.get((reader.man, reader.box), 99)
         reader.read(action, obs)
-        if reader.box == now:
+        if reader.box == before.box:
             continue
         good = reader.left.get((reader.man, reader.box), 99) < left
-        move, to = (action, reader.box) if good else before.plan() or (action, reader.box)
-        thought += f" {t} {square(now)} {move}"
+        move, to = (action, reader.box) if good else before.plan()       # the room could be solved up to here
+        thought += f" {t} {square(before.box)} {move}"
         if not good:
-            start = Reader().start(first)
-            for action, obs in turns[:begins - 1]:
-                start.read(action, obs)
-            move, to = start.plan() or (move, to)
-            return thought, str(begins), experience(start, move, to)
+            return thought, str(begins), experience(before, move, to)
         begins = t + 1
-    if begins > len(turns) or not (plan := reader.plan()):
+    if begins > len(turns):
         return thought, "none", "none"
-    return thought, str(begins), experience(reader, *plan)
+    return thought, str(begins), experience(reader, *reader.plan())
 
 
 def habit(reader: Reader, last: str, rng: random.Random) -> str:

@@ -159,7 +159,7 @@ def fit(model, before: list[Packed], rows: list[Packed], names: tuple[str, str],
 
 def train(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) -> None:
     """One round of cfg.method; by adapter_<round>/ (ace: playbook.txt) a rerun knows that it is done."""
-    make, tasks = make_worlds(cfg), pick_tasks(cfg, cfg.train_split, cfg.train_tasks)
+    make, tasks = make_worlds(cfg), pick_tasks(cfg, "train")
     store, metrics = folder.jsonl("trees.jsonl"), folder.jsonl("metrics.jsonl")
     if cfg.method == "leafe":
         trees, pairs = stage_1(model, chat, cfg, make, tasks, store, round_)
@@ -190,8 +190,8 @@ def run(cfg: Config) -> None:
     for key in ("trees", "experiences"):
         if (other := getattr(cfg, key)) and not (Path(other) / "trees.jsonl").is_file():
             raise UserError(f"{key}: {other} has no trees.jsonl")
+    test, _ = pick_tasks(cfg, "test"), pick_tasks(cfg, "train")
     began, folder = time.time(), RunFolder(cfg)
-    test = pick_tasks(cfg, cfg.split, cfg.test_tasks)
     model, chat = open_policy(cfg, cfg.init)
     if not cfg.init and cfg.method != "ace":
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)

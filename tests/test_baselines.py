@@ -55,9 +55,9 @@ def test_the_table_of_stage_1_counts_tasks_and_resumes(tiny, settings, tmp_path)
 def test_curves_are_well_formed_and_escape_their_labels(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("<script>&", "b"):
-        store = RunFolder(settings(f"out={name}", "ks=[1,2,4,8]", "samples=8")).jsonl("samples.jsonl")
-        for record in records([0.1, 0.6], n=8) + records([0.5, 0.9], n=8):
-            store.append(dict(record, policy="leafe"))
+        store = RunFolder(settings(f"out={name}", "ks=[1,2,4,8]", "samples=8", "test_tasks=2")).jsonl("samples.jsonl")
+        for record in records([0.1, 0.6], n=8):
+            store.append(dict(record, policy="leafe", task=Quest().tasks("test")[int(record["task"][1:])]))
         store.close()
     root = ElementTree.fromstring(passk(["<script>&", "b"]))
     lines = [e for e in root if e.tag.endswith("polyline")]
@@ -70,7 +70,7 @@ def test_curves_are_well_formed_and_escape_their_labels(settings, tmp_path, monk
 
 def test_the_reward_of_grpo_is_drawn_wave_by_wave(tmp_path):
     store = Jsonl(tmp_path / "metrics.jsonl")
-    for wave, success in enumerate((0.0, 0.1, 0.2), 1):
+    for wave, success in ((1, 0.0), (2, 0.1), (2, 0.1), (3, 0.2)):     # killed in the second: written again
         store.append(dict(wave=wave, success=success))
         store.append(dict(step=wave))
     store.close()
@@ -106,6 +106,8 @@ def test_a_comparison_shows_means_over_seeds_and_what_is_newly_solved_and_lost(s
     for line in comparison(tmp_path).splitlines():
         lines.setdefault(line.split()[0], []).append(line.split())
     assert [lines[name][0][1] for name in ("base", "leafe", "rft")] == ["29.2", "66.7", "50.0"]     # Pass@1
+    lines_drawn = [e for e in ElementTree.fromstring(passk([str(tmp_path)])) if e.tag.endswith("polyline")]
+    assert len(lines_drawn) == 3
     found = [lines[name][1][-2:] for name in ("base", "leafe", "rft")]
     assert found == [["0.0", "0.0"], ["1.5", "1.0"], ["0.5", "0.0"]]
 

@@ -10,7 +10,7 @@ import pytest
 import tiny as tiny_module
 from conftest import ROOT, SHARED, needs_shared_data
 from envs import Outcome, Quest, ReplayMismatch, UserError, make_env, rollback
-from sokoban import MOVES, Level, Sokoban, push, read_boxoban, reverse_play
+from sokoban import MOVES, InWords, Level, Sokoban, push, read_boxoban, reverse_play
 
 
 def solve(level: Level, limit: int = 200_000) -> list[str] | None:
@@ -47,7 +47,7 @@ def wander(env, task, turns, rng):
     return played
 
 
-@pytest.mark.parametrize("env", [Quest(), Sokoban()])
+@pytest.mark.parametrize("env", [Quest(), Sokoban(), InWords()])
 def test_rollback_restores_the_observation_byte_for_byte(env):
     rng = random.Random(0)
     for task in env.tasks("train")[:60]:
@@ -204,7 +204,7 @@ def test_quest_refuses_what_is_not_an_action(action):
 
 @pytest.mark.parametrize("task", ["train-5-0000", "train-1-9999", "nowhere-1-0000", "", "train-1-0000/../x"])
 def test_a_task_id_that_does_not_exist_is_named(task):
-    for env in (Quest(), Sokoban()):
+    for env in (Quest(), Sokoban(), InWords()):
         with pytest.raises(UserError, match="has no task"):
             env.reset(task)
 
@@ -270,6 +270,8 @@ def test_a_file_that_holds_no_level_is_named(tmp_path, text, message):
     (tmp_path / "levels.txt").write_text(text)
     with pytest.raises(UserError, match=f"levels.txt: .*{message}"):
         make_env("sokoban", str(tmp_path / "levels.txt"))
+    with pytest.raises(UserError, match="for files, use env=sokoban"):
+        make_env("sokoban-words", "levels.txt")
 
 
 def test_all_shared_boxoban_levels_are_read():

@@ -108,7 +108,7 @@ def test_sampling_goes_on_where_it_stopped_and_refuses_another_adapter(own_tiny,
 def test_every_figure_is_recomputed_from_samples_jsonl_without_a_model(settings, capsys):
     cfg = settings("ks=[1,8]", "test_tasks=4")
     folder = RunFolder(cfg)
-    tasks = pick_tasks(cfg, "test", 4)
+    tasks = pick_tasks(cfg, "test")[:4]
     rows = records([0.1, 0.2, 0.4, 0.5], n=8) + records([0.3, 0.4, 0.6, 0.9], n=8, policy="leafe", seed=2)
     (folder.path / "samples.jsonl").write_text("".join(
         json.dumps(r | {"task": tasks[int(r["task"][1:])]}) + "\n" for r in rows))
@@ -124,11 +124,13 @@ def test_every_figure_is_recomputed_from_samples_jsonl_without_a_model(settings,
 
 
 def test_more_tasks_than_the_split_has_is_one_line(settings, tmp_path):
-    with pytest.raises(UserError, match="has 512 tasks in its test split, not 600"):
-        pick_tasks(settings("test_tasks=600"), "test", 600)
+    with pytest.raises(UserError, match="has 512 tasks in its split test, not 600; lower test_tasks"):
+        pick_tasks(settings("test_tasks=600"), "test")
+    with pytest.raises(UserError, match="has no tasks in its split train-shalow, not 8; lower train_tasks, or give anoth"):
+        pick_tasks(settings("train_split=train-shalow"), "train")
     (tmp_path / "only_train.txt").write_text("; 0\n#####\n#@$.#\n#####\n")
-    with pytest.raises(UserError, match="has 0 tasks in its test split"):
-        pick_tasks(settings("env=sokoban", f"data={tmp_path}/only_train.txt"), "test", 1)
+    with pytest.raises(UserError, match="has no tasks in its split test,"):
+        pick_tasks(settings("env=sokoban", f"data={tmp_path}/only_train.txt"), "test")
 
 
 def test_the_engine_takes_its_settings_from_the_configuration(tiny, settings):

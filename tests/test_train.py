@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -60,6 +61,15 @@ def test_a_run_ends_with_the_table_the_figures_and_where_the_results_lie(whole):
         assert (out / name).stat().st_size > 0, name
     assert [json.loads(line)["step"]
             for line in (out / "metrics.jsonl").read_text().splitlines()] == list(range(1, 7))
+
+
+@pytest.mark.slow
+def test_sokoban_runs_whole_with_its_own_embedded_model_and_its_trees_solve_rooms(tmp_path):
+    process = train(tmp_path / "run", "preset=sokoban", "samples=2", "ks=[1]", "steps=2")
+    shown, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    solved, of, first = map(int, re.search(r"(\d+) of (\d+) tasks solved \((\d+) by", shown).groups())
+    assert first < solved <= of == 8 and "1 boxes: 8 tasks" in shown
 
 
 def test_the_same_command_again_changes_nothing_and_shows_the_same_table(whole):
