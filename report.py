@@ -78,7 +78,7 @@ def reward(names: list[str]) -> str:
         waves = {r["wave"]: r for r in read_jsonl(path) if "wave" in r} if path.exists() else {}   # twice if killed
         if not waves:
             raise UserError(f"{name}: no wave of GRPO in metrics.jsonl; a run of method=grpo has them")
-        series.append((name, [(r["success"],) * 3 for r in waves.values()]))
+        series.append((Path(name).name, [(r["success"],) * 3 for r in waves.values()]))
     longest = max(len(rows) for _, rows in series)
     top = max(share for _, rows in series for share, _, _ in rows)
     return chart(series, [str(i + 1) for i in range(longest)], "wave of rollouts", max(0.04, 1.1 * top))
