@@ -63,6 +63,12 @@ def test_a_run_ends_with_the_table_the_figures_and_where_the_results_lie(whole):
             for line in (out / "metrics.jsonl").read_text().splitlines()] == list(range(1, 7))
 
 
+def test_a_mistyped_train_split_is_refused_before_anything_is_written(tmp_path):
+    process = train(tmp_path / "run", "train_split=train-shalow")
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and "no tasks in its split train-shalow" in errors and not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_sokoban_runs_whole_with_its_own_embedded_model_and_its_trees_solve_rooms(tmp_path):
     process = train(tmp_path / "run", "preset=sokoban", "samples=2", "ks=[1]", "steps=2")
