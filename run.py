@@ -175,7 +175,8 @@ def load_config(args: list[str]) -> Config:
             if text not in presets:
                 raise UserError(f"preset={text}: {path} has {', '.join(presets) or 'no presets'}"
                                 f"{nearest(text, presets)}")
-            given, where = presets[text], f"{path}, preset {text}"
+            given, where = dict(presets[text]), f"{path}, preset {text}"
+            given.update((given.pop("methods", None) or {}).get(method) or {})
         else:
             try:
                 given = {key: text if kinds.get(key) is str else yaml.safe_load(text)}

@@ -7,7 +7,7 @@ import yaml
 
 from conftest import ROOT
 from envs import UserError
-from run import Config, Jsonl, RunFolder, load_config, read_jsonl
+from run import METHODS, Config, Jsonl, RunFolder, load_config, read_jsonl
 
 
 def config_text(**changes):
@@ -86,14 +86,17 @@ def test_every_key_is_explained_where_it_stands():
 def test_every_preset_is_valid():
     presets = yaml.safe_load((ROOT / "config.yaml").read_text())["presets"]
     for name in presets:
-        load_config([str(ROOT / "config.yaml"), f"preset={name}"])
+        for method in METHODS:
+            load_config([str(ROOT / "config.yaml"), f"preset={name}", f"method={method}"])
+        assert set(presets[name].get("methods", {})) <= set(METHODS)
 
 
 def test_a_methods_own_settings_go_below_a_preset_and_the_command_line(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(config_text(methods=dict(rft=dict(lr=0.5, steps=7, clip=0.25)), presets=dict(p=dict(steps=8))))
+    preset = dict(steps=8, methods=dict(rft=dict(warmup=2), grpo=dict(warmup=9)))          # it may have its own, too
+    path.write_text(config_text(methods=dict(rft=dict(lr=0.5, steps=7, clip=0.25, warmup=1)), presets=dict(p=preset)))
     cfg = load_config([str(path), "method=rft", "preset=p", "clip=0.75"])
-    assert (cfg.lr, cfg.steps, cfg.clip) == (0.5, 8, 0.75)
+    assert (cfg.lr, cfg.steps, cfg.clip, cfg.warmup) == (0.5, 8, 0.75, 2)
     assert load_config([str(path)]).lr == yaml.safe_load((ROOT / "config.yaml").read_text())["lr"]
     path.write_text(config_text(methods=dict(rft=dict(stps=7))))
     with pytest.raises(UserError, match="method rft: there is no key 'stps'"):
