@@ -1,0 +1,166 @@
+"""Runs a program that nobody has read. What a model writes is hostile; Linux alone, the standard library alone.
+
+    run("print(input())", "hello")    ->    Result(out="hello\\n", err="", code=0, end="exit")
+
+A launcher (this file as a process of its own, so that nothing of the caller is forked) starts Python in a folder that
+is removed afterwards, watches it, and kills its whole tree. The program is held by
+    Landlock     reads Python's library, writes its own folder, executes Python: nothing else of the file system
+    seccomp      the system calls of CALLS: no sockets, no signals, no links, no namespaces, no tracing
+    rlimits      memory, processor time, processes, size of a file, open files
+    user         where the caller is root: a user of the program's own
+    namespaces   user, network, processes, IPC; where the system forbids them, that is said once
+and sees an empty environment. Landlock is what a weaker system must not lack: without it nothing is run.
+"""
+import glob
+import marshal
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+
+from launcher import ARCHES, SandboxError
+
+
+@dataclass(frozen=True)
+class Limits:
+    seconds: float = 5.0      # wall clock
+    memory_mb: int = 512      # of the whole tree; the address space of each process
+    processes: int = 16       # threads count, too
+    disk_mb: int = 16         # of its folder
+    output_kb: int = 64       # of stdout, and of stderr
+
+
+@dataclass
+class Result:
+    out: str
+    err: str
+    code: int                 # as subprocess has it: negative, the signal that ended it
+    end: str                  # exit, or the limit it ran into: time, memory, disk, output
+
+
+@dataclass
+class Program:
+    """A started program: `process` is its launcher."""
+    process: subprocess.Popen
+    report: int               # a pipe's end
+    folder: str
+    deadline: float
+
+
+# ------------------------------------------------------------------------------------------------ the caller's side
+
+@lru_cache
+def python() -> str:
+    """The Python that programs run on: this one, without its virtual environment; or, for root, whose program is
+    another user, the first that is open to others."""
+    here = [os.path.realpath(sys.executable), *glob.glob("/usr/local/bin/python3"), *glob.glob("/usr/bin/python3")]
+    for path in map(os.path.realpath, here):
+        if os.geteuid() != 0 or all(parent.stat().st_mode & 0o1 for parent in [Path(path), *Path(path).parents]):
+            return path
+    raise SandboxError(f"as root, a program runs as another user, to whom {here[0]} is closed; "
+                       f"install python3 in /usr/bin, or run as an ordinary user")
+
+
+@lru_cache
+def files() -> dict[str, list[str]]:
+    """What a program may read, and what it may execute: Python and its loader."""
+    library = os.path.join(os.path.dirname(os.path.dirname(python())), "lib*")
+    found = {what: sorted({os.path.realpath(path) for pattern in patterns for path in glob.glob(pattern)})
+             for what, patterns in dict(read=[library, "/lib*", "/usr/lib*", "/etc/ld.so.cache"],
+                                        execute=["/lib*/ld-*", "/usr/lib*/ld-*", "/lib/*/ld-*", python()]).items()}
+    return found
+
+
+numbers = count()
+
+
+def start(source: str, limits: Limits, stdin, stdout, stderr) -> Program:
+    """Run `source` on these files. Raises SandboxError."""
+    if sys.platform != "linux" or os.uname().machine not in ARCHES:
+        raise SandboxError(f"programs are run on Linux on {' or '.join(ARCHES)} alone, "
+                           f"not on {sys.platform} on {os.uname().machine}")
+    folder = tempfile.mkdtemp(prefix="leafe-")
+    Path(folder, "main.py").write_text(source, encoding="utf-8", errors="surrogatepass")
+    uid = 0
+    if os.geteuid() == 0:                                # no two programs share a user
+        uid = 10**8 + (os.getpid() << 8 | next(numbers) & 255)
+        os.chown(folder, uid, uid)
+        os.chown(os.path.join(folder, "main.py"), uid, uid)
+    report, into = os.pipe()
+    job = dict(asdict(limits), folder=folder, uid=uid, python=python(), files=files(), report=into,
+               parent=os.getpid())
+    launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launcher.py")), marshal.dumps(job).hex()]
+    try:
+        process = subprocess.Popen(launcher, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=[into], env={},
+                                   start_new_session=True)
+    finally:
+        os.close(into)
+    return Program(process, report, folder, time.monotonic() + limits.seconds + 10)
+
+
+warned: list[str] = []
+
+
+def finish(program: Program) -> tuple[int, str]:
+    """Wait for a program: (code, end). Raises SandboxError if it could not be started."""
+    try:
+        program.process.wait(max(0.0, program.deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:                    # the launcher keeps time itself; this is the second line
+        program.process.kill()
+        program.process.wait()
+    remove(program.folder)
+    with open(program.report, "rb") as file:
+        said = marshal.loads(file.read() or marshal.dumps(dict(error="the launcher was killed")))
+    if "error" in said:
+        raise SandboxError(said["error"])
+    if said["weak"] and not warned:
+        warned.append(said["weak"])
+        print(f"sandbox: namespaces are forbidden here ({said['weak']}); programs are held by Landlock, seccomp and "
+              f"limits alone", file=sys.stderr)
+    return said["code"], said["end"]
+
+
+def run(source: str, stdin: str = "", limits: Limits = Limits()) -> Result:
+    """Run a Python program on an input to its end. Raises SandboxError if this system cannot hold it."""
+    with tempfile.TemporaryFile() as given:
+        given.write(stdin.encode("utf-8", "surrogatepass"))
+        given.seek(0)
+        program = start(source, limits, given, subprocess.PIPE, subprocess.PIPE)
+    got, over = {program.process.stdout: b"", program.process.stderr: b""}, False
+    with selectors.DefaultSelector() as waiting:
+        for pipe in got:
+            waiting.register(pipe, selectors.EVENT_READ)
+        while waiting.get_map():
+            ready = waiting.select(program.deadline - time.monotonic())
+            if not ready:
+                program.process.kill()
+            for key, _ in ready:
+                got[key.fileobj] += (more := os.read(key.fd, 1 << 16))
+                if not more:
+                    waiting.unregister(key.fileobj)
+                if len(got[key.fileobj]) > limits.output_kb << 10 and not over:
+                    over = True
+                    program.process.terminate()
+    for pipe in got:
+        pipe.close()
+    code, end = finish(program)
+    out, err = (text[:limits.output_kb << 10].decode("utf-8", "replace") for text in got.values())
+    out, err = (text.replace(program.folder + "/", "").replace(program.folder, ".")      # its name is random, and a
+                for text in (out, err))                                                  # replay must read the same
+    return Result(out, err, code, "output" if over else end)
+
+
+def remove(folder: str) -> None:
+    """A folder that the program may have filled with what shutil cannot remove."""
+    try:
+        os.unlink(os.path.join(folder, "main.py"))
+        os.rmdir(folder)
+    except OSError:
+        subprocess.run(["chmod", "-R", "u+rwx", "--", folder], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", "--", folder])
