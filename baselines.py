@@ -118,7 +118,7 @@ def alternatives(env: Env, chat: Chat, cfg: Config, task: str, turn: int, path: 
     for _ in range(cfg.alternatives):
         ids = (yield Ask(h + path[-1].obs_ids, cfg.action_tokens)) or []
         tokens += len(ids)
-        action = chat.text(ids).rpartition("\n")[2]                   # as in play (leafe.episode)
+        action = env.action(chat.text(ids))
         if ids and action not in tried:
             try:
                 rollback(env, task, path)

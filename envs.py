@@ -42,6 +42,10 @@ class Env(Protocol):
     def tasks(self, split: str) -> list[str]: ...      # stable ids; the splits (train, valid, test) are disjoint
     def reset(self, task: str) -> str: ...             # o_1, the task q stated in it; a pure function of task
     def step(self, action: str) -> Outcome: ...
+
+    def action(self, reply: str) -> str:               # what a model's reply asks for: its last line, after thoughts
+        return reply.rpartition("\n")[2]
+
     def actions(self) -> list[str]: ...                # admissible actions, for people and tests
     def difficulty(self, task: str) -> str: ...        # a group for the tables
     def close(self) -> None: ...                       # a world with something to free overrides it
@@ -228,7 +232,8 @@ class Quest(Env):
         return True, True, room not in self.bars
 
 
-ENVS = {"quest": "envs:Quest", "sokoban": "sokoban:Sokoban", "sokoban-words": "sokoban:InWords"}     # module:class
+ENVS = {"quest": "envs:Quest", "sokoban": "sokoban:Sokoban", "sokoban-words": "sokoban:InWords",       # module:class
+        "code": "coding:Code"}
 
 
 def make_env(name: str, data: str = "") -> Env:
@@ -257,6 +262,9 @@ def play(env: Env, task: str) -> None:
             turns = turns[:-1] or turns
             print(rollback(env, task, turns))
         elif typed:
+            while typed.startswith("```") and typed.count("```") == 1:
+                typed += "\n" + input()
+            typed = env.action(typed)
             turns[-1].action, outcome = typed, env.step(typed)
             turns.append(SimpleNamespace(obs=outcome.obs, action=""))
             print(outcome.obs if outcome.valid else f"(refused) {outcome.obs}")

@@ -186,7 +186,7 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
                 branch.end = "context"
                 break
             cut = action_ids[-1] not in chat.stop
-            action = chat.text(action_ids).rpartition("\n")[2]         # the last line; thoughts may come before
+            action = env.action(chat.text(action_ids))
             outcome = env.step(action)
             branch.steps += 1
             branch.tokens += len(action_ids)

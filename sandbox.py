@@ -36,12 +36,15 @@ class Limits:
     output_kb: int = 64       # of stdout, and of stderr
 
 
+ENDS = ("exit", "time", "memory", "disk", "output", "stopped")
+
+
 @dataclass
 class Result:
     out: str
     err: str
     code: int                 # as subprocess has it: negative, the signal that ended it
-    end: str                  # exit, or the limit it ran into: time, memory, disk, output
+    end: str                  # exit, or the limit it ran into: time, memory, disk, output; or stopped
 
 
 @dataclass
@@ -108,7 +111,7 @@ warned: list[str] = []
 
 
 def finish(program: Program) -> tuple[int, str]:
-    """Wait for a program: (code, end). Raises SandboxError if it could not be started."""
+    """Wait for a program: (code, end), or what kept it from being started: (0, message)."""
     try:
         program.process.wait(max(0.0, program.deadline - time.monotonic()))
     except subprocess.TimeoutExpired:                    # the launcher keeps time itself; this is the second line
@@ -118,7 +121,7 @@ def finish(program: Program) -> tuple[int, str]:
     with open(program.report, "rb") as file:
         said = marshal.loads(file.read() or marshal.dumps(dict(error="the launcher was killed")))
     if "error" in said:
-        raise SandboxError(said["error"])
+        return 0, said["error"]
     if said["weak"] and not warned:
         warned.append(said["weak"])
         print(f"sandbox: namespaces are forbidden here ({said['weak']}); programs are held by Landlock, seccomp and "
@@ -126,34 +129,66 @@ def finish(program: Program) -> tuple[int, str]:
     return said["code"], said["end"]
 
 
+def collect(programs: list[Program], limits: Limits) -> list[Result]:
+    """What programs print to the pipes that they were given, until they end; when the last of them has closed its
+    own, the others are stopped."""
+    pipes = [[pipe for pipe in (program.process.stdout, program.process.stderr) if pipe] for program in programs]
+    got, over, last = {pipe: b"" for own in pipes for pipe in own}, set(), programs[-1]
+    try:
+        with selectors.DefaultSelector() as waiting:
+            for n, own in enumerate(pipes):
+                for pipe in own:
+                    waiting.register(pipe, selectors.EVENT_READ, n)
+            while waiting.get_map() and (ready := waiting.select(max(0.0, last.deadline - time.monotonic()))):
+                for key, _ in ready:
+                    got[key.fileobj] += (more := os.read(key.fd, 1 << 16))
+                    if not more:
+                        waiting.unregister(key.fileobj)
+                    if len(got[key.fileobj]) > limits.output_kb << 10 and key.data not in over:
+                        over.add(key.data)
+                        programs[key.data].process.terminate()
+                if not any(pipe in waiting.get_map() for pipe in pipes[-1]):
+                    for program in programs[:-1]:
+                        program.process.terminate()
+    except BaseException:                                # Ctrl-C
+        for program in programs:
+            program.process.terminate()
+        raise
+    finally:
+        ends = [finish(program) for program in programs]
+        for pipe in got:
+            pipe.close()
+    if failed := [end for _, end in ends if end not in ENDS]:
+        raise SandboxError(failed[0])
+    results = []
+    for n, program in enumerate(programs):
+        text = (got.get(pipe, b"")[:limits.output_kb << 10].decode("utf-8", "replace")
+                for pipe in (program.process.stdout, program.process.stderr))
+        out, err = (part.replace(program.folder + "/", "").replace(program.folder, ".")   # its name is random, and
+                    for part in text)                                                     # a replay reads the same
+        results.append(Result(out, err, ends[n][0], "output" if n in over else ends[n][1]))
+    return results
+
+
 def run(source: str, stdin: str = "", limits: Limits = Limits()) -> Result:
     """Run a Python program on an input to its end. Raises SandboxError if this system cannot hold it."""
     with tempfile.TemporaryFile() as given:
         given.write(stdin.encode("utf-8", "surrogatepass"))
         given.seek(0)
-        program = start(source, limits, given, subprocess.PIPE, subprocess.PIPE)
-    got, over = {program.process.stdout: b"", program.process.stderr: b""}, False
-    with selectors.DefaultSelector() as waiting:
-        for pipe in got:
-            waiting.register(pipe, selectors.EVENT_READ)
-        while waiting.get_map():
-            ready = waiting.select(program.deadline - time.monotonic())
-            if not ready:
-                program.process.kill()
-            for key, _ in ready:
-                got[key.fileobj] += (more := os.read(key.fd, 1 << 16))
-                if not more:
-                    waiting.unregister(key.fileobj)
-                if len(got[key.fileobj]) > limits.output_kb << 10 and not over:
-                    over = True
-                    program.process.terminate()
-    for pipe in got:
-        pipe.close()
-    code, end = finish(program)
-    out, err = (text[:limits.output_kb << 10].decode("utf-8", "replace") for text in got.values())
-    out, err = (text.replace(program.folder + "/", "").replace(program.folder, ".")      # its name is random, and a
-                for text in (out, err))                                                  # replay must read the same
-    return Result(out, err, code, "output" if over else end)
+        return collect([start(source, limits, given, subprocess.PIPE, subprocess.PIPE)], limits)[0]
+
+
+def pair(one: str, other: str, limits: Limits = Limits()) -> list[Result]:
+    """Run two programs that talk: what one prints the other reads, both ways. Their Results hold what they print to
+    stderr. When `other` has ended, `one` is stopped."""
+    ends = [*os.pipe(), *os.pipe()]
+    try:
+        programs = [start(one, limits, ends[0], ends[3], subprocess.PIPE)]
+        programs.append(start(other, limits, ends[2], ends[1], subprocess.PIPE))
+    finally:
+        for end in ends:
+            os.close(end)
+    return collect(programs, limits)
 
 
 def remove(folder: str) -> None:

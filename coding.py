@@ -1,0 +1,339 @@
+"""Programming tasks, as the paper has them: submit a program, read what went wrong, submit again. CodeContests (a
+program reads stdin and prints), MBPP and HumanEval (functions that asserts call). Files are read as they are published:
+
+    python envs.py code data=mbpp.jsonl             MBPP, or sanitized-mbpp.json: splits by task id as published
+    python envs.py code data=HumanEval.jsonl.gz     all of it is test
+    python envs.py code data=codecontests.jsonl     or .parquet (needs pyarrow); a file's name says train, valid or test
+
+The public tests are shown and give the feedback; the hidden ones decide, and where they lie no program can read: a
+program answers calls, and a second one, the judge, which alone holds the tests, compares. Both run in the sandbox.
+"""
+import ast
+import doctest
+import gzip
+import json
+import lzma
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from envs import Env, Outcome, UserError
+from sandbox import Limits, Result, SandboxError, pair, run
+
+
+@dataclass(frozen=True)
+class Problem:
+    name: str
+    split: str                                     # train, valid, test; "": the file's name tells
+    statement: str
+    public: list = field(default_factory=list)     # asserts; or (stdin, stdout) pairs
+    hidden: list = field(default_factory=list)
+    setup: str = ""                                # what the asserts need defined beside the answer
+    seconds: float = 5.0                           # for one run
+    reference: str = ""                            # a right answer, for the tests of this file
+    difficulty: str = ""
+
+
+def mbpp(record: dict, where: str) -> Problem:
+    """https://github.com/google-research/google-research/tree/master/mbpp: ids 11-510 test, 511-600 validation,
+    601-974 train, 1-10 for few-shot prompts (here: train). The first assert is public, the others are hidden."""
+    number, tests = int(record["task_id"]), record["test_list"]
+    setup = record.get("test_setup_code") or "\n".join(record.get("test_imports", []))
+    statement = (record.get("text") or record["prompt"]).strip() + "\nit must pass this test:\n" + tests[0]
+    return Problem(f"{number}", "test" if 11 <= number <= 510 else "valid" if 511 <= number <= 600 else "train",
+                   statement, tests[:1], tests[1:] + record.get("challenge_test_list", []),
+                   setup, reference=record["code"], difficulty="mbpp")
+
+
+def human_eval(record: dict, where: str) -> Problem:
+    """https://github.com/openai/human-eval. Public: the examples of the docstring that can be compared as values."""
+    prompt, name = record["prompt"], record["entry_point"]
+    public = []
+    for example in doctest.DocTestParser().get_examples(prompt.replace(">>>", ">>> ")):
+        try:
+            ast.literal_eval(example.want.strip())
+            ast.parse(example.source.strip(), mode="eval")
+            public.append(f"assert {example.source.strip()} == {example.want.strip()}")
+        except (SyntaxError, ValueError):
+            pass
+    return Problem(record["task_id"].rpartition("/")[2], "test", "complete this function; answer with all of it:\n"
+                   + prompt, public, [f"{record['test']}\ncheck({name})"], prompt + "    pass\n",
+                   reference=prompt + record["canonical_solution"], difficulty="humaneval")
+
+
+def code_contests(record: dict, where: str) -> Problem:
+    """https://github.com/google-deepmind/code_contests: public_tests, private_tests and generated_tests hold lists
+    `input` and `output`. Also lists of pairs, with all others in hidden_tests."""
+    def pairs(name: str) -> list[tuple[str, str]]:
+        tests = record.get(name) or []
+        return [tuple(test) for test in (zip(tests["input"], tests["output"]) if isinstance(tests, dict) else tests)]
+    limit = record.get("time_limit") or {}
+    seconds = limit.get("seconds", 0) + limit.get("nanos", 0) / 1e9 if isinstance(limit, dict) else float(limit)
+    solutions = record.get("solutions") or {}
+    python3 = [text for language, text in zip(solutions.get("language", []), solutions.get("solution", []))
+               if language in (3, "PYTHON3")]
+    return Problem(re.sub(r"\W+", "_", record.get("id") or record["name"]), record.get("split", ""),
+                   record["description"], pairs("public_tests"),
+                   pairs("hidden_tests") + pairs("private_tests") + pairs("generated_tests"),
+                   seconds=max(10.0, 5 * seconds), reference=record.get("reference") or (python3 or [""])[0],
+                   difficulty=f"difficulty {record.get('difficulty')}")
+
+
+LAYOUTS = {"test_list": mbpp, "canonical_solution": human_eval, "public_tests": code_contests}      # by a field's name
+
+
+def records(path: Path) -> list[dict]:
+    """The records of a .jsonl (or .gz, .xz of one), .json or .parquet file."""
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(f"data: {path} is a Parquet file; pip install pyarrow, or give a .jsonl file") from None
+        return pyarrow.parquet.read_table(path).to_pylist()
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "rt", encoding="utf-8") as file:
+        text = file.read()
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise UserError(f"data: {path} is not JSON: {error}") from None
+
+
+@lru_cache(maxsize=8)                              # every episode has an environment of its own
+def read_problems(path: Path) -> dict[str, Problem]:
+    found = {}
+    for n, record in enumerate(records(path), 1):
+        layout = next((make for name, make in LAYOUTS.items() if name in record), None)
+        if not layout:
+            raise UserError(f"data: {path}, record {n}: neither MBPP's layout (test_list), nor HumanEval's "
+                            f"(canonical_solution), nor CodeContests' (public_tests)")
+        try:
+            problem = layout(record, f"{path}, record {n}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"data: {path}, record {n}: {type(error).__name__}: {error}") from None
+        found[problem.name] = problem
+    return found
+
+
+# ------------------------------------------------------------------------------ asserts: the answer and its judge
+
+# Values between the two are literals, what literals cannot say is tagged. An object stays where it is; a number names it.
+WIRE = """
+import ast, builtins, sys
+sys.set_int_max_str_digits(0) if hasattr(sys, "set_int_max_str_digits") else None
+objects = []
+class Object:
+    def __init__(self, n): self.n = n
+class Remote:                                      # a name that the answer defines
+    def __init__(self, name): self.name = name
+    def __call__(self, *args, **kwargs): return ask(self.name, *args, **kwargs)
+def plain(v):
+    for kind in (bool, int, str, bytes, complex):
+        if isinstance(v, kind): return kind(v)
+    if v is None: return None
+    if isinstance(v, float): return ("float", repr(float(v)))
+    if isinstance(v, (list, tuple, set, frozenset)):
+        kind = next(k for k in (list, tuple, set, frozenset) if isinstance(v, k))
+        return (kind.__name__, [plain(item) for item in v])
+    if isinstance(v, dict): return ("dict", [(plain(k), plain(item)) for k, item in v.items()])
+    if isinstance(v, Object): return ("object", v.n)
+    if isinstance(v, Remote): return ("name", v.name)
+    if hasattr(v, "__next__") or isinstance(v, (range, type({}.keys()), type({}.values()), type({}.items()))):
+        return ("list", [plain(item) for item in v])
+    objects.append(v)
+    return ("object", len(objects) - 1)
+def real(v, objects=None):
+    if not isinstance(v, tuple): return v
+    kind, inside = v
+    if kind == "float": return float(inside)
+    if kind == "dict": return {real(k, objects): real(item, objects) for k, item in inside}
+    if kind == "name": return space[inside]
+    if kind == "object": return objects[inside] if objects is not None else Object(inside)
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](real(i, objects) for i in inside)
+"""
+
+DRIVER = WIRE + '''
+import os, traceback
+asked, said = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)                                      # what the answer prints is not an answer to the judge
+os.close(0)
+space = {"__name__": "answer"}
+try:
+    exec(compile(SOURCE, "answer.py", "exec"), space)
+    exec(SETUP, space)
+except BaseException as error:
+    trace = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
+    print(repr(plain(("broken", "".join(trace)))), file=said, flush=True)
+    os._exit(1)
+for line in asked:
+    name, args, kwargs = real(ast.literal_eval(line), objects)
+    try:
+        if name not in space: raise NameError(f"{name} is not defined")
+        answer = ("is", space[name](*args, **kwargs))
+    except BaseException as error:
+        answer = ("raises", type(error).__name__, str(error))
+    print(repr(plain(answer)), file=said, flush=True)
+'''
+
+JUDGE = WIRE + '''
+import importlib
+class Broken(Exception): pass
+class Raised(Exception): pass
+told, last = sys.stdout, [""]
+sys.stdout = sys.stderr
+def ask(name, *args, **kwargs):
+    try: print(repr(plain((name, args, kwargs))), file=told, flush=True)
+    except BrokenPipeError: pass                   # its last words may be there to read
+    line = sys.stdin.readline()
+    if not line: raise Broken("the program ended")
+    kind, *rest = real(ast.literal_eval(line))
+    if kind == "broken": raise Broken(rest[0])
+    if kind == "raises":
+        error = getattr(builtins, rest[0], None)
+        known = isinstance(error, type) and issubclass(error, Exception)
+        raise error(rest[1]) if known else Raised(f"{rest[0]}: {rest[1]}")
+    last[0] = f"{name}({', '.join(map(repr, args))}) returned {rest[0]!r}"
+    return rest[0]
+space = {"__name__": "judge"}
+try: exec(SETUP, space)
+except NameError: pass                             # it builds on the answer, which has run it, too
+for name in NAMES: space[name] = Remote(name)
+trees = [ast.parse(test) for test in TESTS]
+names = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name)]
+bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)} | {n.name for tree in trees for n in ast.walk(tree)
+    if isinstance(n, ast.FunctionDef)} | {a.arg for tree in trees for a in ast.walk(tree) if isinstance(a, ast.arg)}
+for name in {n.id for n in names} - bound - set(dir(builtins)) - set(space):
+    space[name] = importlib.import_module(name) if name in sys.stdlib_module_names else Remote(name)
+report = (len(TESTS), "", "")
+for i, test in enumerate(TESTS):
+    try:
+        exec(compile(test, "test", "exec"), space)
+    except Exception as error:
+        report = (i, type(error).__name__, last[0] if isinstance(error, AssertionError) else str(error))
+        break
+print(repr(("REPORT", *report)), file=sys.__stderr__)
+'''
+
+
+def judge(problem: Problem, source: str) -> tuple[int, str, str]:
+    """(tests passed before the first that fails, the kind of failure or "", what is known of it), public ones first.
+    Names that the asserts use belong to the answer, but for the setup's own."""
+    tests = problem.public + problem.hidden
+    defined = re.findall(r"^def (\w+)", problem.setup, re.M)
+    names = defined[-1:] if problem.setup.endswith("    pass\n") else []       # HumanEval's helpers stay the judge's
+    driver = f"SOURCE, SETUP = {source!r}, {'' if names else problem.setup!r}\n{DRIVER}"
+    answer, verdict = pair(driver, f"SETUP, NAMES, TESTS = {problem.setup!r}, {names!r}, {tests!r}\n{JUDGE}",
+                           Limits(seconds=problem.seconds))
+    lines = verdict.err.strip().splitlines()
+    if not lines or not lines[-1].startswith("('REPORT'"):
+        late = "time" in (answer.end, verdict.end)
+        return 0, "time" if late else answer.end if answer.end != "exit" else "failure", verdict.err[-300:]
+    _, passed, kind, text = ast.literal_eval(lines[-1])
+    if kind == "Broken" and answer.end not in ("exit", "stopped"):
+        kind = answer.end
+    return passed, kind, text
+
+
+# --------------------------------------------------------------------------------------- programs that read and print
+
+def same(a: str, b: str) -> bool:
+    """As CodeContests compares: word by word, whatever the case, numbers within 1e-5."""
+    def equal(x: str, y: str) -> bool:
+        try:
+            return x.lower() == y.lower() or abs(float(x) - float(y)) <= 1e-5
+        except ValueError:
+            return False
+    return len(a.split()) == len(b.split()) and all(map(equal, a.split(), b.split()))
+
+
+def wrong(result: Result) -> str:
+    """What ended a run otherwise than well, or ""."""
+    if result.end != "exit":
+        return {"time": "it takes too long", "memory": "it takes too much memory", "output": "it prints too much",
+                "disk": "it writes too much", "stopped": "it was stopped"}[result.end]
+    return (result.err.strip()[-400:] or f"it ends with code {result.code}") if result.code else ""
+
+
+def short(text: str, limit: int = 300) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+class Code(Env):
+    """Task ids: `<file stem>/<problem>`."""
+    rules = ("you write python programs. answer with a whole program in a block that opens with ```python and closes "
+             "with ```. you are told what goes wrong, and can answer again.")
+    max_turns = 4                                  # the paper's horizon for CodeContests
+
+    def __init__(self, data: str = ""):
+        if not data:
+            raise UserError("data: code needs a file of problems, like data=mbpp.jsonl (MBPP, HumanEval, CodeContests)")
+        self.problems: dict[str, Problem] = {}
+        for name in data.split(","):
+            if not Path(name).is_file():
+                raise UserError(f"data: there is no file {name}")
+            stem = re.sub(r"\.(jsonl?|parquet)(\.gz|\.xz)?$", "", Path(name).name)
+            self.problems.update({f"{stem}/{key}": problem for key, problem in read_problems(Path(name)).items()})
+
+    def tasks(self, split: str) -> list[str]:
+        def of(task: str, problem: Problem) -> str:
+            stem = task.partition("/")[0].lower()
+            named = next((name for name in ("train", "valid", "test") if name in stem), "test")
+            return problem.split or named
+        return [task for task, problem in self.problems.items() if of(task, problem) == split]
+
+    def difficulty(self, task: str) -> str:
+        return self.problems[task].difficulty
+
+    def reset(self, task: str) -> str:
+        if task not in self.problems:
+            raise UserError(f"code has no task {task!r}; ids look like {next(iter(self.problems))}")
+        self.problem, self.left = self.problems[task], self.max_turns
+        return self.problem.statement.strip()
+
+    def action(self, reply: str) -> str:
+        """The program in a reply: its last block, or all of it."""
+        blocks = re.findall(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", reply, re.S)
+        return blocks[-1] if blocks else reply
+
+    def step(self, action: str) -> Outcome:
+        self.left -= 1
+        try:
+            wrong_, score = (self._calls if isinstance(self.problem.hidden[0], str) else self._reads)(action)
+        except SandboxError as error:
+            raise UserError(f"sandbox: {error}") from None
+        return Outcome(wrong_ or "all tests pass.", score, not wrong_ or self.left <= 0, not wrong_)
+
+    def _calls(self, source: str) -> tuple[str, float]:
+        passed, kind, text = judge(self.problem, source)
+        public, hidden = self.problem.public, self.problem.hidden
+        score = max(0, passed - len(public)) / max(1, len(hidden))
+        if not kind:
+            return "", 1.0
+        if kind == "Broken":
+            return f"the program fails:\n{short(text, 500)}", 0.0
+        if passed >= len(public):
+            return "a hidden test fails." + (" it takes too long." if kind == "time" else ""), score
+        why = {"time": "it takes too long", "AssertionError": short(text)}.get(kind, f"{kind}: {short(text)}")
+        return f"this test fails: {short(public[passed])}\n{why}", 0.0
+
+    def _reads(self, source: str) -> tuple[str, float]:
+        limits = Limits(seconds=self.problem.seconds, memory_mb=1024, output_kb=1024)
+        for stdin, expected in self.problem.public:
+            result = run(source, stdin, limits)
+            if why := wrong(result):
+                return f"on the input\n{short(stdin)}\n{why}", 0.0
+            if not same(result.out, expected):
+                return f"on the input\n{short(stdin)}\nit prints\n{short(result.out)}\nand not\n{short(expected)}", 0.0
+        for n, (stdin, expected) in enumerate(self.problem.hidden):
+            result = run(source, stdin, limits)
+            if (why := wrong(result)) or not same(result.out, expected):
+                about = why if why.startswith("it ") else "it fails" if why else "its output is wrong"
+                return f"the tests shown pass. on a hidden test {about}.", n / len(self.problem.hidden)
+        return "", 1.0
+
+    def actions(self) -> list[str]:
+        return ["```python ... ```"]

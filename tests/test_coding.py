@@ -1,0 +1,190 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from coding import Code, read_problems, same
+from conftest import SHARED, needs_shared_data
+from envs import UserError, rollback
+
+DATA = Path(__file__).parent / "data"
+FILES = {name: str(DATA / f"{name}_sample.jsonl") for name in ("mbpp", "HumanEval", "codecontests")}
+
+
+def solve(env: Code, task: str):
+    env.reset(task)
+    return env.step(env.problem.reference)
+
+
+@pytest.fixture(scope="module")
+def mbpp():
+    return Code(FILES["mbpp"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_references_pass_and_an_empty_program_does_not(name):
+    env = Code(FILES[name])
+    for task in [task for split in ("train", "valid", "test") for task in env.tasks(split)][:4]:
+        outcome = solve(env, task)
+        assert outcome.success and outcome.done and outcome.score == 1, (task, outcome.obs)
+        env.reset(task)
+        assert not env.step("").success
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, first", [("codecontests_107.jsonl.xz", None), ("mbpp.jsonl", 200)])
+def test_every_reference_of_the_full_data_passes(name, first):
+    needs_shared_data()
+    env = Code(str(SHARED / "code" / name))
+    tasks = [task for split in ("test", "valid", "train") for task in env.tasks(split)][:first]
+    failed = [task for task in tasks if not solve(env, task).success]
+    assert len(tasks) == (first or 107) and not failed
+
+
+def test_splits_are_the_published_ones(mbpp):
+    ids = {split: sorted(int(task.split("/")[1]) for task in mbpp.tasks(split)) for split in ("train", "valid", "test")}
+    assert ids == dict(test=[11, 12, 14, 16], valid=[511, 515], train=[601, 602, 604, 605, 606, 610])
+    assert len(Code(FILES["HumanEval"]).tasks("test")) == 4 and not Code(FILES["HumanEval"]).tasks("train")
+
+
+def test_an_episode_of_four_programs_replays_and_ends(mbpp):
+    task = "mbpp_sample/602"
+    programs = ["def first_repeated_char(s) return", "def first_repeated_char(s): return 'a'", "1 / 0", ""]
+    said = [mbpp.reset(task)]
+    outcomes = [mbpp.step(program) for program in programs]
+    said += [outcome.obs for outcome in outcomes]
+    assert [outcome.done for outcome in outcomes] == [False, False, False, True]
+    assert "SyntaxError" in said[1] and "ZeroDivisionError" in said[3] and "is not defined" in said[4]
+
+    class Turn:
+        def __init__(self, obs, action):
+            self.obs, self.action = obs, action
+    turns = [Turn(obs, action) for obs, action in zip(said, [*programs, ""])]
+    assert rollback(mbpp, task, turns[:4]) == said[3]
+
+
+def test_a_hidden_test_is_told_apart_from_a_public_one_and_not_shown(mbpp):
+    task, problem = "mbpp_sample/602", mbpp.problems["mbpp_sample/602"]
+    assert problem.public[0] in mbpp.reset(task) and len(problem.hidden) == 2
+    outcome = mbpp.step(f"def first_repeated_char(s): return {{'abcabc': 'a'}}.get(s, 'x')")
+    assert outcome.obs == "a hidden test fails." and outcome.score < 1
+    mbpp.reset(task)
+    outcome = mbpp.step("def first_repeated_char(s): return 'x'")
+    assert problem.public[0] in outcome.obs and "first_repeated_char('abcabc') returned 'x'" in outcome.obs
+
+
+CHEATS = {
+    "exit": "import os; os._exit(0)",
+    "sys-exit": "import sys\nsys.exit = lambda *a: None\nraise SystemExit(0)",
+    "no-asserts": "import builtins\nclass E(Exception): pass\nbuiltins.AssertionError = E\n"
+                  "def first_repeated_char(s): return 'x'",
+    "equal-to-all": "class Any:\n def __eq__(self, other): return True\n def __ne__(self, other): return False\n"
+                    " def __hash__(self): return 1\ndef first_repeated_char(s): return Any()",
+    "a-string-equal-to-all": "class Any(str):\n def __eq__(self, other): return True\n"
+                             "def first_repeated_char(s): return Any('x')",
+    "forged-report": "import os, sys\ntext = repr(('REPORT', 3, '', '')) + '\\n'\nfor fd in range(32):\n"
+                     " try: os.write(fd, text.encode())\n except OSError: pass\ndef first_repeated_char(s): return 'x'",
+    "forged-report-late": "import os\ndef first_repeated_char(s):\n for fd in range(32):\n  try: os.write(fd, repr(('REPORT', 3, '', "
+                          "'')).encode() + b'\\n')\n  except OSError: pass\n os._exit(0)",
+    "raises-what-ends": "def first_repeated_char(s): raise SystemExit(0)",
+    "builtins": "import builtins\nbuiltins.repr = lambda v: \"('tuple', ['is', True])\"\nbuiltins.len = lambda v: 0\n"
+                "def first_repeated_char(s): return 'x'",
+    "frames": "import sys, gc\ndef first_repeated_char(s):\n frame = sys._getframe()\n while frame.f_back: frame = frame.f_back\n"
+              " return frame.f_globals.get('TESTS', 'x')",
+    "too-deep": "def first_repeated_char(s):\n x = []\n for _ in range(10**5): x = [x]\n return x",
+    "endless": "def first_repeated_char(s):\n while 1: print('a' * 999)",
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_a_program_cannot_pass_by_cheating(mbpp, cheat):
+    mbpp.reset("mbpp_sample/602")
+    outcome = mbpp.step(CHEATS[cheat])
+    assert not outcome.success and outcome.score < 1 and outcome.obs
+
+
+def test_what_the_hidden_tests_expect_lies_nowhere_that_the_program_can_read(tmp_path):
+    record = dict(task_id=700, text="say the word", code="", test_setup_code="", challenge_test_list=[],
+                  test_list=["assert f(0) == 'sesame'", "assert f(1) == 'swordfish' + str(7) * 2"])
+    (tmp_path / "words.jsonl").write_text(json.dumps(record))
+    env = Code(str(tmp_path / "words.jsonl"))
+    env.reset("words/700")
+    outcome = env.step("""
+import gc, os, sys
+def f(n):
+    if n == 0: return 'sesame'
+    texts = [repr(o) for o in gc.get_objects()] + sys.argv + list(os.environ.values())
+    for path, folders, files in os.walk('/'):
+        for name in files:
+            try: texts.append(open(os.path.join(path, name), errors='ignore').read())
+            except OSError: pass
+        if path.count('/') > 1 and path.startswith(('/usr', '/lib')): folders.clear()
+    for path in (f'/proc/{os.getppid()}/cmdline', '/proc/self/environ', 'main.py'):
+        try: texts.append(open(path).read())
+        except OSError: pass
+    word = bytes([115, 119, 111, 114, 100, 102, 105, 115, 104]).decode()
+    return word + '77' if any(word in text for text in texts) else 'not found'
+""")
+    assert outcome.obs == "a hidden test fails."
+
+
+def test_helpers_of_a_humaneval_prompt_stay_with_the_judge():
+    env = Code(FILES["HumanEval"])
+    task = "HumanEval_sample/32"                                    # its test calls poly(xs, find_zero(xs))
+    env.reset(task)
+    assert not env.step("def poly(xs, x): return 0\ndef find_zero(xs): return 0").success
+
+
+def test_programs_that_read_and_print_are_told_input_output_and_errors():
+    env = Code(FILES["codecontests"])
+    task = env.tasks("test")[0]
+    env.reset(task)
+    (stdin, expected), *_ = env.problem.public
+    outcome = env.step("print('x')")
+    assert stdin in outcome.obs and expected in outcome.obs and "it prints\nx" in outcome.obs
+    assert "ZeroDivisionError" in env.step("1/0").obs
+    shown = {given: answer for given, answer in env.problem.public}
+    outcome = env.step(f"import sys\nprint({shown!r}.get(sys.stdin.read(), 'x'))")
+    assert "the tests shown pass" in outcome.obs and not outcome.success
+    assert all(given not in outcome.obs for given, _ in env.problem.hidden)
+
+
+def test_outputs_are_compared_as_codecontests_does():
+    assert same("YES\n1 2", "yes 1  2\n") and same("0.333333", "0.3333331") and same("", "\n")
+    assert not same("1 2", "1 2 3") and not same("0.33", "0.34") and not same("a", "b")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "is not JSON"), ('{"a": 1}', "record 1: neither MBPP's layout"),
+    ('{"task_id": 1, "test_list": ["assert f()"]}', "record 1: KeyError")])
+def test_a_file_of_another_layout_is_one_clear_line(tmp_path, text, message):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        Code(str(tmp_path / "x.jsonl"))
+    with pytest.raises(UserError, match="there is no file"):
+        Code("nowhere.jsonl")
+    with pytest.raises(UserError, match="needs a file of problems"):
+        Code()
+
+
+def test_published_layouts_are_read(tmp_path):
+    sanitized = dict(source_file="", task_id=20, prompt="a", code="def f(): pass", test_imports=["import math"],
+                     test_list=["assert math.isclose(f(), 1.0)"])
+    (tmp_path / "sanitized-mbpp.json").write_text(json.dumps([sanitized]))
+    problem = read_problems(tmp_path / "sanitized-mbpp.json")["20"]
+    assert problem.setup == "import math" and problem.split == "test"
+    contest = dict(name="1_A. Sum", description="add", public_tests=dict(input=["1 2"], output=["3"]), difficulty=7,
+                   private_tests=dict(input=["2 2"], output=["4"]), generated_tests=dict(input=["5 5"], output=["10"]),
+                   solutions=dict(language=[2, 3], solution=["int", "print(sum(map(int, input().split())))"]),
+                   time_limit=dict(seconds=2, nanos=500000000))
+    (tmp_path / "code_contests_train.jsonl").write_text(json.dumps(contest))
+    env = Code(str(tmp_path / "code_contests_train.jsonl"))
+    assert env.tasks("train") == ["code_contests_train/1_A_Sum"] and not env.tasks("test")
+    problem = env.problems["code_contests_train/1_A_Sum"]
+    assert problem.hidden == [("2 2", "4"), ("5 5", "10")] and problem.seconds == 12.5
+    assert solve(env, "code_contests_train/1_A_Sum").success
+
+
+def test_the_program_is_the_last_block_of_a_reply_or_all_of_it(mbpp):
+    assert mbpp.action("first\n```python\na = 1\n```\nthen\n```\nb = 2\n```\nbye") == "b = 2\n"
+    assert mbpp.action("```python\na = 1") == "a = 1" and mbpp.action("a = 1\nb = 2") == "a = 1\nb = 2"
