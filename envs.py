@@ -233,7 +233,7 @@ class Quest(Env):
 
 
 ENVS = {"quest": "envs:Quest", "sokoban": "sokoban:Sokoban", "sokoban-words": "sokoban:InWords",       # module:class
-        "code": "coding:Code"}
+        "code": "coding:Code", "webshop": "webshop:WebShop"}
 
 
 def make_env(name: str, data: str = "") -> Env:

@@ -1,0 +1,345 @@
+"""WebShop (Yao et al., 2022, arXiv 2207.01206) as a text world of our own over a product file in its format.
+
+    python envs.py webshop                                    a small catalogue made here
+    python envs.py webshop data=items_shuffle_1000.json       the public download, with items_ins_v2.json (attributes,
+                                                              made instructions) and items_human_ins.json beside it
+    python envs.py webshop data=products.jsonl.xz             one product a line, with attributes and instructions
+
+Pages, actions (search[...], click[...]), goals and reward follow the original's code (its `text` observations;
+github.com/princeton-nlp/WebShop). What can differ from its scores: search is SQLite's BM25 and not Lucene's; the words of a
+title that count as nouns are found by a list of other words and not by spaCy; prices that the original draws anew at
+every start (a product with a price range, a goal's limit) are drawn from the product and the goal, once and for all.
+Usual horizon 15 (ReAct). Success is a reward of 1.
+"""
+import json
+import lzma
+import os
+import random
+import re
+import sqlite3
+from functools import lru_cache
+from itertools import product as combinations
+from pathlib import Path
+from typing import Iterator
+
+from envs import Env, Outcome, UserError
+
+TABS = {"description": "Description", "features": "Features", "reviews": "Reviews"}
+COLOURS = ("black blue brown gray grey green orange pink purple red silver gold white yellow beige navy ivory teal "
+           "turquoise khaki burgundy coral lavender mint rose wine bronze copper charcoal olive violet").split()
+NOT_NOUNS = set("a an and at by for from in is it of on or our the this to up with without your you all more most new"
+                " set best great good high easy perfect small large medium big mini long short light dark soft free "
+                "super ultra extra fit fits made use used non pack".split())
+
+
+# ------------------------------------------------------------------------------------------------- the catalogue
+
+def elements(path: Path) -> Iterator[dict]:
+    """The products of a file, one at a time: a JSON array of any size, or one object a line."""
+    opener = lzma.open if path.suffix == ".xz" else open
+    decoder, text = json.JSONDecoder(), ""
+    with opener(path, "rt", encoding="utf-8") as file:
+        while block := file.read(1 << 20):
+            text += block
+            while text := text.lstrip(" \r\n\t[],"):
+                try:
+                    item, end = decoder.raw_decode(text)
+                except ValueError:                     # cut off at the block's end
+                    break
+                yield item
+                text = text[end:]
+    if text.strip(" \r\n\t[],"):
+        raise UserError(f"data: {path} is damaged, or not JSON, near: {text[:60]!r}")
+
+
+def number(text: str) -> float:
+    return float(re.sub(r"[^\d.]", "", text) or 0)
+
+
+def tidy(item: dict, attributes: dict, human: dict) -> dict | None:
+    """A product in one shape, whichever file it comes from; None for the few that the original leaves out."""
+    asin = item["asin"]
+    if asin == "nan" or len(asin) > 10:
+        return None
+    if "small_description" in item:                    # the public download
+        about, points = attributes.get(asin, {}), item["small_description"]
+        prices = [number(part) for part in (item.get("pricing") or "").split("$")[1:]][:2]
+        options = {name.lower(): [content["value"].strip().replace("/", " | ").lower() for content in contents]
+                   for name, contents in (item.get("customization_options") or {}).items() if contents}
+        item = dict(item, bullet_points=points if isinstance(points, list) else [points], pricing=prices,
+                    description=item.get("full_description"), options=options,
+                    attributes=about.get("attributes"), instruction=about.get("instruction"),
+                    instruction_attributes=about.get("instruction_attributes"), human_instructions=human.get(asin))
+    prices = item["pricing"] or [100.0]
+    return dict(asin=asin, name=item["name"], category=item["category"], query=item["query"].lower().strip(),
+                product_category=item["product_category"], description=item["description"] or "",
+                features=[point for point in item["bullet_points"] if point], options=item["options"] or {},
+                attributes=item["attributes"] or [], shown=" to ".join(f"${price}" for price in prices),
+                price=random.Random(f"webshop/{asin}").uniform(*prices[:2]) if len(prices) > 1 else prices[0],
+                instruction=item["instruction"], instruction_attributes=item["instruction_attributes"] or [],
+                human=item["human_instructions"] or [])
+
+
+def made_up() -> Iterator[dict]:
+    """A catalogue of 240 products, the same on every machine."""
+    kinds = {"lamp": ("garden", "table lamps"), "mug": ("garden", "coffee mugs"), "jacket": ("fashion", "jackets"),
+             "sneaker": ("fashion", "sneakers"), "soap": ("beauty", "soaps"), "shampoo": ("beauty", "shampoos"),
+             "tea": ("grocery", "teas"), "cable": ("electronics", "cables")}
+    traits = {"garden": "dishwasher safe,solid wood,hand painted,easy clean", "grocery": "sugar free,gluten free,"
+              "organic,caffeine free", "fashion": "machine wash,slim fit,long sleeve,rubber sole",
+              "beauty": "cruelty free,sulfate free,sensitive skin,dry hair",
+              "electronics": "gold plated,fast charging,heavy duty,noise free"}
+    rng = random.Random("webshop")
+    for i in range(240):
+        kind = list(kinds)[i % len(kinds)]
+        category, query = kinds[kind]
+        own = sorted(rng.sample(traits[category].split(","), rng.randint(1, 3)))
+        brand, colours = rng.choice("Alder Birch Cedar Dune Ember Fjord".split()), rng.sample(COLOURS[:8], 3)
+        sizes = rng.sample(["small", "medium", "large"], 2)
+        wanted = rng.sample(own, rng.randint(1, len(own)))
+        yield dict(asin=f"B{i:09d}", name=f"{brand} {kind}, {own[0]}", category=category, query=query,
+                   product_category=f"{category.title()} › {query.title()} › {brand}", bullet_points=[f"{own[-1]}."],
+                   description=f"a {kind} by {brand}: {', '.join(own)}.", pricing=[rng.randint(5, 80) + 0.99],
+                   options=dict(color=colours, size=sizes) if rng.random() < 0.5 else {}, attributes=own,
+                   instruction=f"find me a {kind} that is {' and '.join(wanted)}", instruction_attributes=wanted,
+                   human_instructions=None)
+
+
+def goals_of(item: dict, human: bool) -> Iterator[dict]:
+    """What an agent may be sent for: people's instructions, or the made one with every choice of options."""
+    limits = [10.0 * i for i in range(1, 100) if 10.0 * i > item["price"]][:4]
+    if human:
+        wishes = [(wish["instruction"].strip("."), wish["instruction_attributes"], wish["instruction_options"])
+                  for wish in item["human"] if wish["instruction_attributes"]]
+    else:
+        names = sorted(item["options"]) if item["instruction"] else []
+        picks = combinations(*(item["options"][name] for name in names)) if item["instruction"] else []
+        wishes = [(item["instruction"] + (" with " if pick else "")
+                   + ", and ".join(f"{name}: {value}" for name, value in zip(names, pick)),
+                   item["instruction_attributes"], list(pick)) for pick in picks]
+    for n, (text, attributes, options) in enumerate(wishes):
+        limit = 1e6
+        if len(limits) > 1:
+            limit = max(random.Random(f"webshop/{item['asin']}/{n}").sample(limits, 2))
+            text += f", and price lower than {limit:.2f} dollars"
+        yield dict(text=text, attributes=attributes, options=options, limit=limit, asin=item["asin"])
+
+
+def build(path: Path | None, to: str) -> None:
+    """Make the data base: products, a full-text index of what the original indexes, goals in its shuffled order.
+    Memory holds the goals and one product at a time; 1.18 million products take about 6 GB of disk."""
+    beside = [path.parent / name if path else Path() for name in ("items_ins_v2.json", "items_human_ins.json")]
+    attributes, human = (json.loads(file.read_text()) if file.is_file() else {} for file in beside)
+    db = sqlite3.connect(to)
+    db.executescript("pragma journal_mode = off; create table product (n integer primary key, asin text unique, item "
+                     "text); create virtual table words using fts5(text, content='', tokenize='porter'); "
+                     "create table goal (n integer primary key, goal text)")
+    kinds: dict[bool, list[dict]] = {True: [], False: []}
+    for raw in elements(path) if path else made_up():
+        try:
+            item = tidy(raw, attributes, human)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"data: {path}: a product is not in WebShop's format: {type(error).__name__}: "
+                            f"{error}") from None
+        if item is None or db.execute("select 1 from product where asin = ?", [item["asin"]]).fetchone():
+            continue
+        row = db.execute("insert into product (asin, item) values (?, ?)", [item["asin"], json.dumps(item)]).lastrowid
+        options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in item["options"].items())
+        text = " ".join([item["name"], item["description"], *item["features"][:1], options])
+        db.execute("insert into words (rowid, text) values (?, ?)", [row, text.lower()])
+        for people in kinds:
+            kinds[people] += goals_of(item, people)
+    goals = kinds[True] if len(kinds[True]) > 1000 else kinds[False]       # the full download has people's
+    random.Random(233).shuffle(goals)                                      # the original's seed
+    db.executemany("insert into goal values (?, ?)", [(n, json.dumps(goal)) for n, goal in enumerate(goals)])
+    db.commit()
+    db.close()
+
+
+@lru_cache
+def database(data: str) -> str:
+    """The data base of a product file, made at its first use and kept in the user's cache."""
+    path = Path(data) if data else None
+    if path and not path.is_file():
+        raise UserError(f"data: there is no file {data}")
+    about = path.stat() if path else None
+    name = f"{path.stem}-{about.st_size}-{about.st_mtime_ns}" if path else f"made-{os.path.getmtime(__file__)}"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leafe"
+    kept = folder / f"webshop-{name}.sqlite"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f"webshop-{name}.{os.getpid()}.new"
+        aside.unlink(missing_ok=True)
+        build(path, str(aside))
+        aside.replace(kept)
+    return str(kept)
+
+
+# ----------------------------------------------------------------------------------------------------- the reward
+
+def ratio(a: str, b: str) -> float:
+    """Similarity of two strings, 0..100: twice their longest common subsequence by their lengths."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        before = 0
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], before + 1 if x == y else max(row[j], row[j - 1])
+    return 200 * row[-1] / (len(a) + len(b)) if a or b else 100.0
+
+
+def token_set_ratio(a: str, b: str) -> float:
+    """As the library thefuzz has it: how alike two texts are as sets of words, 0..100."""
+    one, two = (set(re.sub(r"[\W_]+", " ", text.lower()).split()) for text in (a, b))
+    if not one or not two:
+        return 0.0
+    both = " ".join(sorted(one & two))
+    left, right = (" ".join(filter(None, [both, *sorted(own)])) for own in (one - two, two - one))
+    if both and (not one - two or not two - one):
+        return 100.0
+    return max(ratio(left, right), ratio(both, left) if both else 0.0, ratio(both, right) if both else 0.0)
+
+
+def nouns(title: str) -> set[str]:
+    return {word for word in re.findall(r"[a-z]{2,}", title.lower())} - NOT_NOUNS
+
+
+def colour(option: str) -> str:
+    return next((name for name in COLOURS if name in option), option)
+
+
+def reward(bought: dict, chosen: dict[str, str], wanted: dict, goal: dict) -> float:
+    """r_type * (attributes + options + price that fit) / (attributes + options + 1)."""
+    text = [bought["name"].lower(), " ".join(bought["features"]).lower(), bought["description"].lower()]
+    a, b = (nouns(item["name"]) for item in (bought, wanted))
+    title = len(a & b) / len(b) if b else 0.2
+    ways = [{part.strip() for part in item["product_category"].split("›")} for item in (bought, wanted)]
+    fits = bought["query"] == wanted["query"] or len(ways[0] & ways[1]) >= 2 or title > 0.2
+    kind = 0.0 if title == 0 else 0.1 if title < 0.1 else 1.0 if fits else 0.5
+    attributes = sum(any(token_set_ratio(own, wish) > 85 for own in bought["attributes"])
+                     or any(wish in part for part in text) for wish in goal["attributes"])
+    wishes, options = [colour(option) for option in goal["options"]], 0
+    for name, value in chosen.items():
+        value = colour(value)
+        alike = value in wishes if name == "size" else any(token_set_ratio(wish, value) > 85 for wish in wishes)
+        options += alike or any(value in part for part in text)
+    fitting = attributes + options + (bought["price"] <= goal["limit"])
+    return min(1.0, kind * fitting / (len(goal["attributes"]) + len(goal["options"]) + 1))
+
+
+# ------------------------------------------------------------------------------------------------------- the shop
+
+class WebShop(Env):
+    """Task ids: the goal's number after the original's shuffle. Its splits: 0-499 test, 500-1499 validation, the rest
+    train; of fewer than 3000 goals the first two sixths."""
+    rules = ("you shop on a web site as the instruction says. actions: search[words], or click[button] with a button "
+             "of the page. choose the options that are asked for, then click[buy now]. answer with one action")
+    max_turns = 15
+
+    def __init__(self, data: str = ""):
+        self.db = sqlite3.connect(f"file:{database(data)}?mode=ro", uri=True, check_same_thread=False)
+        self.count = self.db.execute("select count(*) from goal").fetchone()[0]
+
+    def tasks(self, split: str) -> list[str]:
+        test, valid = (500, 1000) if self.count >= 3000 else (self.count // 6, self.count // 6)
+        spans = dict(test=(0, test), valid=(test, test + valid), train=(test + valid, self.count))
+        return [f"goal-{n}" for n in range(*spans.get(split, (0, 0)))]
+
+    def difficulty(self, task: str) -> str:
+        goal = self._goal(task)
+        return f"{len(goal['attributes']) + len(goal['options'])} wishes"
+
+    def close(self) -> None:
+        self.db.close()
+
+    def _goal(self, task: str) -> dict:
+        n = task.removeprefix("goal-")
+        row = self.db.execute("select goal from goal where n = ?", [n]).fetchone() if n.isdecimal() else None
+        if not row:
+            raise UserError(f"webshop has no task {task!r}; ids look like goal-0 .. goal-{self.count - 1}")
+        return json.loads(row[0])
+
+    def _item(self, asin: str) -> dict:
+        return json.loads(self.db.execute("select item from product where asin = ?", [asin]).fetchone()[0])
+
+    def reset(self, task: str) -> str:
+        self.goal, self.left = self._goal(task), self.max_turns
+        self._go("index")
+        return self._page()
+
+    def _go(self, place: str) -> None:
+        self.place, self.item, self.chosen, self.found, self.number = place, None, {}, [], 1
+
+    def _search(self, text: str) -> list[str]:
+        words = " OR ".join(f'"{word}"' for word in re.findall(r"\w+", text))
+        return [row[0] for row in self.db.execute(
+            "select asin from words join product on product.n = words.rowid where words match ? "
+            "order by bm25(words), words.rowid limit 50", [words])] if words else []
+
+    def _buttons(self) -> list[str]:
+        if self.place == "index":
+            return ["Search"]
+        if self.place == "results":
+            return ["Back to Search", *["< Prev"] * (self.number > 1),
+                    *["Next >"] * (self.number * 10 < len(self.found)), *self._shown()]
+        options = [value for values in self.item["options"].values() for value in values]
+        more = [*options, *TABS.values(), "Buy Now"] if self.place == "item" else []
+        return ["Back to Search", "< Prev", *more]
+
+    def _shown(self) -> list[str]:
+        return self.found[10 * self.number - 10:10 * self.number]
+
+    def _page(self) -> str:
+        """What is to be seen, in the manner of the original's text observations."""
+        told = ["Instruction:", self.goal["text"]]
+        if self.place == "index":
+            return " [SEP] ".join(["WebShop", *told, "Search"])
+        if self.place == "results":
+            rows = [(item["asin"], item["name"], item["shown"]) for item in map(self._item, self._shown())]
+            head = self._buttons()[:len(self._buttons()) - len(rows)]
+            page = f"Page {self.number} (Total results: {len(self.found)})"
+            return " [SEP] ".join([*told, head[0], page, *head[1:], *(x for row in rows for x in row)])
+        top = [*told, "Back to Search", "< Prev"]
+        if self.place in TABS:
+            says = dict(description=[self.item["description"]], features=self.item["features"], reviews=[])
+            return " [SEP] ".join([*top, *(says[self.place] or [f"No {self.place} found"])])
+        options = [x for name, values in self.item["options"].items() for x in (name, *values)]
+        return " [SEP] ".join([*top, *options, self.item["name"], f"Price: {self.item['shown']}", "Rating: N.A.",
+                               *TABS.values(), "Buy Now"])
+
+    def step(self, action: str) -> Outcome:
+        self.left -= 1
+        match = re.search(r"(search|click)\[(.+)\]", action.strip(), re.I)
+        verb, word = (match[1].lower(), match[2].strip().lower()) if match else ("", "")
+        valid, score, done = True, 0.0, False
+        if verb == "search":
+            self._go("results")
+            self.found = self._search(word)
+        elif verb == "click" and word != "search" and word in (button.lower() for button in self._buttons()):
+            if word == "buy now":
+                score, done = reward(self.item, self.chosen, self._item(self.goal["asin"]), self.goal), True
+            else:
+                self._click(word)
+        else:
+            valid = False
+        said = f"Thank you for shopping with us! [SEP] Your score (min 0.0, max 1.0) [SEP] {score}"
+        return Outcome(said if done else self._page(), score, done or self.left <= 0, score == 1.0, valid)
+
+    def _click(self, word: str) -> None:
+        if word == "back to search":
+            self._go("index")
+        elif self.place == "results":
+            if word in ("next >", "< prev"):
+                self.number += 1 if word == "next >" else -1
+            else:
+                self.place, self.item, self.chosen = "item", self._item(word.upper()), {}
+        elif word == "< prev":
+            self.place = "item" if self.place in TABS else "results"
+        elif word in TABS:
+            self.place = word
+        else:
+            name = next(name for name, values in self.item["options"].items() if word in values)
+            self.chosen[name] = word
+
+    def actions(self) -> list[str]:
+        return [*["search[...]"] * (self.place == "index"),
+                *(f"click[{button.lower()}]" for button in self._buttons() if button != "Search")]
