@@ -7,8 +7,8 @@
 
 Pages, actions (search[...], click[...]), goals and reward follow the original's code (its `text` observations;
 github.com/princeton-nlp/WebShop). What can differ from its scores: search is SQLite's BM25 and not Lucene's; the words of a
-title that count as nouns are found by a list of other words and not by spaCy; prices that the original draws anew at
-every start (a product with a price range, a goal's limit) are drawn from the product and the goal, once and for all.
+title that count as nouns are found by a list of other words and not by spaCy; prices that the original draws anew
+at every start (of a product with a range, a goal's limit) are drawn once and for all.
 Usual horizon 15 (ReAct). Success is a reward of 1.
 """
 import json
@@ -187,16 +187,17 @@ def ratio(a: str, b: str) -> float:
     return 200 * row[-1] / (len(a) + len(b)) if a or b else 100.0
 
 
-def token_set_ratio(a: str, b: str) -> float:
-    """As the library thefuzz has it: how alike two texts are as sets of words, 0..100."""
-    one, two = (set(re.sub(r"[\W_]+", " ", text.lower()).split()) for text in (a, b))
+def token_set_ratio(a: str, b: str) -> int:
+    """As the library thefuzz has it, ASCII alone and rounded: how alike two texts are as sets of words, 0..100."""
+    one, two = (set(re.sub(rb"[\W_]+", b" ", text.encode("ascii", "ignore").lower()).decode().split())
+                for text in (a, b))
     if not one or not two:
-        return 0.0
+        return 0
     both = " ".join(sorted(one & two))
     left, right = (" ".join(filter(None, [both, *sorted(own)])) for own in (one - two, two - one))
     if both and (not one - two or not two - one):
-        return 100.0
-    return max(ratio(left, right), ratio(both, left) if both else 0.0, ratio(both, right) if both else 0.0)
+        return 100
+    return round(max(ratio(left, right), ratio(both, left) if both else 0.0, ratio(both, right) if both else 0.0))
 
 
 def nouns(title: str) -> set[str]:
