@@ -11,8 +11,11 @@ fixed habit solves it: one must read the refusals and act on them. Other worlds 
 """
 import random
 import re
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Protocol, Sequence
 
@@ -236,12 +239,27 @@ ENVS = {"quest": "envs:Quest", "sokoban": "sokoban:Sokoban", "sokoban-words": "s
         "code": "coding:Code", "webshop": "webshop:WebShop"}
 
 
-def make_env(name: str, data: str = "") -> Env:
-    """An environment by its name in config.yaml. Raises UserError with what there is."""
+@lru_cache
+def env_class(name: str) -> type:
+    """A world by its name in config.yaml, or as `path/to/file.py:Class`. Raises UserError with what there is."""
+    path, _, kind = ENVS.get(name, name).rpartition(":")
+    if name not in ENVS and not path.endswith(".py"):
+        raise UserError(f"env: there is no {name!r}; there are {', '.join(ENVS)}, and path/to/file.py:Class")
+    if name not in ENVS and not Path(path).is_file():
+        raise UserError(f"env: there is no file {path}")
     if name not in ENVS:
-        raise UserError(f"env: there is no {name!r}; there are {', '.join(ENVS)}")
-    module, _, kind = ENVS[name].partition(":")
-    return getattr(import_module(module), kind)(data)
+        sys.path.insert(0, str(Path(path).resolve().parent))
+    module = import_module(Path(path).stem)
+    if not hasattr(module, kind):
+        raise UserError(f"env: {path} has no class {kind}")
+    return getattr(module, kind)
+
+
+def make_env(name: str, data: str = "") -> Env:
+    """The environment; where it asks for it by `apart`, in a process of its own."""
+    if getattr(env_class(name), "apart", False):
+        return import_module("workers").Remote(name, data)
+    return env_class(name)(data)
 
 
 def play(env: Env, task: str) -> None:
