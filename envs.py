@@ -236,7 +236,8 @@ class Quest(Env):
 
 
 ENVS = {"quest": "envs:Quest", "sokoban": "sokoban:Sokoban", "sokoban-words": "sokoban:InWords",       # module:class
-        "code": "coding:Code", "webshop": "webshop:WebShop"}
+        "scienceworld": "worlds:ScienceWorld", "alfworld": "worlds:ALFWorld", "webshop": "webshop:WebShop",
+        "code": "coding:Code"}
 
 
 @lru_cache
