@@ -1,9 +1,15 @@
 """Text worlds behind one small protocol: text in, text out. Nothing here knows of models or tokens.
 
-    python envs.py                          what there is
+    python envs.py                          what there is, and whether it is ready here
     python envs.py quest                    play by hand: `undo` is a rollback by replay, `hint` lists actions
     python envs.py sokoban test-1-0003      play that task
     python envs.py sokoban data=levels.txt  play level files in Boxoban's format
+    python envs.py my/world.py:World        a world of your own
+
+    quest, sokoban, sokoban-words           here; sokoban also plays Boxoban's files
+    webshop                                 webshop.py: a small catalogue made there, or data= the public one
+    code                                    coding.py: data= CodeContests, MBPP or HumanEval
+    scienceworld, alfworld                  worlds.py: pip install scienceworld (and Java); pip install alfworld, data=
 
 A world must be deterministic: `reset(task)` and the same actions give the same observations, always. That is all
 that backtracking needs, and `rollback` checks it at every turn. Quest is the embedded default, made so that no
@@ -256,11 +262,15 @@ def env_class(name: str) -> type:
     return getattr(module, kind)
 
 
+def open_env(name: str, data: str) -> Env:
+    return env_class(name)(data) if data else env_class(name)()
+
+
 def make_env(name: str, data: str = "") -> Env:
     """The environment; where it asks for it by `apart`, in a process of its own."""
     if getattr(env_class(name), "apart", False):
         return import_module("workers").Remote(name, data)
-    return env_class(name)(data)
+    return open_env(name, data)
 
 
 def play(env: Env, task: str) -> None:
@@ -298,9 +308,13 @@ def main(args: list[str]) -> None:
     if not words or words[0] in ("-h", "--help") or set(options) - {"data"}:
         print(__doc__)
         for name in ENVS:
-            env = make_env(name)
-            sizes = (f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
-            print(f"{name:14}" + ", ".join(sizes) + " tasks")
+            try:
+                env = make_env(name, options.get("data", ""))
+                sizes = (f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
+                print(f"{name:14}ready: " + ", ".join(sizes) + " tasks")
+                env.close()
+            except UserError as error:
+                print(f"{name:14}not ready: {error}")
         return
     env = make_env(words[0], options.get("data", ""))
     tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]

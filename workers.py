@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generator, Sequence
 
-from envs import Env, Outcome, UserError, env_class, rollback
+from envs import Env, Outcome, UserError, open_env, rollback
 
 
 class Remote(Env):
@@ -108,7 +108,7 @@ def serve(name: str, data: str) -> None:
         except EOFError:
             break
         try:
-            env = env or env_class(name)(data)
+            env = env or open_env(name, data)
             if what == "about":
                 answer = env.rules, env.max_turns
             elif what == "rollback":

@@ -125,3 +125,19 @@ def test_a_world_that_is_not_there_is_one_clear_line(name, message, monkeypatch)
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
         make_env(name)
+
+
+@pytest.mark.slow
+def test_the_readmes_world_of_your_own_plays_and_trains(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    source, commands = text.partition("(doors.py):")[2].split("```")[1:3]
+    assert len([line for line in source.removeprefix("python\n").splitlines() if line.strip()]) <= 25
+    (tmp_path / "doors.py").write_text(source.removeprefix("python\n"))
+    play, whole = [line.split("#")[0].replace("doors.py", str(tmp_path / "doors.py")).split()[1:]
+                   for line in commands.splitlines() if line.startswith("    python")][:2]
+    played = subprocess.run([sys.executable, *play], input="hint\ngo attic\nundo\ngo cellar\ngo garden\ngo attic\n",
+                            cwd=ROOT, text=True, capture_output=True)
+    assert "go attic, go cellar, go garden" in played.stdout and "after" in played.stdout, played.stderr
+    whole = [*whole, "preset=smoke", f"out={tmp_path / 'run'}"]
+    trained = subprocess.run([sys.executable, *whole], cwd=ROOT, text=True, capture_output=True)
+    assert trained.returncode == 0 and "doors: 8 tasks" in trained.stdout, trained.stderr
