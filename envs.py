@@ -5,6 +5,7 @@
     python envs.py sokoban test-1-0003      play that task
     python envs.py sokoban data=levels.txt  play level files in Boxoban's format
     python envs.py my/world.py:World        a world of your own
+    python envs.py measure quest            its splits, whether it replays, steps a second, memory
 
     quest, sokoban, sokoban-words           here; sokoban also plays Boxoban's files
     webshop                                 webshop.py: a small catalogue made there, or data= the public one
@@ -315,6 +316,9 @@ def main(args: list[str]) -> None:
                 env.close()
             except UserError as error:
                 print(f"{name:14}not ready: {error}")
+        return
+    if words[0] == "measure" and len(words) == 2:
+        print(import_module("workers").measure(words[1], options.get("data", "")))
         return
     env = make_env(words[0], options.get("data", ""))
     tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]

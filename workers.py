@@ -7,14 +7,16 @@ An episode acts through `act` and `back`. They are generators: of a Remote they 
 import atexit
 import os
 import pickle
+import random
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generator, Sequence
 
-from envs import Env, Outcome, UserError, open_env, rollback
+from envs import Env, Outcome, ReplayMismatch, UserError, open_env, rollback
 
 
 class Remote(Env):
@@ -122,6 +124,41 @@ def serve(name: str, data: str) -> None:
         answers.flush()
     if env:
         env.close()
+
+
+def measure(name: str, data: str) -> str:
+    """Splits, whether random walks replay on another instance, speed and memory of a world."""
+    from launcher import below, processes
+
+    def memory() -> int:
+        found = processes()
+        return sum(found[pid][2] for pid in [os.getpid(), *below(os.getpid(), found)])
+    before = memory()
+    env, other, rng = open_env(name, data), open_env(name, data), random.Random(0)
+    splits = {split: env.tasks(split) for split in ("train", "valid", "test")}
+    tasks = next(found for found in splits.values() if found)
+    same = steps = 0
+    seconds = 0.0
+    for task in rng.sample(tasks, min(20, len(tasks))):
+        turns = [Replayed(env.reset(task), "")]
+        for _ in range(min(25, env.max_turns)):
+            turns[-1].action = rng.choice(env.actions() or ["nothing"]) if rng.random() < 0.9 else "nothing"
+            began = time.perf_counter()
+            outcome = env.step(turns[-1].action)
+            seconds, steps = seconds + time.perf_counter() - began, steps + 1
+            turns.append(Replayed(outcome.obs, ""))
+            if outcome.done:
+                break
+        try:
+            same += rollback(other, task, turns) == turns[-1].obs
+        except ReplayMismatch:
+            pass
+    text = (f"{name}: " + ", ".join(f"{split} {len(found)}" for split, found in splits.items()) + f" tasks; {same} of "
+            f"{min(20, len(tasks))} random episodes replay byte for byte on another instance; {steps / seconds:.0f} steps "
+            f"a second; {(memory() - before) / 2**21:.0f} MB an instance")
+    env.close()
+    other.close()
+    return text
 
 
 if __name__ == "__main__":

@@ -355,6 +355,7 @@ def test_a_person_plays_undoes_and_wins():
 
 def test_playing_ends_with_the_input_and_names_mistakes():
     assert play("sokoban", typed="up\nhint\nundo\n").returncode == 0
-    assert play("chess", typed="").stderr == "error: env: there is no 'chess'; there are quest, sokoban, sokoban-words\n"
+    assert play("chess", typed="").stderr == ("error: env: there is no 'chess'; there are quest, sokoban, sokoban-words, "
+                                              "scienceworld, alfworld, webshop, code, and path/to/file.py:Class\n")
     assert "has no task 'x'" in play("quest", "x", typed="").stderr
     assert "python envs.py quest" in play(typed="").stdout
