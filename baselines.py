@@ -22,11 +22,12 @@ from typing import Callable, Iterator
 import torch
 from tqdm import tqdm
 
-from envs import Env, ReplayMismatch, UserError, rollback
+from envs import Env, ReplayMismatch, UserError
 from eval import Samples, cell, make_engine, make_worlds, open_policy, pick_tasks, read_samples, spread
 from leafe import PLAYBOOK, TURN, Branch, Tree, episode, explore, fill, read_trees, rows_of
 from model import Ask, Batch, Chat, Engine, Job, Packed, Segment, adapter_off, pack, token_logp
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, spent
+from workers import act, back
 
 # ------------------------------------------------------------------------------------ rollouts within a budget
 
@@ -121,10 +122,10 @@ def alternatives(env: Env, chat: Chat, cfg: Config, task: str, turn: int, path: 
         action = env.action(chat.text(ids))
         if ids and action not in tried:
             try:
-                rollback(env, task, path)
+                yield from back(env, task, path)
             except ReplayMismatch:
                 break
-            tried[action] = env.step(action).obs
+            tried[action] = (yield from act(env, action)).obs
     if cfg.early_experience == "reflection":
         text = TURN.format(t=t, obs=path[-1].obs) + WHY.format(
             action=path[-1].action, tried="\n".join(f"{action}: {obs}" for action, obs in tried.items()))

@@ -1,9 +1,16 @@
 """Text worlds behind one small protocol: text in, text out. Nothing here knows of models or tokens.
 
-    python envs.py                          what there is
+    python envs.py                          what there is, and whether it is ready here
     python envs.py quest                    play by hand: `undo` is a rollback by replay, `hint` lists actions
     python envs.py sokoban test-1-0003      play that task
     python envs.py sokoban data=levels.txt  play level files in Boxoban's format
+    python envs.py my/world.py:World        a world of your own
+    python envs.py measure quest            its splits, whether it replays, steps a second, memory
+
+    quest, sokoban, sokoban-words           here; sokoban also plays Boxoban's files
+    webshop                                 webshop.py: a small catalogue made there, or data= the public one
+    code                                    coding.py: data= CodeContests, MBPP or HumanEval
+    scienceworld, alfworld                  worlds.py: pip install scienceworld (and Java); pip install alfworld, data=
 
 A world must be deterministic: `reset(task)` and the same actions give the same observations, always. That is all
 that backtracking needs, and `rollback` checks it at every turn. Quest is the embedded default, made so that no
@@ -11,8 +18,11 @@ fixed habit solves it: one must read the refusals and act on them. Other worlds 
 """
 import random
 import re
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Protocol, Sequence
 
@@ -233,15 +243,35 @@ class Quest(Env):
 
 
 ENVS = {"quest": "envs:Quest", "sokoban": "sokoban:Sokoban", "sokoban-words": "sokoban:InWords",       # module:class
-        "code": "coding:Code", "webshop": "webshop:WebShop"}
+        "scienceworld": "worlds:ScienceWorld", "alfworld": "worlds:ALFWorld", "webshop": "webshop:WebShop",
+        "code": "coding:Code"}
+
+
+@lru_cache
+def env_class(name: str) -> type:
+    """A world by its name in config.yaml, or as `path/to/file.py:Class`. Raises UserError with what there is."""
+    path, _, kind = ENVS.get(name, name).rpartition(":")
+    if name not in ENVS and not path.endswith(".py"):
+        raise UserError(f"env: there is no {name!r}; there are {', '.join(ENVS)}, and path/to/file.py:Class")
+    if name not in ENVS and not Path(path).is_file():
+        raise UserError(f"env: there is no file {path}")
+    if name not in ENVS:
+        sys.path.insert(0, str(Path(path).resolve().parent))
+    module = import_module(Path(path).stem)
+    if not hasattr(module, kind):
+        raise UserError(f"env: {path} has no class {kind}")
+    return getattr(module, kind)
+
+
+def open_env(name: str, data: str) -> Env:
+    return env_class(name)(data) if data else env_class(name)()
 
 
 def make_env(name: str, data: str = "") -> Env:
-    """An environment by its name in config.yaml. Raises UserError with what there is."""
-    if name not in ENVS:
-        raise UserError(f"env: there is no {name!r}; there are {', '.join(ENVS)}")
-    module, _, kind = ENVS[name].partition(":")
-    return getattr(import_module(module), kind)(data)
+    """The environment; where it asks for it by `apart`, in a process of its own."""
+    if getattr(env_class(name), "apart", False):
+        return import_module("workers").Remote(name, data)
+    return open_env(name, data)
 
 
 def play(env: Env, task: str) -> None:
@@ -279,9 +309,16 @@ def main(args: list[str]) -> None:
     if not words or words[0] in ("-h", "--help") or set(options) - {"data"}:
         print(__doc__)
         for name in ENVS:
-            env = make_env(name)
-            sizes = (f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
-            print(f"{name:14}" + ", ".join(sizes) + " tasks")
+            try:
+                env = make_env(name, options.get("data", ""))
+                sizes = (f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
+                print(f"{name:14}ready: " + ", ".join(sizes) + " tasks")
+                env.close()
+            except UserError as error:
+                print(f"{name:14}not ready: {error}")
+        return
+    if words[0] == "measure" and len(words) == 2:
+        print(import_module("workers").measure(words[1], options.get("data", "")))
         return
     env = make_env(words[0], options.get("data", ""))
     tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]

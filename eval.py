@@ -12,6 +12,7 @@ n samples a task, c successes: pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 202
 """
 import hashlib
 import json
+import os
 import random
 from collections import deque
 from dataclasses import replace
@@ -21,14 +22,16 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from envs import Env, UserError, make_env
+from envs import Env, UserError, env_class, make_env
 from leafe import PLAYBOOK, episode
 from model import Chat, Engine, Job, adapter_off, load_adapter, load_model, lora_parameters
 from run import Config, Jsonl, RunFolder, guarded, load_config, policy_name, read_jsonl, refuse, write_aside
 
 
 def make_engine(model, chat: Chat, cfg: Config) -> Engine:
-    return Engine(model, chat.stop, cfg.slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
+    apart = getattr(env_class(cfg.env), "apart", False)      # then an episode has a process
+    slots = min(cfg.slots, cfg.workers or os.cpu_count()) if apart else cfg.slots
+    return Engine(model, chat.stop, slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
 
 
 def make_worlds(cfg: Config) -> Callable[[], Env]:

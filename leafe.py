@@ -19,9 +19,10 @@ from typing import Callable, Iterator
 
 from tqdm import tqdm
 
-from envs import Env, ReplayMismatch, UserError, rollback
+from envs import Env, ReplayMismatch, UserError
 from model import Ask, Chat, Engine, Episode, Job, Segment
 from run import Config, Jsonl
+from workers import act, back
 
 # The prompts: all the text that a policy ever reads, besides the environment's own rules and observations.
 TURN = "step {t}: {obs}"                          # a user message: turn t's observation
@@ -169,7 +170,7 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
     horizon = min(env.max_turns, cfg.horizon or env.max_turns)
     with closing(env):
         try:
-            obs = rollback(env, task, past) if past else env.reset(task)     # Reset(E), a_1 .. a_{tau-1}
+            obs = yield from back(env, task, past)                   # Reset(E), a_1 .. a_{tau-1}
         except ReplayMismatch:
             branch.end = "mismatch"
             return branch
@@ -187,7 +188,7 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
                 break
             cut = action_ids[-1] not in chat.stop
             action = env.action(chat.text(action_ids))
-            outcome = env.step(action)
+            outcome = yield from act(env, action)
             branch.steps += 1
             branch.tokens += len(action_ids)
             branch.turns.append(Turn(obs, obs_ids, action, action_ids, None, e if t == tau else "",

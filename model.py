@@ -11,6 +11,7 @@ import json
 import math
 import random
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -240,7 +241,7 @@ class Ask:
     temperature: float | None = None    # None: the engine's; 0: greedy
 
 
-Episode = Generator[Ask, list[int] | None, Any]
+Episode = Generator[Ask | Future, Any, Any]     # or yields a Future of its world's, and receives what that brings
 
 
 @dataclass(eq=False)
@@ -257,6 +258,7 @@ class Job:
     reply_at: int = 0
     max_new: int = 0
     temperature: float = 1.0
+    waits_for: Future | None = None     # its world is at work (envs.Remote); the others go on
 
 
 @dataclass
@@ -339,12 +341,15 @@ class Engine:
         try:
             while queue or self.live:
                 yield from self._admit(queue)
-                if not self.live:                        # every new episode ended without asking for a reply
+                yield from self._advance([row for row, job in enumerate(self.live)
+                                          if job.waits_for and job.waits_for.done()])
+                tail = {row: len(job.ids) - job.cached for row, job in enumerate(self.live) if not job.waits_for}
+                if not tail:                             # all episodes have ended, or wait for their worlds
+                    wait([job.waits_for for job in self.live], return_when=FIRST_COMPLETED)
                     continue
-                tail = [len(job.ids) - job.cached for job in self.live]
                 # A ragged prefill costs more than a decode step: let it wait until half of the rows want one.
-                long = sum(n > 1 for n in tail) * 2 >= len(tail)
-                rows = [row for row, n in enumerate(tail) if (n > 1) == long]
+                long = sum(n > 1 for n in tail.values()) * 2 >= len(tail)
+                rows = [row for row, n in tail.items() if (n > 1) == long]
                 self._forward(rows)
                 yield from self._advance(rows)
         finally:
@@ -365,7 +370,7 @@ class Engine:
         leaders: dict[str, int] = {}
         for row in fresh:
             job = self.live[row]
-            if not job.snapshot and self._longest(job)[1] < len(job.ids) - 1:
+            if not job.snapshot and not job.waits_for and self._longest(job)[1] < len(job.ids) - 1:
                 leaders.setdefault(job.family, row)
         for row in leaders.values():
             self._fork(row)
@@ -376,11 +381,16 @@ class Engine:
             self._fork(row)
 
     def _advance(self, rows: list[int]) -> Iterator[Job]:
-        """Give finished replies to their episodes; free the rows of ended ones."""
+        """Give finished replies, and what their worlds answered, to their episodes; free the rows of ended ones."""
         for row in reversed(rows):                       # from the back: the row moved in is a live one
             job = self.live[row]
-            whole = job.ids[-1] in self.stop or len(job.ids) - job.reply_at >= job.max_new
-            if not whole or self._send(job, job.ids[job.reply_at:]):
+            answer, job.waits_for = job.waits_for, None
+            whole = answer or job.ids[-1] in self.stop or len(job.ids) - job.reply_at >= job.max_new
+            if not whole:
+                continue
+            if self._send(job, answer or job.ids[job.reply_at:]):
+                if answer and not job.cached and not job.waits_for:
+                    self._fork(row)
                 continue
             if job.snapshot:
                 self._keep(row)
@@ -390,15 +400,21 @@ class Engine:
                 self.live[row] = last
             yield job
 
-    def _send(self, job: Job, reply: list[int] | None) -> bool:
-        """Let the episode go on until it asks for a reply that has room; False when it has ended."""
+    def _send(self, job: Job, reply: Any) -> bool:
+        """Let the episode go on until it asks for a reply that has room, or for its world; False when it has ended."""
         try:
-            ask = job.episode.send(reply)
-            while len(ask.context) + ask.max_new > self.context:
+            if isinstance(reply, Future) and (error := reply.exception()):
+                ask = job.episode.throw(error)
+            else:
+                ask = job.episode.send(reply.result() if isinstance(reply, Future) else reply)
+            while isinstance(ask, Ask) and len(ask.context) + ask.max_new > self.context:
                 ask = job.episode.send(None)
         except StopIteration as end:
             job.result = end.value
             return False
+        if isinstance(ask, Future):
+            job.waits_for = ask
+            return True
         job.cached = min(job.cached, common_prefix(job.ids, ask.context), len(ask.context) - 1)
         job.ids, job.reply_at, job.max_new = list(ask.context), len(ask.context), ask.max_new
         job.temperature = self.temperature if ask.temperature is None else ask.temperature

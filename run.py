@@ -33,6 +33,7 @@ class Config:
     lora_alpha: float
     context: int
     slots: int
+    workers: int | None
     snapshot_mb: int
     temperature: float
     env: str
@@ -103,6 +104,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
        "grpo_kl", "grpo_refusal", "playbook_tokens")],
     *[(key, lambda v: 0 < v < float("inf"), "must be above 0") for key in
       ("lora_alpha", "lr", "clip", "grpo_clip")],
+    ("workers", lambda v: v is None or v >= 1, "must be 1 or more, or null for as many as there are processors"),
     ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
     *[(key, lambda v: 0 <= v <= 1, "must lie in 0..1") for key in ("rehearsal_share", "alternatives_share")],
     ("env_steps", lambda v: v is None or v >= 1, "must be 1 or more, or null for what trees= took"),
@@ -129,7 +131,7 @@ TOGETHER: list[tuple[str, Callable[[dict], bool], str]] = [
      "learns a reason before each action: raise action_tokens above reflect_tokens"),
     ("grpo_group", lambda s: s["grpo_group"] > 1, "must be 2 or more: a rollout is judged against its group"),
 ]
-NOT_PART_OF_RESULTS = {"out", "slots", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base",
+NOT_PART_OF_RESULTS = {"out", "slots", "workers", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base",
                        "test_tasks", "samples", "split", "adapter", "playbook", "seeds"}
 
 

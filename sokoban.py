@@ -87,6 +87,7 @@ class Sokoban(Env):
             if not Path(name).is_file():
                 raise UserError(f"data: there is no file {name}")
             self.files[Path(name).stem] = read_boxoban(Path(name))
+            self.max_turns = 120                   # usual for Boxoban (Guez et al., 2019)
 
     def tasks(self, split: str) -> list[str]:
         if self.files:                             # Boxoban names its files <set>_<split>_<number>

@@ -1,0 +1,203 @@
+"""ScienceWorld and ALFWorld, the paper's, on their own packages, each episode in a process of its own (workers.py).
+
+    pip install scienceworld                      and a Java runtime (java on the PATH)
+    python envs.py scienceworld                   data=easy, or other simplifications of the package, comma-separated
+    pip install alfworld
+    python envs.py alfworld data=json_2.1.1       the official download's folder, or files of problems as JSON lines
+
+Actions and observations are the packages' own. Horizons are the usual ones: 100 for ScienceWorld (the package's
+envStepLimit), 50 for ALFWorld (its config, ReAct and later work).
+"""
+import json
+import lzma
+import os
+import random
+import re
+import shutil
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Iterator
+
+from envs import Env, Outcome, UserError
+
+
+def installed(package: str, name: str):
+    """Import a package that only some worlds need."""
+    try:
+        return __import__(package, fromlist=["_"])
+    except ImportError as error:
+        raise UserError(f"env: {name} needs the package {package.partition('.')[0]} ({error}); "
+                        f"pip install {package.partition('.')[0]}") from None
+
+
+class ScienceWorld(Env):
+    """Task ids: `<task>/<variation>`. The splits are the package's train, dev and test variations of its 30 tasks.
+    Score: the package's, by 100; success is 100, and -100 (the wrong focus) ends an episode."""
+    rules = ("you are in a house with a workshop and a greenhouse, and solve a task of elementary science. actions: look "
+             "around, inventory, task, open OBJ, close OBJ, activate OBJ, deactivate OBJ, connect OBJ to OBJ, disconnect "
+             "OBJ, use OBJ [on OBJ], look at OBJ, look in OBJ, read OBJ, move OBJ to OBJ, pick up OBJ, put down OBJ, pour "
+             "OBJ into OBJ, dunk OBJ into OBJ, mix OBJ, go to LOC, teleport to LOC, eat OBJ, flush OBJ, focus on OBJ, "
+             "wait, wait1. an ambiguous action gets a numbered list: answer with a number. answer with one action")
+    max_turns = 100
+    apart = True
+    refusals = ("No known action matches", "Unknown action", "Ambiguous request", "It's not clear", "I'm not sure")
+
+    def __init__(self, data: str = ""):
+        package = installed("scienceworld", "scienceworld")
+        if not shutil.which("java"):
+            raise UserError("env: scienceworld needs a Java runtime: install one, like Debian's openjdk-17-jre-headless")
+        # Without a fixed identity hash, the order of things and so the observations differ from run to run.
+        os.environ["JDK_JAVA_OPTIONS"] = ("-XX:+UnlockExperimentalVMOptions -XX:hashCode=2 -XX:+UseSerialGC -Xmx192m "
+                                          + os.environ.get("JDK_JAVA_OPTIONS", ""))
+        self.env, self.easy = package.ScienceWorldEnv("", envStepLimit=10**6), data
+        odd = [word for word in data.split(",") if word not in ("", "easy", *self.env.get_possible_simplifications())]
+        if odd:
+            raise UserError(f"data: scienceworld has no simplification {odd[0]!r}; there are easy, "
+                            f"{', '.join(self.env.get_possible_simplifications())}")
+
+    def tasks(self, split: str) -> list[str]:
+        pick = dict(train=self.env.get_variations_train, valid=self.env.get_variations_dev,
+                    test=self.env.get_variations_test).get(split)
+        found: list[list[str]] = []
+        for name in self.env.get_task_names() if pick else []:
+            self.env.load(name, 0, self._easy(name))
+            found.append([f"{name}/{variation}" for variation in pick()])
+        longest = max(map(len, found), default=0)        # the first of every task, then the second of every task, ...
+        return [own[i] for i in range(longest) for own in found if i < len(own)]
+
+    def _easy(self, name: str) -> str:
+        """Tasks of electricity cannot be simplified by leaving it out."""
+        electric = "power-component" in name or "conductivity" in name
+        return ",".join(word for word in self.easy.split(",") if not (electric and word == "noElectricalAction"))
+
+    def difficulty(self, task: str) -> str:
+        return task.partition("/")[0]
+
+    def reset(self, task: str) -> str:
+        name, _, variation = task.partition("/")
+        if name not in self.env.get_task_names() or not variation.isdecimal():
+            raise UserError(f"scienceworld has no task {task!r}; ids look like boil/0")
+        self.env.load(name, int(variation), self._easy(name))
+        self.env.server.reset()
+        self.left = self.max_turns
+        return self.env.get_task_description() + "\n" + self.env.server.step("look around")
+
+    def step(self, action: str) -> Outcome:
+        self.left -= 1
+        if "reset task" in action.lower():               # an action of the package, not of the world
+            obs = "No known action matches that input."
+        else:                                            # its own step() lists all admissible actions: slow
+            obs = self.env.server.step(action)
+        score = int(round(100 * self.env.server.getScore()))
+        done = bool(self.env.server.getCompleted()) or score < 0 or self.left <= 0
+        return Outcome(obs.strip(), max(0, score) / 100, done, score == 100, not obs.startswith(self.refusals))
+
+    def actions(self) -> list[str]:
+        return [action for action in self.env.get_valid_action_object_combinations() if "reset task" not in action]
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class ALFWorld(Env):
+    """Task ids: `<split>/<type and objects>/<trial>`, as in the official folder. valid is the official valid_seen, test
+    is valid_unseen. A refusal says no more than `Nothing happens.`"""
+    rules = ("you are in a household and solve a task. actions: go to RECEP, take OBJ from RECEP, move OBJ to RECEP, "
+             "open RECEP, close RECEP, use OBJ, heat OBJ with RECEP, cool OBJ with RECEP, clean OBJ with RECEP, slice OBJ "
+             "with OBJ, examine OBJ, inventory, look. names have numbers, like cabinet 1. answer with one action")
+    max_turns = 50
+    apart = True
+    folders = {"train": "train", "valid": "valid_seen", "test": "valid_unseen"}
+
+    def __init__(self, data: str = ""):
+        textworld = installed("textworld", "alfworld")
+        installed("alfworld", "alfworld")
+        self.logic = installed("textworld.envs.pddl", "alfworld").pddl.pddl_logic
+        if not hasattr(self.logic.fast_downward.pddl2sas, "cache_info"):       # the slow part of a reset; it is pure
+            self.logic.fast_downward.pddl2sas = lru_cache(maxsize=64)(self.logic.fast_downward.pddl2sas)
+        if not data:
+            raise UserError("data: alfworld needs its games: data=path/to/json_2.1.1 (alfworld-download fetches it)")
+        self.problems = games(data)
+        request = textworld.EnvInfos(won=True, admissible_commands=True)
+        self.env = installed("textworld.envs.pddl", "alfworld").PddlEnv(request)
+
+    def tasks(self, split: str) -> list[str]:
+        wanted = self.folders.get(split, split) + "/"
+        return [task for task in self.problems if task.startswith(wanted)]
+
+    def difficulty(self, task: str) -> str:
+        return task.split("/")[1].partition("-")[0]
+
+    def reset(self, task: str) -> str:
+        if task not in self.problems:
+            raise UserError(f"alfworld has no task {task!r}; ids look like {next(iter(self.problems))}")
+        problem, goal = read_game(self.problems[task])
+        data = Path(installed("alfworld", "alfworld").__file__).parent / "data"
+        grammar = (data / "alfred.twl2").read_text().replace("UNKNOWN GOAL", goal.rstrip("."))
+        self.env.load(dict(pddl_domain=(data / "alfred.pddl").read_text(), grammar=grammar, pddl_problem=problem))
+        names = installed("alfworld.agents.utils.misc", "alfworld").Demangler(game_infos=self.env._entity_infos)
+        for info in self.env._entity_infos.values():
+            info.name = names.demangle_alfred_name(info.id)
+        self.state, self.left = self.env.reset(), self.max_turns
+        return self.state.feedback.partition("\n\n")[2].strip()             # without the welcome
+
+    def step(self, action: str) -> Outcome:
+        self.left -= 1
+        self.state, score, done = self.env.step(action.strip())
+        obs = self.state.feedback.strip()
+        return Outcome(obs, float(score), done or self.left <= 0, bool(self.state["won"]), obs != "Nothing happens.")
+
+    def actions(self) -> list[str]:
+        return list(self.state["admissible_commands"])
+
+    def plan(self) -> list[str]:
+        """The planner's way to the goal from here, for tests."""
+        return [action for action in self.env._pddl_state.replan(self.env._entity_infos)]
+
+
+@lru_cache
+def games(data: str) -> dict[str, tuple]:
+    """Task id -> where its game is: ("folder", path), or ("line", problem, what the task is) from a file of lines."""
+    found: dict[str, tuple] = {}
+    for path in [Path(name) for name in data.split(",")]:
+        if path.is_dir():
+            for problem in sorted([*path.rglob("game.tw-pddl"), *path.rglob("initial_state.pddl")], reverse=True):
+                task = "/".join(problem.parent.parts[-3:])
+                if "movable" not in task and "Sliced" not in task:
+                    found[task] = ("folder", str(problem))      # game.tw-pddl before initial_state.pddl
+            for file in sorted(path.glob("*.jsonl*")):
+                found.update(games(str(file)))
+        elif path.is_file():
+            for line in lines(path):
+                found[line["id"]] = ("line", zlib.compress(line["pddl_problem"].encode(), 1), line["task"])
+        else:
+            raise UserError(f"data: there is no file or folder {path}")
+    if not found:
+        raise UserError(f"data: {data} holds no games: neither game.tw-pddl nor initial_state.pddl files, nor JSON "
+                        f"lines with id, task and pddl_problem")
+    return dict(sorted(found.items()))
+
+
+def lines(path: Path) -> Iterator[dict]:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def read_game(where: tuple) -> tuple[str, str]:
+    """(PDDL problem, what the task is)."""
+    if where[0] == "line":
+        return zlib.decompress(where[1]).decode(), where[2].removeprefix("Your task is to: ")
+    path = Path(where[1])
+    if path.name == "game.tw-pddl":
+        game = json.loads(path.read_text())
+        goal = re.search(r"Your task is to: ([^\"\\]+)", game["grammar"])
+        return game["pddl_problem"], goal[1] if goal else "UNKNOWN GOAL"
+    about = json.loads((path.parent / "traj_data.json").read_text())
+    state = random.getstate()                            # the package draws one of several wordings
+    random.seed("/".join(path.parent.parts[-3:]))
+    goal = installed("alfworld.agents.utils.misc", "alfworld").get_templated_task_desc(about)
+    random.setstate(state)
+    return path.read_text(), goal
