@@ -1,9 +1,9 @@
 """Programming tasks, as the paper has them: submit a program, read what went wrong, submit again. CodeContests (a
-program reads stdin and prints), MBPP and HumanEval (functions that asserts call). Files are read as they are published:
+program reads stdin and prints), MBPP and HumanEval (asserts call functions). Files are read as they are published:
 
     python envs.py code data=mbpp.jsonl             MBPP, or sanitized-mbpp.json: splits by task id as published
     python envs.py code data=HumanEval.jsonl.gz     all of it is test
-    python envs.py code data=codecontests.jsonl     or .parquet (needs pyarrow); a file's name says train, valid or test
+    python envs.py code data=codecontests.jsonl     or .parquet (needs pyarrow); its name says train, valid or test
 
 The public tests are shown and give the feedback; the hidden ones decide, and where they lie no program can read: a
 program answers calls, and a second one, the judge, which alone holds the tests, compares. Both run in the sandbox.
@@ -80,7 +80,7 @@ def code_contests(record: dict, where: str) -> Problem:
                    difficulty=f"difficulty {record.get('difficulty')}")
 
 
-LAYOUTS = {"test_list": mbpp, "canonical_solution": human_eval, "public_tests": code_contests}      # by a field's name
+LAYOUTS = {"test_list": mbpp, "canonical_solution": human_eval, "public_tests": code_contests}    # by a field's name
 
 
 def records(path: Path) -> list[dict]:
@@ -120,7 +120,7 @@ def read_problems(path: Path) -> dict[str, Problem]:
 
 # ------------------------------------------------------------------------------ asserts: the answer and its judge
 
-# Values between the two are literals, what literals cannot say is tagged. An object stays where it is; a number names it.
+# Values between the two are literals, and what those cannot say is tagged. An object stays where it is, by a number.
 WIRE = """
 import ast, builtins, sys
 sys.set_int_max_str_digits(0) if hasattr(sys, "set_int_max_str_digits") else None
@@ -271,7 +271,8 @@ class Code(Env):
 
     def __init__(self, data: str = ""):
         if not data:
-            raise UserError("data: code needs a file of problems, like data=mbpp.jsonl (MBPP, HumanEval, CodeContests)")
+            raise UserError("data: code needs a file of problems (MBPP, HumanEval, CodeContests), like "
+                            "data=mbpp.jsonl")
         self.problems: dict[str, Problem] = {}
         for name in data.split(","):
             if not Path(name).is_file():
@@ -328,7 +329,8 @@ class Code(Env):
             if why := wrong(result):
                 return f"on the input\n{short(stdin)}\n{why}", 0.0
             if not same(result.out, expected):
-                return f"on the input\n{short(stdin)}\nit prints\n{short(result.out)}\nand not\n{short(expected)}", 0.0
+                return (f"on the input\n{short(stdin)}\nit prints\n{short(result.out)}\nand not\n"
+                        f"{short(expected)}"), 0.0
         for n, (stdin, expected) in enumerate(self.problem.hidden):
             result = run(source, stdin, limits)
             if (why := wrong(result)) or not same(result.out, expected):

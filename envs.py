@@ -10,7 +10,8 @@
     quest, sokoban, sokoban-words           here; sokoban also plays Boxoban's files
     webshop                                 webshop.py: a small catalogue made there, or data= the public one
     code                                    coding.py: data= CodeContests, MBPP or HumanEval
-    scienceworld, alfworld                  worlds.py: pip install scienceworld (and Java); pip install alfworld, data=
+    scienceworld                            worlds.py: pip install scienceworld, and Java
+    alfworld                                worlds.py: pip install alfworld, data= its games
 
 A world must be deterministic: `reset(task)` and the same actions give the same observations, always. That is all
 that backtracking needs, and `rollback` checks it at every turn. Quest is the embedded default, made so that no

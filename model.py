@@ -401,7 +401,7 @@ class Engine:
             yield job
 
     def _send(self, job: Job, reply: Any) -> bool:
-        """Let the episode go on until it asks for a reply that has room, or for its world; False when it has ended."""
+        """Let the episode go on until it asks for a reply that has room, or its world; False when it has ended."""
         try:
             if isinstance(reply, Future) and (error := reply.exception()):
                 ask = job.episode.throw(error)

@@ -131,8 +131,8 @@ TOGETHER: list[tuple[str, Callable[[dict], bool], str]] = [
      "learns a reason before each action: raise action_tokens above reflect_tokens"),
     ("grpo_group", lambda s: s["grpo_group"] > 1, "must be 2 or more: a rollout is judged against its group"),
 ]
-NOT_PART_OF_RESULTS = {"out", "slots", "workers", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base",
-                       "test_tasks", "samples", "split", "adapter", "playbook", "seeds"}
+NOT_PART_OF_RESULTS = {"out", "slots", "workers", "snapshot_mb", "checkpoint_every", "ks", "resamples",
+                       "evaluate_base", "test_tasks", "samples", "split", "adapter", "playbook", "seeds"}
 
 
 def fits(value: Any, kind: Any) -> bool:

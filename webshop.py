@@ -6,10 +6,10 @@
     python envs.py webshop data=products.jsonl.xz             one product a line, with attributes and instructions
 
 Pages, actions (search[...], click[...]), goals and reward follow the original's code (its `text` observations;
-github.com/princeton-nlp/WebShop). What can differ from its scores: search is SQLite's BM25 and not Lucene's; the words of a
-title that count as nouns are found by a list of other words and not by spaCy; prices that the original draws anew
-at every start (of a product with a range, a goal's limit) are drawn once and for all.
-Usual horizon 15 (ReAct). Success is a reward of 1.
+github.com/princeton-nlp/WebShop). What can differ from its scores: search is SQLite's BM25 and not Lucene's; the
+words of a title that count as nouns are found by a list of other words and not by spaCy; prices that the original
+draws anew at every start (of a product with a range, a goal's limit) are drawn once and for all. Usual horizon 15
+(ReAct). Success is a reward of 1.
 """
 import json
 import lzma

@@ -1,5 +1,5 @@
-"""Worlds that are slow, or cannot run beside another of their kind, each in a process of its own: while one steps, the
-model goes on with the others. A world asks for it by `apart = True`; then make_env gives a Remote.
+"""Worlds that are slow, or cannot run beside another of their kind, each in a process of its own: while one steps,
+the model goes on with the others. A world asks for it by `apart = True`; then make_env gives a Remote.
 
 An episode acts through `act` and `back`. They are generators: of a Remote they yield the Future of what it was asked
 (the engine goes on with other episodes until it is there), of any other world nothing.
@@ -153,9 +153,9 @@ def measure(name: str, data: str) -> str:
             same += rollback(other, task, turns) == turns[-1].obs
         except ReplayMismatch:
             pass
-    text = (f"{name}: " + ", ".join(f"{split} {len(found)}" for split, found in splits.items()) + f" tasks; {same} of "
-            f"{min(20, len(tasks))} random episodes replay byte for byte on another instance; {steps / seconds:.0f} steps "
-            f"a second; {(memory() - before) / 2**21:.0f} MB an instance")
+    sizes = ", ".join(f"{split} {len(found)}" for split, found in splits.items())
+    text = (f"{name}: {sizes} tasks; {same} of {min(20, len(tasks))} random episodes replay byte for byte on another "
+            f"instance; {steps / seconds:.0f} steps a second; {(memory() - before) / 2**21:.0f} MB an instance")
     env.close()
     other.close()
     return text

@@ -34,11 +34,12 @@ def installed(package: str, name: str):
 class ScienceWorld(Env):
     """Task ids: `<task>/<variation>`. The splits are the package's train, dev and test variations of its 30 tasks.
     Score: the package's, by 100; success is 100, and -100 (the wrong focus) ends an episode."""
-    rules = ("you are in a house with a workshop and a greenhouse, and solve a task of elementary science. actions: look "
-             "around, inventory, task, open OBJ, close OBJ, activate OBJ, deactivate OBJ, connect OBJ to OBJ, disconnect "
-             "OBJ, use OBJ [on OBJ], look at OBJ, look in OBJ, read OBJ, move OBJ to OBJ, pick up OBJ, put down OBJ, pour "
-             "OBJ into OBJ, dunk OBJ into OBJ, mix OBJ, go to LOC, teleport to LOC, eat OBJ, flush OBJ, focus on OBJ, "
-             "wait, wait1. an ambiguous action gets a numbered list: answer with a number. answer with one action")
+    rules = ("you are in a house with a workshop and a greenhouse, and solve a task of elementary science. "
+             "actions: look around, inventory, task, open OBJ, close OBJ, activate OBJ, deactivate OBJ, connect "
+             "OBJ to OBJ, disconnect OBJ, use OBJ [on OBJ], look at OBJ, look in OBJ, read OBJ, move OBJ to OBJ,"
+             " pick up OBJ, put down OBJ, pour OBJ into OBJ, dunk OBJ into OBJ, mix OBJ, go to LOC, teleport to "
+             "LOC, eat OBJ, flush OBJ, focus on OBJ, wait, wait1. an ambiguous action gets a numbered list: "
+             "answer with a number. answer with one action")
     max_turns = 100
     apart = True
     refusals = ("No known action matches", "Unknown action", "Ambiguous request", "It's not clear", "I'm not sure")
@@ -46,7 +47,8 @@ class ScienceWorld(Env):
     def __init__(self, data: str = ""):
         package = installed("scienceworld", "scienceworld")
         if not shutil.which("java"):
-            raise UserError("env: scienceworld needs a Java runtime: install one, like Debian's openjdk-17-jre-headless")
+            raise UserError("env: scienceworld needs a Java runtime; install one, like Debian's "
+                            "default-jre-headless")
         # Without a fixed identity hash, the order of things and so the observations differ from run to run.
         os.environ["JDK_JAVA_OPTIONS"] = ("-XX:+UnlockExperimentalVMOptions -XX:hashCode=2 -XX:+UseSerialGC -Xmx192m "
                                           + os.environ.get("JDK_JAVA_OPTIONS", ""))
@@ -103,9 +105,10 @@ class ScienceWorld(Env):
 class ALFWorld(Env):
     """Task ids: `<split>/<type and objects>/<trial>`, as in the official folder. valid is the official valid_seen, test
     is valid_unseen. A refusal says no more than `Nothing happens.`"""
-    rules = ("you are in a household and solve a task. actions: go to RECEP, take OBJ from RECEP, move OBJ to RECEP, "
-             "open RECEP, close RECEP, use OBJ, heat OBJ with RECEP, cool OBJ with RECEP, clean OBJ with RECEP, slice OBJ "
-             "with OBJ, examine OBJ, inventory, look. names have numbers, like cabinet 1. answer with one action")
+    rules = ("you are in a household and solve a task. actions: go to RECEP, take OBJ from RECEP, move OBJ to "
+             "RECEP, open RECEP, close RECEP, use OBJ, heat OBJ with RECEP, cool OBJ with RECEP, clean OBJ with "
+             "RECEP, slice OBJ with OBJ, examine OBJ, inventory, look. names have numbers, like cabinet 1. "
+             "answer with one action")
     max_turns = 50
     apart = True
     folders = {"train": "train", "valid": "valid_seen", "test": "valid_unseen"}

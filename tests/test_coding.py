@@ -66,7 +66,7 @@ def test_an_episode_of_four_programs_replays_and_ends(mbpp):
 def test_a_hidden_test_is_told_apart_from_a_public_one_and_not_shown(mbpp):
     task, problem = "mbpp_sample/602", mbpp.problems["mbpp_sample/602"]
     assert problem.public[0] in mbpp.reset(task) and len(problem.hidden) == 2
-    outcome = mbpp.step(f"def first_repeated_char(s): return {{'abcabc': 'a'}}.get(s, 'x')")
+    outcome = mbpp.step("def first_repeated_char(s): return {'abcabc': 'a'}.get(s, 'x')")
     assert outcome.obs == "a hidden test fails." and outcome.score < 1
     mbpp.reset(task)
     outcome = mbpp.step("def first_repeated_char(s): return 'x'")

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from envs import Quest, ReplayMismatch, UserError, env_class, make_env, rollback
 from eval import make_engine
-from leafe import Tree, episode, explore
+from leafe import episode, explore
 from model import Job
 from run import Jsonl
 from workers import Remote
