@@ -37,24 +37,27 @@ class Problem:
 
 def mbpp(record: dict, where: str) -> Problem:
     """https://github.com/google-research/google-research/tree/master/mbpp: ids 11-510 test, 511-600 validation,
-    601-974 train, 1-10 for few-shot prompts (here: train). The first assert is public, the others are hidden."""
-    number, tests = int(record["task_id"]), record["test_list"]
+    601-974 train, 1-10 for few-shot prompts (here: train). All asserts decide; the first is public."""
+    number, tests = int(record["task_id"]), record["test_list"] + record.get("challenge_test_list", [])
     setup = record.get("test_setup_code") or "\n".join(record.get("test_imports", []))
     statement = (record.get("text") or record["prompt"]).strip() + "\nit must pass this test:\n" + tests[0]
     return Problem(f"{number}", "test" if 11 <= number <= 510 else "valid" if 511 <= number <= 600 else "train",
-                   statement, tests[:1], tests[1:] + record.get("challenge_test_list", []),
-                   setup, reference=record["code"], difficulty="mbpp")
+                   statement, tests[:1], tests, setup, reference=record["code"], difficulty="mbpp")
 
 
 def human_eval(record: dict, where: str) -> Problem:
     """https://github.com/openai/human-eval. Public: the examples of the docstring that can be compared as values."""
-    prompt, name = record["prompt"], record["entry_point"]
-    public = []
-    for example in doctest.DocTestParser().get_examples(prompt.replace(">>>", ">>> ")):
+    prompt, name, public = record["prompt"], record["entry_point"], []
+    function = [node for node in ast.parse(prompt + "    pass").body if isinstance(node, ast.FunctionDef)][-1]
+    try:
+        examples = doctest.DocTestParser().get_examples(ast.get_docstring(function) or "")
+    except ValueError:                             # >>> not followed by a blank
+        examples = []
+    for example in examples:
         try:
             ast.literal_eval(example.want.strip())
-            ast.parse(example.source.strip(), mode="eval")
-            public.append(f"assert {example.source.strip()} == {example.want.strip()}")
+            source = ast.unparse(ast.parse(example.source.strip(), mode="eval"))          # without comments
+            public.append(f"assert {source} == {example.want.strip()}")
         except (SyntaxError, ValueError):
             pass
     return Problem(record["task_id"].rpartition("/")[2], "test", "complete this function; answer with all of it:\n"
@@ -114,6 +117,8 @@ def read_problems(path: Path) -> dict[str, Problem]:
             problem = layout(record, f"{path}, record {n}")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"data: {path}, record {n}: {type(error).__name__}: {error}") from None
+        if not problem.hidden:
+            raise UserError(f"data: {path}, record {n} ({problem.name}) has no tests")
         found[problem.name] = problem
     return found
 
@@ -127,9 +132,11 @@ sys.set_int_max_str_digits(0) if hasattr(sys, "set_int_max_str_digits") else Non
 objects = []
 class Object:
     def __init__(self, n): self.n = n
+    def __repr__(self): return "<an object>"
 class Remote:                                      # a name that the answer defines
     def __init__(self, name): self.name = name
-    def __call__(self, *args, **kwargs): return ask(self.name, *args, **kwargs)
+    def __repr__(self): return self.name
+    def __call__(self, /, *args, **kwargs): return ask(self.name, *args, **kwargs)
 def plain(v):
     for kind in (bool, int, str, bytes, complex):
         if isinstance(v, kind): return kind(v)
@@ -166,16 +173,17 @@ try:
     exec(SETUP, space)
 except BaseException as error:
     trace = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
-    print(repr(plain(("broken", "".join(trace)))), file=said, flush=True)
+    print(repr(("broken", "".join(trace)[-2000:])), file=said, flush=True)
     os._exit(1)
+print(repr(("ready", "")), file=said, flush=True)
 for line in asked:
-    name, args, kwargs = real(ast.literal_eval(line), objects)
     try:
+        name, args, kwargs = real(ast.literal_eval(line), objects)
         if name not in space: raise NameError(f"{name} is not defined")
-        answer = ("is", space[name](*args, **kwargs))
+        answer = repr(plain(("is", space[name](*args, **kwargs), args)))
     except BaseException as error:
-        answer = ("raises", type(error).__name__, str(error))
-    print(repr(plain(answer)), file=said, flush=True)
+        answer = repr(plain(("raises", type(error).__name__, str(error))))
+    print(answer, file=said, flush=True)
 '''
 
 JUDGE = WIRE + '''
@@ -184,57 +192,69 @@ class Broken(Exception): pass
 class Raised(Exception): pass
 told, last = sys.stdout, [""]
 sys.stdout = sys.stderr
-def ask(name, *args, **kwargs):
+def changed(old, new):                             # a function may change what it is given
+    if type(old) is type(new):
+        if isinstance(old, list): old[:] = new
+        elif isinstance(old, (dict, set)): old.clear(); old.update(new)
+try: greeting = ast.literal_eval(sys.stdin.readline())
+except Exception: greeting = ("broken", "the program ended")
+def ask(name, /, *args, **kwargs):
+    if greeting[0] != "ready": raise Broken(str(greeting[1]))
     try: print(repr(plain((name, args, kwargs))), file=told, flush=True)
     except BrokenPipeError: pass                   # its last words may be there to read
     line = sys.stdin.readline()
     if not line: raise Broken("the program ended")
     kind, *rest = real(ast.literal_eval(line))
-    if kind == "broken": raise Broken(rest[0])
     if kind == "raises":
         error = getattr(builtins, rest[0], None)
-        known = isinstance(error, type) and issubclass(error, Exception)
+        known = isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, StopIteration)
         raise error(rest[1]) if known else Raised(f"{rest[0]}: {rest[1]}")
+    if kind != "is": raise Broken("the program ended")
     last[0] = f"{name}({', '.join(map(repr, args))}) returned {rest[0]!r}"
+    for old, new in zip(args, rest[1]): changed(old, new)
     return rest[0]
 space = {"__name__": "judge"}
 try: exec(SETUP, space)
 except NameError: pass                             # it builds on the answer, which has run it, too
 for name in NAMES: space[name] = Remote(name)
-trees = [ast.parse(test) for test in TESTS]
+trees = [ast.parse(test) for test in PUBLIC + TESTS]
 names = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name)]
 bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)} | {n.name for tree in trees for n in ast.walk(tree)
     if isinstance(n, ast.FunctionDef)} | {a.arg for tree in trees for a in ast.walk(tree) if isinstance(a, ast.arg)}
 for name in {n.id for n in names} - bound - set(dir(builtins)) - set(space):
     space[name] = importlib.import_module(name) if name in sys.stdlib_module_names else Remote(name)
-report = (len(TESTS), "", "")
-for i, test in enumerate(TESTS):
-    try:
-        exec(compile(test, "test", "exec"), space)
-    except Exception as error:
-        report = (i, type(error).__name__, last[0] if isinstance(error, AssertionError) else str(error))
-        break
-print(repr(("REPORT", *report)), file=sys.__stderr__)
+def passed(tests):
+    for i, test in enumerate(tests):
+        try:
+            exec(compile(test, "test", "exec"), space)
+        except Exception as error:
+            text = last[0] if isinstance(error, AssertionError) else str(error)
+            return i, type(error).__name__, text[:1000]
+    return len(tests), "", ""
+print(repr(("REPORT", passed(PUBLIC), passed(TESTS))), file=sys.__stderr__)
 '''
 
 
-def judge(problem: Problem, source: str) -> tuple[int, str, str]:
-    """(tests passed before the first that fails, the kind of failure or "", what is known of it), public ones first.
-    Names that the asserts use belong to the answer, but for the setup's own."""
-    tests = problem.public + problem.hidden
-    defined = re.findall(r"^def (\w+)", problem.setup, re.M)
-    names = defined[-1:] if problem.setup.endswith("    pass\n") else []       # HumanEval's helpers stay the judge's
-    driver = f"SOURCE, SETUP = {source!r}, {'' if names else problem.setup!r}\n{DRIVER}"
-    answer, verdict = pair(driver, f"SETUP, NAMES, TESTS = {problem.setup!r}, {names!r}, {tests!r}\n{JUDGE}",
-                           Limits(seconds=problem.seconds))
-    lines = verdict.err.strip().splitlines()
-    if not lines or not lines[-1].startswith("('REPORT'"):
-        late = "time" in (answer.end, verdict.end)
-        return 0, "time" if late else answer.end if answer.end != "exit" else "failure", verdict.err[-300:]
-    _, passed, kind, text = ast.literal_eval(lines[-1])
-    if kind == "Broken" and answer.end not in ("exit", "stopped"):
-        kind = answer.end
-    return passed, kind, text
+Verdict = tuple[int, str, str]                     # tests passed before one fails, how that fails, what is known of it
+
+
+def judge(problem: Problem, source: str) -> tuple[Verdict, Verdict]:
+    """The public tests' verdict, and the hidden ones'. A test's names that the reference defines belong to the answer;
+    what HumanEval's prompt defines beside its function stays the judge's own."""
+    prompt = problem.setup.endswith("    pass\n")
+    defined = re.findall(r"^(?:def|class) (\w+)", problem.setup if prompt else problem.reference, re.M)
+    names = defined[-1:] if prompt else defined
+    driver = f"SOURCE, SETUP = {source!r}, {'' if prompt else problem.setup!r}\n{DRIVER}"
+    tests = f"SETUP, NAMES, PUBLIC, TESTS = {(problem.setup, names, problem.public, problem.hidden)!r}"
+    answer, verdict = pair(driver, f"{tests}\n{JUDGE}", Limits(seconds=problem.seconds))
+    how = answer.end if answer.end in ("time", "memory", "disk", "output") else ""
+    try:
+        if (verdict.end, verdict.code) != ("exit", 0):
+            raise ValueError
+        _, public, hidden = ast.literal_eval(verdict.err.strip().splitlines()[-1])
+    except (ValueError, SyntaxError, IndexError):  # the judge came to no end
+        return (0, "", ""), (0, how or "failure", "")
+    return public, (hidden[0], how or hidden[1], hidden[2]) if hidden[1] else hidden
 
 
 # --------------------------------------------------------------------------------------- programs that read and print
@@ -243,7 +263,8 @@ def same(a: str, b: str) -> bool:
     """As CodeContests compares: word by word, whatever the case, numbers within 1e-5."""
     def equal(x: str, y: str) -> bool:
         try:
-            return x.lower() == y.lower() or abs(float(x) - float(y)) <= 1e-5
+            whole = all(re.fullmatch(r"[+-]?\d+", word) for word in (x, y)) or "_" in x + y
+            return x.lower() == y.lower() or (not whole and abs(float(x) - float(y)) <= 1e-5)
         except ValueError:
             return False
     return len(a.split()) == len(b.split()) and all(map(equal, a.split(), b.split()))
@@ -310,17 +331,18 @@ class Code(Env):
         return Outcome(wrong_ or "all tests pass.", score, not wrong_ or self.left <= 0, not wrong_)
 
     def _calls(self, source: str) -> tuple[str, float]:
-        passed, kind, text = judge(self.problem, source)
-        public, hidden = self.problem.public, self.problem.hidden
-        score = max(0, passed - len(public)) / max(1, len(hidden))
-        if not kind:
+        public, hidden = judge(self.problem, source)
+        score = hidden[0] / len(self.problem.hidden)
+        if not hidden[1]:
             return "", 1.0
-        if kind == "Broken":
-            return f"the program fails:\n{short(text, 500)}", 0.0
-        if passed >= len(public):
-            return "a hidden test fails." + (" it takes too long." if kind == "time" else ""), score
-        why = {"time": "it takes too long", "AssertionError": short(text)}.get(kind, f"{kind}: {short(text)}")
-        return f"this test fails: {short(public[passed])}\n{why}", 0.0
+        too = {"time": " it takes too long.", "memory": " it takes too much memory."}.get(hidden[1], "")
+        if public[1] == "Broken":
+            return f"the program fails:{too}\n{short(public[2], 500)}", 0.0
+        if not public[1]:
+            fails = hidden[1] == "Broken" and not self.problem.public
+            return f"the program fails:\n{short(hidden[2], 500)}" if fails else f"a hidden test fails.{too}", score
+        why = short(public[2]) if public[1] == "AssertionError" else f"{public[1]}: {short(public[2])}"
+        return f"this test fails: {short(self.problem.public[public[0]])}\n{why}", score
 
     def _reads(self, source: str) -> tuple[str, float]:
         limits = Limits(seconds=self.problem.seconds, memory_mb=1024, output_kb=1024)
@@ -334,7 +356,7 @@ class Code(Env):
         for n, (stdin, expected) in enumerate(self.problem.hidden):
             result = run(source, stdin, limits)
             if (why := wrong(result)) or not same(result.out, expected):
-                about = why if why.startswith("it ") else "it fails" if why else "its output is wrong"
+                about = why if result.end != "exit" else "it fails" if why else "its output is wrong"
                 return f"the tests shown pass. on a hidden test {about}.", n / len(self.problem.hidden)
         return "", 1.0
 

@@ -2,10 +2,12 @@
 starts the program, watches it, and kills its whole tree. Imports little: its start-up is half of the time of a run.
 """
 import ctypes
+import errno
 import marshal
 import os
 import resource
 import signal
+import stat
 import struct
 import sys
 import time
@@ -75,7 +77,7 @@ def allow_files(job: dict) -> None:
 # fail with EPERM. Left out on purpose: whatever reaches another process (kill, prlimit of another, tracing), the
 # network, links, modes and owners of files (Landlock does not know these), namespaces, keys, io_uring, memfd.
 CALLS = """
-read:0:63 write:1:64 open:2:- close:3:57 stat:4:- fstat:5:80 lstat:6:- poll:7:- lseek:8:62 mmap:9:222
+read:0:63 write:1:64 close:3:57 stat:4:- fstat:5:80 lstat:6:- poll:7:- lseek:8:62 mmap:9:222
 mprotect:10:226 munmap:11:215 brk:12:214 rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 pread64:17:67
 pwrite64:18:68 readv:19:65 writev:20:66 access:21:- pipe:22:- select:23:- sched_yield:24:124 mremap:25:216
 msync:26:227 mincore:27:232 madvise:28:233 dup:32:23 dup2:33:- pause:34:- nanosleep:35:101 getitimer:36:102
@@ -88,13 +90,17 @@ getpgid:121:155 getsid:124:156 rt_sigpending:127:136 rt_sigtimedwait:128:137 rt_
 sigaltstack:131:132 statfs:137:43 fstatfs:138:44 arch_prctl:158:- gettid:186:178 futex:202:98 time:201:-
 sched_getaffinity:204:123 set_tid_address:218:96 fadvise64:221:223 clock_gettime:228:113 clock_getres:229:114
 clock_nanosleep:230:115 exit_group:231:94 epoll_create1:291:20 epoll_ctl:233:21 epoll_wait:232:- epoll_pwait:281:22
-sendfile:40:71 openat:257:56 mkdirat:258:34 newfstatat:262:79 unlinkat:263:35 renameat:264:38 renameat2:316:276
+sendfile:40:71 mkdirat:258:34 newfstatat:262:79 unlinkat:263:35 renameat:264:38 renameat2:316:276
 readlinkat:267:78 faccessat:269:48 faccessat2:439:439 pselect6:270:72 ppoll:271:73 set_robust_list:273:99
 get_robust_list:274:100 dup3:292:24 pipe2:293:59 getrandom:318:278 statx:332:291 rseq:334:293 close_range:436:436
-copy_file_range:326:285 eventfd2:290:19 socketpair:53:199 sendto:44:206 recvfrom:45:207 getcpu:309:168 waitid:247:95
+copy_file_range:326:285 eventfd2:290:19 recvfrom:45:207 getcpu:309:168 waitid:247:95
 restart_syscall:219:128 getdents64:217:61 membarrier:324:283 shutdown:48:210 getsockname:51:204
 """
 BY_ARGUMENT = [                                          # numbers, argument, mask, values, whether these are allowed
+    ((2, None), 1, 0x203, [0, 1, 2, 0x201, 0x202], True),    # open, openat: to read, write, both; Landlock does not
+    ((257, 56), 2, 0x203, [0, 1, 2, 0x201, 0x202], True),    # see access mode 3, nor, before Linux 6.2, O_TRUNC
+    ((44, 206), 5, 0xFFFFFFFF, [0], True),               # sendto: to its own other end, to no address
+    ((53, 199), 0, 0xFFFFFFFF, [1], True),               # socketpair: Unix
     ((56, 220), 0, ANY_NEW, [0], True),                  # clone: no new namespace
     ((302, 261), 0, 0xFFFFFFFF, [0], True),              # prlimit64: its own
     ((72, 25), 1, 0xFFFFFFFF, [8, 10, 15], False),       # fcntl, but not F_SETOWN, F_SETSIG, F_SETOWN_EX: they signal
@@ -113,6 +119,8 @@ def allow_calls() -> None:
     for name, nr in number.items():
         code += [(equal, 0, 1, nr), (ret, 0, 0, allow)]
     for nrs, argument, mask, values, good in BY_ARGUMENT:
+        if nrs[column - 1] is None:
+            continue
         test = [(load, 0, 0, 16 + 8 * argument), (both, 0, 0, mask)]             # its low half: little-endian
         for value in values:
             test += [(equal, 0, 1, value), (ret, 0, 0, allow if good else refuse)]
@@ -144,6 +152,7 @@ def execute(job: dict, others: int, failed: int) -> None:
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         prctl(PDEATHSIG, signal.SIGKILL)
+        libc.personality(0x0040000)                      # ADDR_NO_RANDOMIZE: what prints an address prints it again
         confine(job, others)
         os.execve(job["python"], ["python3", "-s", "main.py"],
                   dict(PATH="/usr/bin:/bin", HOME=job["folder"], LANG="C.UTF-8", PYTHONUTF8="1", PYTHONHASHSEED="0",
@@ -160,6 +169,7 @@ def first_of_namespace(job: dict, failed: int, ended: int) -> None:
     if program == 0:
         execute(job, 2, failed)                          # the launcher, and process 1
     os.close(failed)
+    os.closerange(0, 3)                                  # the program's, not ours
     while (found := os.wait())[0] != program:
         pass
     os.write(ended, struct.pack("=i", found[1]))
@@ -172,8 +182,8 @@ def processes() -> dict[int, tuple[int, int, int, int]]:
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/stat", "rb") as file:
-                stat = file.read().rpartition(b")")[2].split()
-            found[int(pid)] = (int(stat[1]), int(stat[17]), int(stat[21]) * resource.getpagesize(),
+                fields = file.read().rpartition(b")")[2].split()
+            found[int(pid)] = (int(fields[1]), int(fields[17]), int(fields[21]) * resource.getpagesize(),
                                os.stat(f"/proc/{pid}").st_uid)
         except OSError:                                  # it ended meanwhile
             pass
@@ -191,19 +201,38 @@ def below(root: int, found: dict) -> list[int]:
     return tree[1:]
 
 
-def disk(folder: str) -> int:
-    """Bytes below a folder, 4 KB a file at the least; opens what the program closed to its user."""
-    total = 0
-    for path, folders, files in os.walk(folder):
-        for name in folders:
-            os.chmod(os.path.join(path, name), 0o700)
-        total += sum(max(4096, os.lstat(os.path.join(path, name)).st_blocks * 512) for name in files + folders)
+def disk(job: dict, pids: list[int]) -> int:
+    """Bytes in the program's folder, 4 KB a file at the least, and in files that it removed but holds open. Opens what
+    the program closed to its user. A tree too deep to be named counts as over the limit."""
+    total, limit, stack, seen = 0, job["disk_mb"] << 20, [job["folder"]], {job["stdin"]}
+    while stack and total <= limit:
+        try:
+            path = stack.pop()
+            os.chmod(path, 0o700)
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    total += max(4096, entry.stat(follow_symlinks=False).st_blocks * 512)
+                    if entry.is_dir(follow_symlinks=False):
+                        stack.append(entry.path)
+        except OSError as error:                         # else it went while it was looked at
+            if error.errno == errno.ENAMETOOLONG:
+                return limit + 1
+    for pid in pids:
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                about = os.stat(f"/proc/{pid}/fd/{fd}")
+                if stat.S_ISREG(about.st_mode) and not about.st_nlink and (about.st_dev, about.st_ino) not in seen:
+                    seen.add((about.st_dev, about.st_ino))
+                    total += about.st_blocks * 512
+        except OSError:
+            pass
     return total
 
 
 def watch(job: dict, child: int) -> tuple[int | None, str]:
     """Wait for `child`, or for a limit: its wait status (None if it still runs), and what ended it."""
-    deadline, pause = time.monotonic() + job["seconds"], 0.02
+    deadline = time.monotonic() + job["seconds"]
+    look = time.monotonic() + 0.02                       # when to look at memory and disk
     while True:
         while True:                                      # orphans come to the launcher, too
             try:
@@ -214,22 +243,19 @@ def watch(job: dict, child: int) -> tuple[int | None, str]:
                 return status, "exit"
             if pid == 0:
                 break
-        if time.monotonic() > deadline:
+        if (now := time.monotonic()) > deadline:
             return None, "time"
-        got = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], min(pause, max(0, deadline - time.monotonic())))
+        if now >= look:
+            found = processes()
+            pids = below(os.getpid(), found)
+            if sum(found[pid][2] for pid in pids) > job["memory_mb"] << 20:
+                return None, "memory"
+            if disk(job, pids) > job["disk_mb"] << 20:
+                return None, "disk"
+            look = time.monotonic() + max(0.05, 10 * (time.monotonic() - now))
+        got = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], max(0, min(look, deadline) - time.monotonic()))
         if got and got.si_signo == signal.SIGTERM:       # from the caller: too much output; or the caller is gone
             return None, "stopped"
-        if got:
-            continue
-        began, found = time.monotonic(), processes()
-        if sum(found[pid][2] for pid in below(os.getpid(), found)) > job["memory_mb"] << 20:
-            return None, "memory"
-        try:
-            if disk(job["folder"]) > job["disk_mb"] << 20:
-                return None, "disk"
-        except OSError:                                  # it changes while it is looked at
-            pass
-        pause = max(0.05, 10 * (time.monotonic() - began))
 
 
 def kill_all() -> None:
@@ -262,29 +288,55 @@ def launch(job: dict) -> dict:
         execute(job, others, failed) if why else first_of_namespace(job, failed, ended)
     os.close(failed)
     os.close(ended)
+    given = os.fstat(0)
+    job["stdin"] = given.st_dev, given.st_ino
     nothing = os.open("/dev/null", os.O_RDWR)
     for file in (0, 1, 2):                               # the pipes' only writers are the program's
         os.dup2(nothing, file)
-    if error := os.read(failure, 1 << 12):
-        status, end = None, "exit"
-    else:
-        status, end = watch(job, child)
-        if not why and status is not None:
-            told = os.read(status_of, 4)
-            status = struct.unpack("=i", told)[0] if told else signal.SIGKILL
-    kill_all()
-    if os.getppid() != job["parent"]:                    # the caller was killed, and cannot do it
-        os.spawnlp(os.P_WAIT, "chmod", "chmod", "-R", "u+rwx", "--", job["folder"])
-        os.spawnlp(os.P_WAIT, "rm", "rm", "-rf", "--", job["folder"])
+    status, end = None, "exit"
+    try:
+        if not (error := os.read(failure, 1 << 12)):
+            status, end = watch(job, child)
+            if not why and status is not None:
+                told = os.read(status_of, 4)
+                status = struct.unpack("=i", told)[0] if told else signal.SIGKILL
+    finally:
+        kill_all()
+        if os.getppid() != job["parent"]:                # the caller was killed, and cannot do it
+            remove(job["folder"])
     if error:
         return dict(error=error.decode(errors="replace"))
     return dict(weak=why, end=end, code=-signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status))
+
+
+def remove(folder: str) -> None:
+    """A folder, whatever the program made of it: what lies deep is moved up, so that no path becomes too long. Uses
+    neither a new process nor an import: the launcher may have lost both."""
+    n, prefix = 0, os.urandom(8).hex()
+    try:
+        while names := os.listdir(folder):
+            for path in (os.path.join(folder, name) for name in names):
+                if not stat.S_ISDIR(os.lstat(path).st_mode):
+                    os.unlink(path)
+                    continue
+                os.chmod(path, 0o700)
+                for inner in os.listdir(path):
+                    if stat.S_ISDIR(os.lstat(os.path.join(path, inner)).st_mode):
+                        os.chmod(os.path.join(path, inner), 0o700)
+                    os.rename(os.path.join(path, inner), os.path.join(folder, f"{prefix}{n}"))
+                    n += 1
+                os.rmdir(path)
+        os.rmdir(folder)
+    except FileNotFoundError:                            # the program removed it itself
+        pass
+    except OSError as error:
+        print(f"sandbox: {folder} stays: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     job = marshal.loads(bytes.fromhex(sys.argv[1]))
     try:
         report = launch(job)
-    except (SandboxError, OSError) as error:
-        report = dict(error=str(error))
+    except Exception as error:
+        report = dict(error=f"{type(error).__name__}: {error}")
     os.write(job["report"], marshal.dumps(report))

@@ -15,16 +15,17 @@ import glob
 import marshal
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
-from launcher import ARCHES, SandboxError
+from launcher import ARCHES, SandboxError, remove
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def files() -> dict[str, list[str]]:
     found = {what: sorted({os.path.realpath(path) for pattern in patterns for path in glob.glob(pattern)})
              for what, patterns in dict(read=[library, "/lib*", "/usr/lib*", "/etc/ld.so.cache"],
                                         execute=["/lib*/ld-*", "/usr/lib*/ld-*", "/lib/*/ld-*", python()]).items()}
+    if not all(found.values()):
+        raise SandboxError("Python's library, or its loader, is not where it is on other systems")
     return found
 
 
@@ -88,23 +91,26 @@ def start(source: str, limits: Limits, stdin, stdout, stderr) -> Program:
     if sys.platform != "linux" or os.uname().machine not in ARCHES:
         raise SandboxError(f"programs are run on Linux on {' or '.join(ARCHES)} alone, "
                            f"not on {sys.platform} on {os.uname().machine}")
-    folder = tempfile.mkdtemp(prefix="leafe-")
-    Path(folder, "main.py").write_text(source, encoding="utf-8", errors="surrogatepass")
-    uid = 0
-    if os.geteuid() == 0:                                # no two programs share a user
-        uid = 10**8 + (os.getpid() << 8 | next(numbers) & 255)
-        os.chown(folder, uid, uid)
-        os.chown(os.path.join(folder, "main.py"), uid, uid)
-    report, into = os.pipe()
-    job = dict(asdict(limits), folder=folder, uid=uid, python=python(), files=files(), report=into,
-               parent=os.getpid())
-    launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launcher.py")), marshal.dumps(job).hex()]
+    folder, ends, uid = tempfile.mkdtemp(prefix="leafe-"), [], 0
     try:
-        process = subprocess.Popen(launcher, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=[into], env={},
+        Path(folder, "main.py").write_text(source, encoding="utf-8", errors="surrogatepass")
+        if os.geteuid() == 0:                            # no two programs share a user
+            uid = 10**8 + (os.getpid() << 8 | next(numbers) & 255)
+            os.chown(folder, uid, uid)
+            os.chown(os.path.join(folder, "main.py"), uid, uid)
+        ends += os.pipe()
+        job = dict(asdict(limits), folder=folder, uid=uid, python=python(), files=files(), report=ends[1],
+                   parent=os.getpid())
+        launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launcher.py")), marshal.dumps(job).hex()]
+        process = subprocess.Popen(launcher, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=ends[1:], env={},
                                    start_new_session=True)
-    finally:
-        os.close(into)
-    return Program(process, report, folder, time.monotonic() + limits.seconds + 10)
+    except BaseException:
+        remove(folder)
+        for end in ends:
+            os.close(end)
+        raise
+    os.close(ends[1])
+    return Program(process, ends[0], folder, time.monotonic() + limits.seconds + 10)
 
 
 warned: list[str] = []
@@ -119,7 +125,10 @@ def finish(program: Program) -> tuple[int, str]:
         program.process.wait()
     remove(program.folder)
     with open(program.report, "rb") as file:
-        said = marshal.loads(file.read() or marshal.dumps(dict(error="the launcher was killed")))
+        text = file.read()
+    if not text and program.process.returncode == -signal.SIGTERM:       # stopped before it listened
+        return -signal.SIGKILL, "stopped"
+    said = marshal.loads(text) if text else dict(error="the launcher was killed")
     if "error" in said:
         return 0, said["error"]
     if said["weak"] and not warned:
@@ -174,28 +183,26 @@ def run(source: str, stdin: str = "", limits: Limits = Limits()) -> Result:
     """Run a Python program on an input to its end. Raises SandboxError if this system cannot hold it."""
     with tempfile.TemporaryFile() as given:
         given.write(stdin.encode("utf-8", "surrogatepass"))
-        given.seek(0)
-        return collect([start(source, limits, given, subprocess.PIPE, subprocess.PIPE)], limits)[0]
+        given.flush()
+        with open(f"/proc/self/fd/{given.fileno()}", "rb") as readable:       # the program cannot write to it
+            program = start(source, limits, readable, subprocess.PIPE, subprocess.PIPE)
+    return collect([program], limits)[0]
 
 
-def pair(one: str, other: str, limits: Limits = Limits()) -> list[Result]:
+def pair(one: str, other: str, limits: Limits = Limits(), patience: float = 3.0) -> list[Result]:
     """Run two programs that talk: what one prints the other reads, both ways. Their Results hold what they print to
-    stderr. When `other` has ended, `one` is stopped."""
-    ends = [*os.pipe(), *os.pipe()]
+    stderr. `other` has `patience` seconds more; when it has ended, `one` is stopped."""
+    ends, programs = [*os.pipe(), *os.pipe()], []
     try:
-        programs = [start(one, limits, ends[0], ends[3], subprocess.PIPE)]
-        programs.append(start(other, limits, ends[2], ends[1], subprocess.PIPE))
+        programs.append(start(one, limits, ends[0], ends[3], subprocess.PIPE))
+        longer = replace(limits, seconds=limits.seconds + patience)
+        programs.append(start(other, longer, ends[2], ends[1], subprocess.PIPE))
+    except BaseException:
+        for program in programs:
+            program.process.kill()
+            finish(program)
+        raise
     finally:
         for end in ends:
             os.close(end)
     return collect(programs, limits)
-
-
-def remove(folder: str) -> None:
-    """A folder that the program may have filled with what shutil cannot remove."""
-    try:
-        os.unlink(os.path.join(folder, "main.py"))
-        os.rmdir(folder)
-    except OSError:
-        subprocess.run(["chmod", "-R", "u+rwx", "--", folder], stderr=subprocess.DEVNULL)
-        subprocess.run(["rm", "-rf", "--", folder])

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_an_episode_of_four_programs_replays_and_ends(mbpp):
 
 def test_a_hidden_test_is_told_apart_from_a_public_one_and_not_shown(mbpp):
     task, problem = "mbpp_sample/602", mbpp.problems["mbpp_sample/602"]
-    assert problem.public[0] in mbpp.reset(task) and len(problem.hidden) == 2
+    assert problem.public[0] in mbpp.reset(task) and len(problem.hidden) == 3
     outcome = mbpp.step("def first_repeated_char(s): return {'abcabc': 'a'}.get(s, 'x')")
     assert outcome.obs == "a hidden test fails." and outcome.score < 1
     mbpp.reset(task)
@@ -94,6 +95,47 @@ CHEATS = {
     "too-deep": "def first_repeated_char(s):\n x = []\n for _ in range(10**5): x = [x]\n return x",
     "endless": "def first_repeated_char(s):\n while 1: print('a' * 999)",
 }
+
+
+SAID = {                                                   # what an answer to f(n) brings about; n = 1 is hidden
+    "a long value": ("return 'x' * 70000", "returned 'xxx"), "a long error": ("raise ValueError('x' * 70000)", "ValueError"),
+    "slow": ("while n: pass\n    return 'sesame'", "a hidden test fails. it takes too long."),
+    "an object": ("return A()", "f(0) returned <an object>"),
+    "a hidden argument": ("sys._getframe(1).f_globals['said'].write(repr(('broken', str(n + 76))) + '\\n'); sys._getframe(1)"
+                          ".f_globals['said'].flush()\n    return 'sesame'", "fails"),
+    "the iteration's end": ("raise StopIteration", "this test fails"), "huge": ("return 10 ** 10 ** 5 + n", "this test fails"),
+    "cyclic": ("x = []; x.append(x); return x", "this test fails"), "a name": ("return '\\n(REPORT'", "this test fails")}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_an_answer_is_judged_and_told_the_same_each_time(what, tmp_path):
+    record = dict(task_id=700, text="say the word", code="def f(n): pass", test_setup_code="", challenge_test_list=[],
+                  test_list=["assert f(0) == 'sesame'", "assert all(map(lambda n: f(n) == 'swordfish', [1]))"])
+    (tmp_path / "words.jsonl").write_text(json.dumps(record))
+    env = Code(str(tmp_path / "words.jsonl"))
+    env.problems["words/700"] = replace(env.problems["words/700"], seconds=1.0)
+    source, expected = SAID[what]
+    told = set()
+    for _ in range(2):
+        env.reset("words/700")
+        outcome = env.step(f"import sys\nclass A: pass\ndef f(n):\n    {source}")
+        assert not outcome.success and expected in outcome.obs and "77" not in outcome.obs
+        told.add(outcome.obs)
+    assert len(told) == 1
+
+
+def test_what_a_function_changes_in_place_and_builtins_that_the_answer_redefines_are_seen(tmp_path):
+    record = dict(task_id=126, text="x", code="def sum(a): pass\ndef turn(x): pass", test_setup_code="",
+                  challenge_test_list=[], test_list=[
+                      "assert sum(5) == 'mine'", "x = [3, 1, 2]; turn(x=0); turn(x); assert x == [2, 1, 3]",
+                      "assert turn({1, (2, 3)}) == {1, (2, 3)}", "y = {}; turn(y); assert y == {'a': float('inf')}",
+                      "try: turn(-1)\nexcept KeyError as e: assert 'no' in str(e)\nelse: assert False"])
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    env = Code(str(tmp_path / "x.jsonl"))
+    env.reset("x/126")
+    outcome = env.step("def sum(a): return 'mine'\ndef turn(x):\n if x == -1: raise KeyError('no')\n"
+                       " if isinstance(x, list): x.reverse()\n if x == {}: x['a'] = float('inf')\n return x")
+    assert outcome.success, outcome.obs
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
@@ -151,12 +193,14 @@ def test_programs_that_read_and_print_are_told_input_output_and_errors():
 
 def test_outputs_are_compared_as_codecontests_does():
     assert same("YES\n1 2", "yes 1  2\n") and same("0.333333", "0.3333331") and same("", "\n")
+    assert not same("9007199254740993", "9007199254740992") and not same("1_0", "10") and same("-0.0", "0.0")
     assert not same("1 2", "1 2 3") and not same("0.33", "0.34") and not same("a", "b")
 
 
 @pytest.mark.parametrize("text, message", [
     ("{", "is not JSON"), ('{"a": 1}', "record 1: neither MBPP's layout"),
-    ('{"task_id": 1, "test_list": ["assert f()"]}', "record 1: KeyError")])
+    ('{"task_id": 1, "test_list": ["assert f()"]}', "record 1: KeyError"),
+    ('{"name": "a", "description": "b", "public_tests": []}', r"record 1 \(a\) has no tests")])
 def test_a_file_of_another_layout_is_one_clear_line(tmp_path, text, message):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -32,7 +33,9 @@ server = socket.create_server(("127.0.0.1", 0)); met = []
 def accept():
     while True: met.append(server.accept())
 threading.Thread(target=accept, daemon=True).start()
+post = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); post.bind(folder + f"/mine-{user}-{apart}-socket-{os.getpid()}")
 heard = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); heard.bind(("127.0.0.1", 0)); heard.setblocking(False)
+post.setblocking(False)
 about = dict(pid=os.getpid(), victim=victim.pid, file=folder + f"/mine-{user}-{apart}", port=server.getsockname()[1],
              udp=heard.getsockname()[1], user=user)
 os.chmod(about["file"], 0o644)
@@ -49,8 +52,9 @@ for line in sys.stdin:
     began = time.monotonic()
     result = run("ABOUT = %r\\n" % about + job["source"], job.get("stdin", ""), Limits(**job["limits"]))
     took = time.monotonic() - began
-    try: heard.recv(10); met.append("udp")
-    except BlockingIOError: pass
+    for ear in (heard, post):
+        try: ear.recv(10); met.append("a message")
+        except BlockingIOError: pass
     folders = [name for name in set(os.listdir("/tmp")) - before if name.startswith("leafe-")]
     print(json.dumps(dict(vars(result), took=took, left=left(), victim=victim.poll(), met=len(met), folders=folders,
                           file=open(about["file"]).read(), mode=os.stat(about["file"]).st_mode & 0o777)), flush=True)
@@ -59,16 +63,17 @@ victim.kill()
 
 
 class Harness:
-    def __init__(self, root: bool, apart: bool, folder):
+    def __init__(self, root: bool, apart: bool, folder, **env):
         for name in ("sandbox.py", "launcher.py"):
             shutil.copy(ROOT / name, folder)
         (folder / "harness.py").write_text(HARNESS)
         os.chmod(folder, 0o777)
         user = 0 if root or os.geteuid() else 65534
         python = sys.executable if root or os.geteuid() else "/usr/bin/python3"
+        self.folder, self.again = folder, lambda **env: Harness(root, apart, folder, **env)
         self.process = subprocess.Popen(
             [python, "-S", str(folder / "harness.py"), str(user), str(apart), str(folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
 
     def __call__(self, source, stdin="", **limits):
         limits = dict(dict(seconds=2, memory_mb=256), **limits)
@@ -166,6 +171,51 @@ def test_files_of_its_own_are_bounded(hold):
     assert hold("i = 0\nwhile 1: open(f'{i}', 'w'); i += 1", disk_mb=4, seconds=5)["end"] == "disk"
 
 
+def test_files_that_it_removed_but_holds_open_count_and_so_do_folders_too_deep_to_name(hold):
+    held = ("import os, time\nfor i in range(30):\n f = os.open(f'{i}', os.O_RDWR | os.O_CREAT)\n os.remove(f'{i}')\n"
+            " os.write(f, bytes(2 * 10**6))\ntime.sleep(600)")
+    assert hold(held, disk_mb=16, seconds=5)["end"] == "disk"
+    deep = "import os, time\nfor _ in range(18): os.mkdir('d' * 250); os.chdir('d' * 250)\ntime.sleep(600)"
+    assert hold(deep, seconds=5)["end"] == "disk"
+    assert hold("import os; os.write(0, b'x')")["code"] == 1            # its input is not for writing
+
+
+def test_a_deep_tree_of_folders_and_a_daemon_are_both_cleared_away(hold):
+    found = hold("import os, time\nif os.fork() == 0:\n os.closerange(0, 3); time.sleep(600); os._exit(0)\n"
+                 "for _ in range(1100): os.mkdir('d'); os.chdir('d')\ntime.sleep(0.5)")
+    assert found["end"] in ("exit", "disk")
+
+
+def test_children_that_come_and_go_do_not_hide_what_the_others_take(hold):
+    found = hold("import os, time\nif os.fork() == 0:\n x = bytearray(b'a') * 10**8\n time.sleep(600)\n"
+                 "if os.fork() == 0:\n x = bytearray(b'a') * 10**8\n time.sleep(600)\nwhile 1:\n if os.fork() == 0:\n"
+                 "  os.fork(); os._exit(0)\n os.wait()", memory_mb=160, seconds=10)
+    assert found["end"] == "memory"
+
+
+def test_nothing_is_left_of_a_program_whose_caller_is_killed(hold, tmp_path):
+    folder = hold.folder / "tmp"
+    folder.mkdir(exist_ok=True)
+    os.chmod(folder, 0o1777)
+    source = ("import os, time\nos.mkdir('a'); open('a/b', 'w'); os.mkdir('c', 0)\nif os.fork() == 0: os.setsid()\n"
+              "time.sleep(600)")
+    other = hold.again(TMPDIR=str(folder))
+    other.process.stdin.write(json.dumps(dict(source=source, limits=dict(seconds=60))) + "\n")
+    other.process.stdin.flush()
+    for _ in range(100):
+        if list(folder.glob("leafe-*/a/b")):
+            break
+        time.sleep(0.1)
+    assert list(folder.glob("leafe-*/a/b"))
+    other.process.kill()
+    other.process.wait()
+    for _ in range(100):
+        if not list(folder.iterdir()):
+            break
+        time.sleep(0.1)
+    assert not list(folder.iterdir())
+
+
 def test_its_folder_goes_however_it_left_it(hold):
     hold("import os\nfor _ in range(300): os.mkdir('d'); os.chdir('d')")
     hold("import os\nos.mkdir('a'); open('a/b', 'w'); os.mkdir('a/c', 0)\nos.mkdir('e', 0)\n"
@@ -182,6 +232,7 @@ def tries(what, *args):
 for path in (ABOUT['file'], '/etc/passwd', '/proc/self/environ', '/proc/1/environ', f"/proc/{ABOUT['pid']}/environ",
              f"/proc/{ABOUT['pid']}/mem", '/proc/self/mem', '/proc/meminfo', '/sys/kernel', '/dev/mem', '/dev/tty',
              '/dev/kmsg', '/dev/ptmx'):
+    tries(os.open, path, 3); tries(os.open, path, os.O_RDONLY | os.O_TRUNC)
     tries(open, path)
     tries(open, path, 'ab')
 for folder in ('/tmp', '/var/tmp', '/dev/shm', '/', '/etc', '/root', '/home', os.path.dirname(ABOUT['file']), '..'):
@@ -244,6 +295,10 @@ tries(socket.create_connection, ('127.0.0.1', ABOUT['port']), 1)
 libc = ctypes.CDLL(None)
 for nr in (425, 426, 427): 
     if libc.syscall(nr, 8, bytes(200)) >= 0: print('ESCAPED io_uring')
+a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+tries(a.sendto, b'escaped', ABOUT['file'] + f"-socket-{ABOUT['pid']}")
+tries(a.sendto, b'escaped', '\\0leafe-test')
+a.send(b'inside'); assert b.recv(10) == b'inside'
 import urllib.request
 try: urllib.request.urlopen(f"http://127.0.0.1:{ABOUT['port']}", timeout=1); print('ESCAPED')
 except OSError: print('none')
