@@ -60,7 +60,7 @@ def test_sixty_scienceworld_episodes_replay_byte_for_byte_on_another_instance(sc
     walks = [wander(science[0], task, 25, rng) for task in tasks]
     for task, walk in zip(tasks, walks):
         assert rollback(science[1], task, walk) == walk[-1].obs
-        assert rollback(science[0], task, walk[:5]) == walk[4].obs
+        assert rollback(science[0], task, walk[:5]) == walk[:5][-1].obs
     assert len({task.split("/")[0] for task in tasks}) == 30
 
 
@@ -129,7 +129,7 @@ def test_twenty_alfworld_games_are_won_by_the_planner_and_replay_byte_for_byte()
         assert outcomes[-1].success and outcomes[-1].done and outcomes[-1].score == 1
         walk = wander(env, task, 20, rng)
         assert walk[0].obs == said and rollback(other, task, walk) == walk[-1].obs
-        assert rollback(env, task, walk[:3]) == walk[2].obs
+        assert rollback(env, task, walk[:3]) == walk[:3][-1].obs
 
 
 def test_alfworld_speaks_as_published_and_refuses_in_two_words(house):
