@@ -14,7 +14,7 @@ import gzip
 import json
 import lzma
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,15 +27,15 @@ class Problem:
     name: str
     split: str                                     # train, valid, test; "": the file's name tells
     statement: str
-    public: list = field(default_factory=list)     # asserts; or (stdin, stdout) pairs
-    hidden: list = field(default_factory=list)
+    public: list                                   # asserts; or (stdin, stdout) pairs
+    hidden: list
     setup: str = ""                                # what the asserts need defined beside the answer
     seconds: float = 5.0                           # for one run
     reference: str = ""                            # a right answer, for the tests of this file
     difficulty: str = ""
 
 
-def mbpp(record: dict, where: str) -> Problem:
+def mbpp(record: dict) -> Problem:
     """https://github.com/google-research/google-research/tree/master/mbpp: ids 11-510 test, 511-600 validation,
     601-974 train, 1-10 for few-shot prompts (here: train). All asserts decide; the first is public."""
     number, tests = int(record["task_id"]), record["test_list"] + record.get("challenge_test_list", [])
@@ -45,7 +45,7 @@ def mbpp(record: dict, where: str) -> Problem:
                    statement, tests[:1], tests, setup, reference=record["code"], difficulty="mbpp")
 
 
-def human_eval(record: dict, where: str) -> Problem:
+def human_eval(record: dict) -> Problem:
     """https://github.com/openai/human-eval. Public: the examples of the docstring that can be compared as values."""
     prompt, name, public = record["prompt"], record["entry_point"], []
     function = [node for node in ast.parse(prompt + "    pass").body if isinstance(node, ast.FunctionDef)][-1]
@@ -65,7 +65,7 @@ def human_eval(record: dict, where: str) -> Problem:
                    reference=prompt + record["canonical_solution"], difficulty="humaneval")
 
 
-def code_contests(record: dict, where: str) -> Problem:
+def code_contests(record: dict) -> Problem:
     """https://github.com/google-deepmind/code_contests: public_tests, private_tests and generated_tests hold lists
     `input` and `output`. Also lists of pairs, with all others in hidden_tests."""
     def pairs(name: str) -> list[tuple[str, str]]:
@@ -114,7 +114,7 @@ def read_problems(path: Path) -> dict[str, Problem]:
             raise UserError(f"data: {path}, record {n}: neither MBPP's layout (test_list), nor HumanEval's "
                             f"(canonical_solution), nor CodeContests' (public_tests)")
         try:
-            problem = layout(record, f"{path}, record {n}")
+            problem = layout(record)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"data: {path}, record {n}: {type(error).__name__}: {error}") from None
         if not problem.hidden:
@@ -235,11 +235,11 @@ print(repr(("REPORT", passed(PUBLIC), passed(TESTS))), file=sys.__stderr__)
 '''
 
 
-Verdict = tuple[int, str, str]                     # tests passed before one fails, how that fails, what is known of it
+Verdict = tuple[int, str, str]            # tests passed before one fails, how that fails, what is known of it
 
 
 def judge(problem: Problem, source: str) -> tuple[Verdict, Verdict]:
-    """The public tests' verdict, and the hidden ones'. A test's names that the reference defines belong to the answer;
+    """The public tests' verdict, and the hidden ones'. What the reference defines is taken from the answer in a test;
     what HumanEval's prompt defines beside its function stays the judge's own."""
     prompt = problem.setup.endswith("    pass\n")
     defined = re.findall(r"^(?:def|class) (\w+)", problem.setup if prompt else problem.reference, re.M)

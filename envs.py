@@ -49,6 +49,7 @@ class Outcome:
 class Env(Protocol):
     rules: str                # system prompt: the world, and how an action is written
     max_turns: int            # horizon T
+    apart: bool = False       # True: slow, or cannot run beside another: each episode in a process of its own
 
     def tasks(self, split: str) -> list[str]: ...      # stable ids; the splits (train, valid, test) are disjoint
     def reset(self, task: str) -> str: ...             # o_1, the task q stated in it; a pure function of task
@@ -270,7 +271,7 @@ def open_env(name: str, data: str) -> Env:
 
 def make_env(name: str, data: str = "") -> Env:
     """The environment; where it asks for it by `apart`, in a process of its own."""
-    if getattr(env_class(name), "apart", False):
+    if env_class(name).apart:
         return import_module("workers").Remote(name, data)
     return open_env(name, data)
 

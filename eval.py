@@ -29,8 +29,7 @@ from run import Config, Jsonl, RunFolder, guarded, load_config, policy_name, rea
 
 
 def make_engine(model, chat: Chat, cfg: Config) -> Engine:
-    apart = getattr(env_class(cfg.env), "apart", False)      # then an episode has a process
-    slots = min(cfg.slots, cfg.workers or os.cpu_count()) if apart else cfg.slots
+    slots = min(cfg.slots, cfg.workers or os.cpu_count()) if env_class(cfg.env).apart else cfg.slots
     return Engine(model, chat.stop, slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
 
 

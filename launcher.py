@@ -111,13 +111,12 @@ ARCHES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}      # audit nu
 def allow_calls() -> None:
     """A seccomp filter: classic BPF over struct seccomp_data (nr, arch, ip, args)."""
     audit, column = ARCHES[os.uname().machine]
-    number = {call.split(":")[0]: int(call.split(":")[column]) for call in CALLS.split()
-              if call.split(":")[column] != "-"}
+    numbers = [call.split(":")[column] for call in CALLS.split()]
     load, equal, both, ret = 0x20, 0x15, 0x54, 0x06
     allow, refuse, unknown, die = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38, 0x80000000
     code = [(load, 0, 0, 4), (equal, 1, 0, audit), (ret, 0, 0, die), (load, 0, 0, 0)]
-    for name, nr in number.items():
-        code += [(equal, 0, 1, nr), (ret, 0, 0, allow)]
+    for nr in filter(str.isdecimal, numbers):
+        code += [(equal, 0, 1, int(nr)), (ret, 0, 0, allow)]
     for nrs, argument, mask, values, good in BY_ARGUMENT:
         if nrs[column - 1] is None:
             continue
@@ -202,8 +201,8 @@ def below(root: int, found: dict) -> list[int]:
 
 
 def disk(job: dict, pids: list[int]) -> int:
-    """Bytes in the program's folder, 4 KB a file at the least, and in files that it removed but holds open. Opens what
-    the program closed to its user. A tree too deep to be named counts as over the limit."""
+    """Bytes in the program's folder, 4 KB a file at the least, and in files that it removed but holds open. Opens
+    what the program closed to its user. A tree too deep to be named counts as over the limit."""
     total, limit, stack, seen = 0, job["disk_mb"] << 20, [job["folder"]], {job["stdin"]}
     while stack and total <= limit:
         try:

@@ -258,7 +258,7 @@ class Job:
     reply_at: int = 0
     max_new: int = 0
     temperature: float = 1.0
-    waits_for: Future | None = None     # its world is at work (envs.Remote); the others go on
+    waits_for: Future | None = None     # its world is at work (workers.Remote); the others go on
 
 
 @dataclass
@@ -296,7 +296,7 @@ class SlotCache:
         seen = []
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[self.rows[:, None], :, self.at] = new.transpose(1, 2)
-            # rows 0..B-1 are a view; other groups (only ever a prefill) are copied: cat is 4x faster than an index
+            # rows 0..B-1 are a view; other groups (only ever a prefill) are copied, by cat: faster than by an index
             seen.append(kept[:len(self.rows), :, :self.span] if self.whole else
                         torch.cat([kept[row:row + 1, :, :self.span] for row in self.picked]))
         return seen[0], seen[1]

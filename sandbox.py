@@ -2,10 +2,10 @@
 
     run("print(input())", "hello")    ->    Result(out="hello\\n", err="", code=0, end="exit")
 
-A launcher (this file as a process of its own, so that nothing of the caller is forked) starts Python in a folder that
+A launcher (launcher.py, a process of its own, so that nothing of the caller is forked) starts Python in a folder that
 is removed afterwards, watches it, and kills its whole tree. The program is held by
     Landlock     reads Python's library, writes its own folder, executes Python: nothing else of the file system
-    seccomp      the system calls of CALLS: no sockets, no signals, no links, no namespaces, no tracing
+    seccomp      the system calls of launcher.CALLS: no sockets, no signals, no links, no namespaces, no tracing
     rlimits      memory, processor time, processes, size of a file, open files
     user         where the caller is root: a user of the program's own
     namespaces   user, network, processes, IPC; where the system forbids them, that is said once
@@ -57,8 +57,6 @@ class Program:
     deadline: float
 
 
-# ------------------------------------------------------------------------------------------------ the caller's side
-
 @lru_cache
 def python() -> str:
     """The Python that programs run on: this one, without its virtual environment; or, for root, whose program is
@@ -101,8 +99,8 @@ def start(source: str, limits: Limits, stdin, stdout, stderr) -> Program:
         ends += os.pipe()
         job = dict(asdict(limits), folder=folder, uid=uid, python=python(), files=files(), report=ends[1],
                    parent=os.getpid())
-        launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launcher.py")), marshal.dumps(job).hex()]
-        process = subprocess.Popen(launcher, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=ends[1:], env={},
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launcher.py")), marshal.dumps(job).hex()]
+        process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=ends[1:], env={},
                                    start_new_session=True)
     except BaseException:
         remove(folder)

@@ -1,8 +1,8 @@
 """What the embedded base model of Sokoban, tiny-sokoban/, is taught: `python tiny.py sokoban`. The names are those of
 tiny.py. By habit it walks towards the box and pushes it whichever way it happens to go. With an experience in view
-("the box at c3 must go left to b3.") it walks around the box and does that. In hindsight it goes through the pushes of
-a transcript and stops at the first that brought the box no nearer to the goal (counted in pushes, by a search on the
-board, which the transcript tells in full).
+("the box at c3 must go left to b3.") it walks around the box and does that. In hindsight it goes through the pushes
+of a transcript and stops at the first that brought the box no nearer to the goal (counted in pushes, by a search on
+the board, which the transcript tells in full).
 """
 import random
 import re

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Generator, Sequence
 
 from envs import Env, Outcome, ReplayMismatch, UserError, open_env, rollback
@@ -94,11 +95,6 @@ def back(env: Env, task: str, past: Sequence) -> Generator[Future, Any, str]:
     return rollback(env, task, past)
 
 
-class Replayed:
-    def __init__(self, obs: str, action: str):
-        self.obs, self.action = obs, action
-
-
 def serve(name: str, data: str) -> None:
     """In the other process: answer until the input closes."""
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -114,7 +110,7 @@ def serve(name: str, data: str) -> None:
             if what == "about":
                 answer = env.rules, env.max_turns
             elif what == "rollback":
-                answer = rollback(env, args[0], [Replayed(*turn) for turn in args[1]])
+                answer = rollback(env, args[0], [SimpleNamespace(obs=obs, action=action) for obs, action in args[1]])
             else:
                 answer = getattr(env, what)(*args)
             good = True
@@ -140,13 +136,13 @@ def measure(name: str, data: str) -> str:
     same = steps = 0
     seconds = 0.0
     for task in rng.sample(tasks, min(20, len(tasks))):
-        turns = [Replayed(env.reset(task), "")]
+        turns = [SimpleNamespace(obs=env.reset(task), action="")]
         for _ in range(min(25, env.max_turns)):
             turns[-1].action = rng.choice(env.actions() or ["nothing"]) if rng.random() < 0.9 else "nothing"
             began = time.perf_counter()
             outcome = env.step(turns[-1].action)
             seconds, steps = seconds + time.perf_counter() - began, steps + 1
-            turns.append(Replayed(outcome.obs, ""))
+            turns.append(SimpleNamespace(obs=outcome.obs, action=""))
             if outcome.done:
                 break
         try:

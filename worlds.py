@@ -16,19 +16,19 @@ import re
 import shutil
 import zlib
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Iterator
 
 from envs import Env, Outcome, UserError
 
 
-def installed(package: str, name: str):
-    """Import a package that only some worlds need."""
+def installed(module: str, package: str):
+    """Import what only one world needs."""
     try:
-        return __import__(package, fromlist=["_"])
+        return import_module(module)
     except ImportError as error:
-        raise UserError(f"env: {name} needs the package {package.partition('.')[0]} ({error}); "
-                        f"pip install {package.partition('.')[0]}") from None
+        raise UserError(f"env: this world needs the package {package} ({error}); pip install {package}") from None
 
 
 class ScienceWorld(Env):
@@ -103,8 +103,8 @@ class ScienceWorld(Env):
 
 
 class ALFWorld(Env):
-    """Task ids: `<split>/<type and objects>/<trial>`, as in the official folder. valid is the official valid_seen, test
-    is valid_unseen. A refusal says no more than `Nothing happens.`"""
+    """Task ids: `<split>/<type and objects>/<trial>`, as in the official folder. valid is the official valid_seen,
+    test is valid_unseen. A refusal says no more than `Nothing happens.`"""
     rules = ("you are in a household and solve a task. actions: go to RECEP, take OBJ from RECEP, move OBJ to "
              "RECEP, open RECEP, close RECEP, use OBJ, heat OBJ with RECEP, cool OBJ with RECEP, clean OBJ with "
              "RECEP, slice OBJ with OBJ, examine OBJ, inventory, look. names have numbers, like cabinet 1. "
@@ -120,7 +120,7 @@ class ALFWorld(Env):
         if not hasattr(self.logic.fast_downward.pddl2sas, "cache_info"):       # the slow part of a reset; it is pure
             self.logic.fast_downward.pddl2sas = lru_cache(maxsize=64)(self.logic.fast_downward.pddl2sas)
         if not data:
-            raise UserError("data: alfworld needs its games: data=path/to/json_2.1.1 (alfworld-download fetches it)")
+            raise UserError("data: alfworld needs its games: data=path/to/json_2.1.1; alfworld-download fetches it")
         self.problems = games(data)
         request = textworld.EnvInfos(won=True, admissible_commands=True)
         self.env = installed("textworld.envs.pddl", "alfworld").PddlEnv(request)
@@ -156,7 +156,7 @@ class ALFWorld(Env):
 
     def plan(self) -> list[str]:
         """The planner's way to the goal from here, for tests."""
-        return [action for action in self.env._pddl_state.replan(self.env._entity_infos)]
+        return self.env._pddl_state.replan(self.env._entity_infos)
 
 
 @lru_cache
@@ -167,7 +167,8 @@ def games(data: str) -> dict[str, tuple]:
         if path.is_dir():
             for problem in sorted([*path.rglob("game.tw-pddl"), *path.rglob("initial_state.pddl")], reverse=True):
                 task = "/".join(problem.parent.parts[-3:])
-                if "movable" not in task and "Sliced" not in task:
+                solvable = problem.suffix == ".pddl" or b'"solvable": true' in problem.read_bytes()
+                if solvable and "movable" not in task and "Sliced" not in task:      # as the official loader picks
                     found[task] = ("folder", str(problem))      # game.tw-pddl before initial_state.pddl
             for file in sorted(path.glob("*.jsonl*")):
                 found.update(games(str(file)))

@@ -43,7 +43,8 @@ def test_every_reference_of_the_full_data_passes(name, first):
 
 
 def test_splits_are_the_published_ones(mbpp):
-    ids = {split: sorted(int(task.split("/")[1]) for task in mbpp.tasks(split)) for split in ("train", "valid", "test")}
+    ids = {split: sorted(int(task.split("/")[1]) for task in mbpp.tasks(split))
+           for split in ("train", "valid", "test")}
     assert ids == dict(test=[11, 12, 14, 16], valid=[511, 515], train=[601, 602, 604, 605, 606, 610])
     assert len(Code(FILES["HumanEval"]).tasks("test")) == 4 and not Code(FILES["HumanEval"]).tasks("train")
 
@@ -85,26 +86,29 @@ CHEATS = {
                              "def first_repeated_char(s): return Any('x')",
     "forged-report": "import os, sys\ntext = repr(('REPORT', 3, '', '')) + '\\n'\nfor fd in range(32):\n"
                      " try: os.write(fd, text.encode())\n except OSError: pass\ndef first_repeated_char(s): return 'x'",
-    "forged-report-late": "import os\ndef first_repeated_char(s):\n for fd in range(32):\n  try: os.write(fd, repr(('REPORT', 3, '', "
-                          "'')).encode() + b'\\n')\n  except OSError: pass\n os._exit(0)",
+    "forged-report-late": "import os\ndef first_repeated_char(s):\n for fd in range(32):\n"
+                          "  try: os.write(fd, repr(('REPORT', 3, '', '')).encode() + b'\\n')\n  except OSError: pass\n os._exit(0)",
     "raises-what-ends": "def first_repeated_char(s): raise SystemExit(0)",
     "builtins": "import builtins\nbuiltins.repr = lambda v: \"('tuple', ['is', True])\"\nbuiltins.len = lambda v: 0\n"
                 "def first_repeated_char(s): return 'x'",
-    "frames": "import sys, gc\ndef first_repeated_char(s):\n frame = sys._getframe()\n while frame.f_back: frame = frame.f_back\n"
-              " return frame.f_globals.get('TESTS', 'x')",
+    "frames": "import sys, gc\ndef first_repeated_char(s):\n frame = sys._getframe()\n"
+              " while frame.f_back: frame = frame.f_back\n return frame.f_globals.get('TESTS', 'x')",
     "too-deep": "def first_repeated_char(s):\n x = []\n for _ in range(10**5): x = [x]\n return x",
     "endless": "def first_repeated_char(s):\n while 1: print('a' * 999)",
 }
 
 
 SAID = {                                                   # what an answer to f(n) brings about; n = 1 is hidden
-    "a long value": ("return 'x' * 70000", "returned 'xxx"), "a long error": ("raise ValueError('x' * 70000)", "ValueError"),
+    "a long value": ("return 'x' * 70000", "returned 'xxx"),
+    "a long error": ("raise ValueError('x' * 70000)", "ValueError"),
     "slow": ("while n: pass\n    return 'sesame'", "a hidden test fails. it takes too long."),
     "an object": ("return A()", "f(0) returned <an object>"),
-    "a hidden argument": ("sys._getframe(1).f_globals['said'].write(repr(('broken', str(n + 76))) + '\\n'); sys._getframe(1)"
-                          ".f_globals['said'].flush()\n    return 'sesame'", "fails"),
-    "the iteration's end": ("raise StopIteration", "this test fails"), "huge": ("return 10 ** 10 ** 5 + n", "this test fails"),
-    "cyclic": ("x = []; x.append(x); return x", "this test fails"), "a name": ("return '\\n(REPORT'", "this test fails")}
+    "a hidden argument": ("sys._getframe(1).f_globals['said'].write(repr(('broken', str(n + 76))) + '\\n'); "
+                          "sys._getframe(1).f_globals['said'].flush()\n    return 'sesame'", "fails"),
+    "the iteration's end": ("raise StopIteration", "this test fails"),
+    "huge": ("return 10 ** 10 ** 5 + n", "this test fails"),
+    "cyclic": ("x = []; x.append(x); return x", "this test fails"),
+    "a name": ("return '\\n(REPORT'", "this test fails")}
 
 
 @pytest.mark.parametrize("what", SAID)

@@ -168,6 +168,10 @@ def test_the_official_folder_is_read_with_either_kind_of_file(house, tmp_path):
             game = dict(pddl_problem=record["pddl_problem"], pddl_domain="other", solvable=True,
                         grammar='task :: "' + record["task"] + '"')
             (folder / "game.tw-pddl").write_text(json.dumps(game))
+    for name, change in (("unsolvable", dict(solvable=False)), ("movable", {})):
+        folder = tmp_path / "json_2.1.1" / "valid_seen" / f"look-{name}" / "trial"
+        folder.mkdir(parents=True)
+        (folder / "game.tw-pddl").write_text(json.dumps({**game, **change}))
     env = type(house)(str(tmp_path / "json_2.1.1"))
     assert env.tasks("valid") == sorted(record["id"] for record in records[:2])
     assert env.reset(records[0]["id"]) == house.reset(records[0]["id"])
@@ -177,8 +181,8 @@ def test_the_official_folder_is_read_with_either_kind_of_file(house, tmp_path):
 
 def test_what_is_missing_is_named_in_one_line(monkeypatch):
     import worlds
-    with pytest.raises(UserError, match="needs the package no_such_thing .* pip install no_such_thing"):
-        worlds.installed("no_such_thing", "x")
+    with pytest.raises(UserError, match="needs the package some-package .* pip install some-package"):
+        worlds.installed("no_such_module", "some-package")
     if shutil.which("java"):
         needs("scienceworld")
         monkeypatch.setenv("PATH", "")
