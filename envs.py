@@ -260,8 +260,8 @@ def env_class(name: str) -> type:
     if name not in ENVS:
         sys.path.insert(0, str(Path(path).resolve().parent))
     module = import_module(Path(path).stem)
-    if not hasattr(module, kind):
-        raise UserError(f"env: {path} has no class {kind}")
+    if Env not in getattr(getattr(module, kind, None), "__mro__", ()):
+        raise UserError(f"env: {path} has no class {kind}(Env)")
     return getattr(module, kind)
 
 
@@ -284,8 +284,12 @@ def play(env: Env, task: str) -> None:
     while True:
         try:
             typed = input(f"{len(turns)}> ").strip()
+            while typed.startswith("```") and typed.count("```") == 1:
+                typed += "\n" + input()
         except (EOFError, KeyboardInterrupt):
             return
+        if not sys.stdin.isatty():
+            print(typed)                            # piped in: a transcript, whole
         if typed == "quit":
             return
         if typed == "hint":
@@ -294,8 +298,6 @@ def play(env: Env, task: str) -> None:
             turns = turns[:-1] or turns
             print(rollback(env, task, turns))
         elif typed:
-            while typed.startswith("```") and typed.count("```") == 1:
-                typed += "\n" + input()
             typed = env.action(typed)
             turns[-1].action, outcome = typed, env.step(typed)
             turns.append(SimpleNamespace(obs=outcome.obs, action=""))

@@ -31,14 +31,30 @@ def parse_level(lines: list[str], where: str) -> Level:
     return Level(pick(WALL), goals, boxes, men.pop(), (len(lines), max(map(len, lines))))
 
 
-@lru_cache(maxsize=64)                            # every episode has an environment of its own
-def read_boxoban(path: Path) -> list[Level]:
-    """A Boxoban file: blocks of `; N` and rows of `# @ $ .`."""
-    blocks = path.read_text().split(";")[1:]
-    if not blocks:
-        raise UserError(f"{path}: no level found; a Boxoban file has blocks of '; N' and rows of '#@$.'")
-    return [parse_level([line for line in block.split("\n")[1:] if line.strip()], f"{path}: level {n}")
-            for n, block in enumerate(blocks)]
+def split_of(name: str) -> str:
+    return next((split for split in ("train", "valid", "test") if split in name), "")
+
+
+@lru_cache                                        # every episode has an environment of its own
+def read_boxoban(data: str) -> dict[str, list[str]]:
+    """The levels of Boxoban files, and of all in Boxoban folders, as text: blocks of `; N` and rows of `# @ $ .`. A
+    file's name here tells its set and split: unfiltered/train/000.txt is unfiltered_train_000."""
+    found = {}
+    for name in filter(None, data.split(",")):
+        paths = sorted(Path(name).rglob("*.txt")) if Path(name).is_dir() else [Path(name)]
+        for path in paths or [Path(name, "*.txt")]:
+            if not path.is_file():
+                raise UserError(f"data: there is no file {path}")
+            stem = path.stem if split_of(path.stem) else "_".join(path.resolve().with_suffix("").parts[-3:])
+            found[stem] = path.read_text().split(";")[1:]
+            if not found[stem]:
+                raise UserError(f"{path}: no level found; a Boxoban file has blocks of '; N' and rows of '#@$.'")
+            boxoban_level(found[stem][0], f"{path}: level 0")
+    return found
+
+
+def boxoban_level(block: str, where: str) -> Level:
+    return parse_level([line for line in block.split("\n")[1:] if line.strip()], where)
 
 
 def reverse_play(rng: random.Random, boxes: int, side: int = 6) -> Level:
@@ -82,16 +98,13 @@ class Sokoban(Env):
     splits = {"train": 512, "valid": 256, "test": 512, "corpus": 10_000_000}
 
     def __init__(self, data: str = ""):
-        self.files: dict[str, list[Level]] = {}
-        for name in filter(None, data.split(",")):
-            if not Path(name).is_file():
-                raise UserError(f"data: there is no file {name}")
-            self.files[Path(name).stem] = read_boxoban(Path(name))
+        self.files = read_boxoban(data)
+        if self.files:
             self.max_turns = 120                   # usual for Boxoban (Guez et al., 2019)
 
     def tasks(self, split: str) -> list[str]:
-        if self.files:                             # Boxoban names its files <set>_<split>_<number>
-            return [f"{stem}/{i}" for stem, levels in self.files.items() if split in stem
+        if self.files:                             # what has no split, like Boxoban's hard set, is for tests
+            return [f"{stem}/{i}" for stem, levels in self.files.items() if split == (split_of(stem) or "test")
                     for i in range(len(levels))]
         name, _, part = split.partition("-")
         ids = [f"{name}-{1 + i % 2}-{i:04d}" for i in range(min(self.splits.get(name, 0), 4096))]
@@ -103,7 +116,7 @@ class Sokoban(Env):
     def _level(self, task: str) -> Level:
         stem, _, number = task.partition("/")
         if stem in self.files and number.isdecimal() and int(number) < len(self.files[stem]):
-            return self.files[stem][int(number)]
+            return boxoban_level(self.files[stem][int(number)], f"{stem}: level {number}")
         match = re.fullmatch(r"(train|valid|test|corpus)-([12])-(\d{4,7})", task)
         if not match or int(match[3]) >= self.splits[match[1]]:
             raise UserError(f"sokoban has no task {task!r}; ids look like test-1-0003, "

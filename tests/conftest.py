@@ -7,6 +7,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+if "PYTEST_XDIST_WORKER" in os.environ:                # tests side by side: a core each, for their processes too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from model import Chat, load_model  # noqa: E402
 from run import load_config  # noqa: E402
 

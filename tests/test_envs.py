@@ -11,7 +11,7 @@ import pytest
 import tiny as tiny_module
 from conftest import ROOT, SHARED, needs_shared_data
 from envs import Outcome, Quest, ReplayMismatch, UserError, make_env, rollback
-from sokoban import MOVES, InWords, Level, Sokoban, push, read_boxoban, reverse_play
+from sokoban import MOVES, InWords, Level, Sokoban, boxoban_level, push, read_boxoban, reverse_play
 
 
 def solve(level: Level, limit: int = 200_000) -> list[str] | None:
@@ -295,13 +295,27 @@ def test_sokoban_says_that_a_box_is_stuck_and_refuses_walls_and_double_pushes():
 
 def test_boxoban_files_are_read_as_they_are():
     path = ROOT / "tests/data/medium_train_sample.txt"
-    levels = read_boxoban(path)
     env = make_env("sokoban", str(path))
+    levels = [env._level(task) for task in env.tasks("train")]
     assert env.tasks("train") == [
         f"medium_train_sample/{i}" for i in range(len(levels))] and env.tasks("test") == []
     shown = env.reset("medium_train_sample/0").split("\n", 1)[1]
     assert shown == path.read_text().split("\n", 1)[1].split("\n\n")[0].split("\n;")[0]
     assert {len(level.boxes) for level in levels} == {4} and levels[0].size == (10, 10)
+
+
+def test_a_clone_of_boxoban_is_read_as_a_folder(tmp_path):
+    text = (ROOT / "tests/data/medium_train_sample.txt").read_text()
+    for name in ("unfiltered/train/000.txt", "unfiltered/valid/000.txt", "hard/003.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    env, count = make_env("sokoban", str(tmp_path)), text.count(";")
+    assert env.tasks("train") == [f"unfiltered_train_000/{i}" for i in range(count)]
+    assert len(env.tasks("valid")) == count and env.tasks("test")[0] == f"{tmp_path.name}_hard_003/0"
+    assert env.reset("unfiltered_valid_000/1") == env.reset(env.tasks("test")[1])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"there is no file .*empty/\*.txt"):
+        make_env("sokoban", str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("text, message", [("no levels here", "no level found"),
@@ -317,8 +331,9 @@ def test_a_file_that_holds_no_level_is_named(tmp_path, text, message):
 
 def test_all_shared_boxoban_levels_are_read():
     needs_shared_data()
-    counts = {path.stem: len(read_boxoban(path)) for path in (SHARED / "boxoban").glob("*.txt")}
-    assert counts and all(count == 1000 for stem, count in counts.items() if "unfiltered" in stem), counts
+    files = read_boxoban(str(SHARED / "boxoban"))
+    counts = {stem: len([boxoban_level(block, stem) for block in blocks]) for stem, blocks in files.items()}
+    assert len(counts) == 3 and all(count == 1000 for stem, count in counts.items() if "unfiltered" in stem), counts
 
 
 def test_boxoban_levels_that_the_solver_solves_are_solved_when_played():
@@ -350,6 +365,7 @@ def test_a_person_plays_undoes_and_wins():
         env.step(action)
     out = play("quest", "test-1-0000", typed="\n".join(["hint", "go nowhere", "undo", *moves]) + "\n")
     assert out.returncode == 0 and "(refused) you cannot do that." in out.stdout
+    assert f"{len(moves)}> {moves[-1]}\n" in out.stdout  # piped in, actions are shown: a transcript
     assert f"success after {len(moves)} turns" in out.stdout, out.stdout  # undone, the refusal cost nothing
 
 

@@ -120,7 +120,8 @@ def test_its_processes_end_with_the_program_however_it_ends(world):
 
 
 @pytest.mark.parametrize("name, message", [("nothing", "there is no 'nothing'"), ("no.py:A", "there is no file no.py"),
-                                           ("envs.py:Nothing", "has no class Nothing")])
+                                           ("envs.py:Nothing", r"has no class Nothing\(Env\)"),
+                                           ("envs.py:Outcome", r"has no class Outcome\(Env\)")])
 def test_a_world_that_is_not_there_is_one_clear_line(name, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
