@@ -22,6 +22,8 @@ from itertools import product as combinations
 from pathlib import Path
 from typing import Iterator
 
+from tqdm import tqdm
+
 from envs import Env, Outcome, UserError
 
 TABS = {"description": "Description", "features": "Features", "reviews": "Reviews"}
@@ -37,19 +39,18 @@ NOT_NOUNS = set("a an and at by for from in is it of on or our the this to up wi
 def elements(path: Path) -> Iterator[dict]:
     """The products of a file, one at a time: a JSON array of any size, or one object a line."""
     opener = lzma.open if path.suffix == ".xz" else open
-    decoder, text = json.JSONDecoder(), ""
+    decoder, between, text, at = json.JSONDecoder(), re.compile(r"[ \r\n\t\[\],]*"), "", 0
     with opener(path, "rt", encoding="utf-8") as file:
         while block := file.read(1 << 20):
-            text += block
-            while text := text.lstrip(" \r\n\t[],"):
+            text, at = text[at:] + block, 0
+            while (at := between.match(text, at).end()) < len(text):
                 try:
-                    item, end = decoder.raw_decode(text)
+                    item, at = decoder.raw_decode(text, at)
                 except ValueError:                     # cut off at the block's end
                     break
                 yield item
-                text = text[end:]
-    if text.strip(" \r\n\t[],"):
-        raise UserError(f"data: {path} is damaged, or not JSON, near: {text[:60]!r}")
+    if at < len(text):
+        raise UserError(f"data: {path} is damaged, or not JSON, near: {text[at:at + 60]!r}")
 
 
 def number(text: str) -> float:
@@ -127,15 +128,16 @@ def goals_of(item: dict, human: bool) -> Iterator[dict]:
 
 def build(path: Path | None, to: str) -> None:
     """Make the data base: products, a full-text index of what the original indexes, goals in its shuffled order.
-    Memory holds the goals and one product at a time; 1.18 million products take about 6 GB of disk."""
+    Memory holds the files beside it and one product at a time."""
     beside = [path.parent / name if path else Path() for name in ("items_ins_v2.json", "items_human_ins.json")]
     attributes, human = (json.loads(file.read_text()) if file.is_file() else {} for file in beside)
     db = sqlite3.connect(to)
     db.executescript("pragma journal_mode = off; create table product (n integer primary key, asin text unique, item "
                      "text); create virtual table words using fts5(text, content='', tokenize='porter'); "
+                     "create temp table wish (n integer primary key, human integer, goal text); "
                      "create table goal (n integer primary key, goal text)")
-    kinds: dict[bool, list[dict]] = {True: [], False: []}
-    for raw in elements(path) if path else made_up():
+    counts = {True: 0, False: 0}
+    for raw in tqdm(elements(path) if path else made_up(), desc="index products", unit="product", delay=2):
         try:
             item = tidy(raw, attributes, human)
         except (KeyError, TypeError, ValueError) as error:
@@ -147,11 +149,14 @@ def build(path: Path | None, to: str) -> None:
         options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in item["options"].items())
         text = " ".join([item["name"], item["description"], *item["features"][:1], options])
         db.execute("insert into words (rowid, text) values (?, ?)", [row, text.lower()])
-        for people in kinds:
-            kinds[people] += goals_of(item, people)
-    goals = kinds[True] if len(kinds[True]) > 1000 else kinds[False]       # the full download has people's
-    random.Random(233).shuffle(goals)                                      # the original's seed
-    db.executemany("insert into goal values (?, ?)", [(n, json.dumps(goal)) for n, goal in enumerate(goals)])
+        for people in counts:
+            if people or counts[True] <= 1000:                             # the full download has people's
+                goals = [(people, json.dumps(goal)) for goal in goals_of(item, people)]
+                db.executemany("insert into wish (human, goal) values (?, ?)", goals)
+                counts[people] += len(goals)
+    order = [n for n, in db.execute("select n from wish where human = ? order by n", [counts[True] > 1000])]
+    random.Random(233).shuffle(order)                                      # the original's seed
+    db.executemany("insert into goal select ?, goal from wish where n = ?", enumerate(order))
     db.commit()
     db.close()
 
@@ -170,8 +175,11 @@ def database(data: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"webshop-{name}.{os.getpid()}.new"
         aside.unlink(missing_ok=True)
-        build(path, str(aside))
-        aside.replace(kept)
+        try:
+            build(path, str(aside))
+            aside.replace(kept)
+        finally:
+            aside.unlink(missing_ok=True)
     return str(kept)
 
 
