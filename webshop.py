@@ -29,6 +29,8 @@ from envs import Env, Outcome, UserError
 TABS = {"description": "Description", "features": "Features", "reviews": "Reviews"}
 COLOURS = ("black blue brown gray grey green orange pink purple red silver gold white yellow beige navy ivory teal "
            "turquoise khaki burgundy coral lavender mint rose wine bronze copper charcoal olive violet").split()
+STOP_WORDS = set("a an and are as at be but by for if in into is it no not of on or such that the their then "
+                 "there these they this to was will with".split())      # Lucene's list: no search heeds them
 NOT_NOUNS = set("a an and at by for from in is it of on or our the this to up with without your you all more most new"
                 " set best great good high easy perfect small large medium big mini long short light dark soft free "
                 "super ultra extra fit fits made use used non pack".split())
@@ -279,10 +281,10 @@ class WebShop(Env):
         self.place, self.item, self.chosen, self.found, self.number = place, None, {}, [], 1
 
     def _search(self, text: str) -> list[str]:
-        words = " OR ".join(f'"{word}"' for word in re.findall(r"\w+", text))
-        return [row[0] for row in self.db.execute(
-            "select asin from words join product on product.n = words.rowid where words match ? "
-            "order by bm25(words), words.rowid limit 50", [words])] if words else []
+        words = [f'"{word}"' for word in re.findall(r"\w+", text) if word not in STOP_WORDS]
+        rows = self.db.execute("select rowid from words where words match ? order by bm25(words), rowid limit 50",
+                               [" OR ".join(words)]).fetchall() if words else []
+        return [self.db.execute("select asin from product where n = ?", row).fetchone()[0] for row in rows]
 
     def _buttons(self) -> list[str]:
         if self.place == "index":

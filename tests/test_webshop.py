@@ -66,6 +66,17 @@ def test_pages_lead_where_their_buttons_say():
     assert env.step("click[back to search]").obs == said
 
 
+def test_a_search_finds_any_of_its_words_best_first_and_heeds_no_small_words():
+    env = make_env("webshop")
+    env.reset("goal-3")
+    assert "Total results: 0)" in env.step("search[the of with]").obs
+    assert "Total results: 0)" in env.step("search[xyzzy]").obs
+    found = env._search("a fjord jacket for the")
+    assert found == env._search("fjord jacket") and len(found) == 50
+    fits = ["fjord" in (name := env._item(asin)["name"].lower()) and "jacket" in name for asin in found]
+    assert fits[0] and not any(fits[sum(fits):])
+
+
 def test_what_is_no_button_changes_nothing_and_is_refused():
     env = make_env("webshop")
     said = env.reset("goal-3")
