@@ -25,8 +25,9 @@ from tqdm import tqdm
 from envs import Env, ReplayMismatch, UserError
 from eval import Samples, cell, make_engine, make_worlds, open_policy, pick_tasks, read_samples, spread
 from leafe import PLAYBOOK, TURN, Branch, Tree, episode, explore, fill, read_trees, rows_of
-from model import Ask, Batch, Chat, Engine, Job, Packed, Segment, adapter_off, pack, token_logp
+from model import Ask, Batch, Chat, Engine, Job, Packed, Segment, pack, token_logp
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, spent
+from weights import adapter_off
 from workers import act, back
 
 # ------------------------------------------------------------------------------------ rollouts within a budget

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from envs import Env, UserError, env_class, make_env
 from leafe import PLAYBOOK, episode
-from model import Chat, Engine, Job, adapter_off, load_adapter, load_model, lora_parameters
+from model import Chat, Engine, Job
 from run import Config, Jsonl, RunFolder, guarded, load_config, policy_name, read_jsonl, refuse, write_aside
+from weights import adapter_off, load_adapter, load_model, lora_parameters
 
 
 def make_engine(model, chat: Chat, cfg: Config) -> Engine:

@@ -1,189 +1,22 @@
-"""The model side: tokens in, tokens out. Nothing here knows of environments or trees of turns. Four parts:
+"""The model side: tokens in, tokens out. Nothing here knows of environments or trees of turns. Three parts:
 
-    load_model, LoRA    any full-attention causal LM of transformers, in 4 bits where a GPU is, with an adapter in
-                        PEFT's layout; switched off, the model is the base
     Chat                the ids around messages, found once in the chat template; from then on ids are appended and
                         never rendered again: what the model generated is kept as it was
     Engine              the forking engine: hundreds of conversations side by side in one KV cache
     pack, packed_nll    training rows that hold whole token trees, shared prefixes computed once
 """
-import json
-import math
 import random
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Generator, Iterator
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from envs import UserError
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def find_model(name: str) -> str:
-    """A local folder (as given, or beside this file, as tiny/ is) or a hub name."""
-    for folder in (Path(name), Path(__file__).parent / name):
-        if (folder / "config.json").is_file():
-            return str(folder)
-    if Path(name).exists() or name.count("/") != 1:
-        raise UserError(f"model: {name} is no folder with a config.json, and no hub name of the form owner/name")
-    return name
-
-
-def load_model(name: str, load_in_4bit: bool | None, context: int):
-    """(model, tokenizer). load_in_4bit None: on a GPU yes, on a CPU no (fp32 is faster, more exact there)."""
-    path = find_model(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        check_attention(name, AutoConfig.from_pretrained(path).get_text_config(), context)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16 if device == "cuda" else torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"model: cannot load {name}: {first} (a local folder works offline; "
-                        f"`hf download {name}` fetches a hub model)") from None
-    model.eval().requires_grad_(False)
-    if load_in_4bit if load_in_4bit is not None else device == "cuda":
-        quantize(model, device)
-    return model.to(device), tokenizer
-
-
-def check_attention(name: str, config, context: int) -> None:
-    """The engine's mask is plain causal: refuse what needs another one, or a scaled head."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if kinds - {"full_attention", "sliding_attention"} or (window and window < context):
-        raise UserError(f"model: {name} has {', '.join(sorted(kinds))} layers with a window of {window} tokens; "
-                        f"the engine needs full attention over context={context} tokens")
-    if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
-        raise UserError(f"model: {name} rescales its logits, which the engine does not do; choose another model")
-    if getattr(config, "max_position_embeddings", context) < context:
-        raise UserError(f"context: {context} is more than the {config.max_position_embeddings} tokens of {name}")
-
-
-def quantize(model: nn.Module, device: str) -> None:
-    """Make every projection bitsandbytes' 4-bit product (nf4, double quantised); embeddings and head stay."""
-    import bitsandbytes as bnb
-    for parent, name, linear in projections(model):
-        four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
-                                 compute_dtype=linear.weight.dtype)
-        four.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4",
-                                        compress_statistics=True)
-        four.bias = linear.bias
-        setattr(parent, name, four.to(device).requires_grad_(False))
-
-
-def projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """(parent, attribute, linear) of all seven projections in every layer; QLoRA adapts them all."""
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
-             if name in PROJECTIONS and isinstance(child, nn.Linear)]
-    if not found:
-        raise UserError(f"model: {type(model).__name__} has none of the projections {', '.join(PROJECTIONS)}")
-    return found
-
-
-class LoRA(nn.Module):
-    """y = W x + (alpha / r) B A x, for nn.Linear and Linear4bit. A (r, in), B (out, r), B = 0 at start."""
-    def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator):
-        super().__init__()
-        self.base, self.scale, self.on, self.loads = base, alpha / rank, True, 0
-        bound = 1 / math.sqrt(base.in_features)
-        first = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        device = base.weight.device
-        self.lora_A = nn.Parameter(first.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:      # (..., in) -> (..., out)
-        y = self.base(x)
-        if not self.on:
-            return y
-        return y + ((x.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * self.scale).to(y.dtype)
-
-
-def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parent, name, linear in projections(model):
-        setattr(parent, name, LoRA(linear, rank, alpha, generator))
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRA]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
-
-
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
-
-
-@contextmanager
-def adapter_off(model: nn.Module, off: bool = True) -> Iterator[None]:
-    """Inside, the model is the base (when `off`): the reference policy, at no memory."""
-    layers = lora_layers(model).values()
-    before = [layer.on for layer in layers]
-    for layer in layers:
-        layer.on = layer.on and not off
-    try:
-        yield
-    finally:
-        for layer, on in zip(layers, before):
-            layer.on = on
-
-
-def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT does; peft and vLLM load them as is."""
-    layers = lora_layers(model)
-    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
-               for name, layer in layers.items() for part in ("lora_A", "lora_B")}
-    one = next(iter(layers.values()))
-    rank = one.lora_A.shape[0]
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=rank,
-                  lora_alpha=one.scale * rank, lora_dropout=0.0, bias="none", fan_in_fan_out=False,
-                  inference_mode=True, target_modules=sorted({name.rsplit(".", 1)[-1] for name in layers}))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
-    (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json.new").write_text(json.dumps(config, indent=1))
-    (folder / "adapter_config.json.new").replace(folder / "adapter_config.json")
-
-
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Read an adapter in PEFT's layout into the model, wrapping its layers if they are not yet."""
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"adapter: {folder} has no adapter_config.json with adapter_model.safetensors beside it")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    odd = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-           if config.get(key)]
-    if odd or config.get("bias", "none") != "none":
-        raise UserError(f"adapter: {folder} uses {', '.join(odd) or 'bias'}; plain LoRA is what is read here")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    if not lora_layers(model):
-        add_lora(model, config["r"], config["lora_alpha"], seed=0)
-    for name, layer in lora_layers(model).items():
-        layer.scale, layer.loads = config["lora_alpha"] / config["r"], layer.loads + 1
-        for part, side in (("lora_A", 1), ("lora_B", 0)):      # the side that is not the rank
-            old = getattr(layer, part)
-            key = f"base_model.model.{name}.{part}.weight"     # left out: no change (B = 0), yet it can be trained
-            new = tensors.pop(key, old if part == "lora_A" else torch.zeros_like(old))
-            if new.shape[side] != old.shape[side]:
-                raise UserError(f"adapter: {folder} was made for another model: "
-                                f"{name}.{part} is {tuple(new.shape)}")
-            setattr(layer, part, nn.Parameter(new.to(old), requires_grad=old.requires_grad))
-    if tensors:
-        raise UserError(f"adapter: {folder} holds {next(iter(tensors))}, which this model does not have")
-
-
-def weights_version(model: nn.Module) -> tuple:
-    """Changes with each load, switch and in-place change of an adapter weight (torch counts those itself)."""
-    return tuple((layer.on, layer.loads, layer.lora_A._version, layer.lora_B._version)
-                 for layer in lora_layers(model).values())
+from weights import weights_version
 
 
 class Chat:

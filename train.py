@@ -31,8 +31,9 @@ import baselines
 from envs import UserError
 from eval import make_engine, make_worlds, open_policy, pick_tasks, report, sample
 from leafe import Targets, Tree, explore, read_trees, reflection_figures, stage1_figures, targets
-from model import Batch, Chat, Packed, add_lora, load_adapter, lora_parameters, packed_nll, save_adapter
+from model import Batch, Chat, Packed, packed_nll
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, refuse, write_aside
+from weights import add_lora, load_adapter, lora_parameters, save_adapter
 COMPARED = ("leafe", "rft", "early_experience", "grpo", "grpo+leafe", "ace")
 
 

@@ -10,8 +10,13 @@ sys.path.insert(0, str(ROOT))
 if "PYTEST_XDIST_WORKER" in os.environ:                # tests side by side: a core each, for their processes too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from model import Chat, load_model  # noqa: E402
+import torch  # noqa: E402
+from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,  # noqa: E402
+                          Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+
+from model import Chat  # noqa: E402
 from run import load_config  # noqa: E402
+from weights import load_model, lora_parameters  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"  # full data for full checks; a stranger's clone has only tests/data
 
@@ -41,3 +46,26 @@ def own_tiny():
     """(model, chat) of the embedded model, for tests that change it."""
     model, tokenizer = load_model("tiny", None, 768)
     return model, Chat(tokenizer)
+
+
+SHAPE = dict(vocab_size=470, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=64, max_position_embeddings=768,
+             tie_word_embeddings=False, initializer_range=0.5)
+
+
+def family(name, **more):
+    """A small model of this architecture, weights at random."""
+    torch.manual_seed(3)
+    return {"llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | more)),
+            "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE | more)),
+            "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE | more, head_dim=16)),
+            "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE | more, sliding_window=None)),
+            }[name]().eval().requires_grad_(False)
+
+
+def shake(model, seed=1, size=0.3):
+    """Give the adapter weights that matter."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * size)

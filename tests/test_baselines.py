@@ -13,9 +13,10 @@ from baselines import (CONTENDERS, ace, advantages, alternatives, budget, compar
                        foreseen, grpo_loss, reasoned, rft, rollouts, run_contenders, successes, table, taken, with_old)
 from envs import Quest, UserError
 from leafe import Branch, Tree, Turn, rows_of
-from model import Job, Segment, add_lora, lora_parameters, pack, packed_nll, token_logp
+from model import Job, Segment, pack, packed_nll, token_logp
 from report import passk, reward
 from run import Jsonl, RunFolder, spent
+from weights import add_lora, lora_parameters
 from test_eval import records
 from test_leafe import act, engine_for, grow
 

@@ -9,8 +9,8 @@ import torch
 from envs import Quest, UserError
 from eval import (Samples, bootstrap, compare, interval, main, make_engine, make_worlds, pass_at_k, pick_tasks,
                   read_samples, report, sample, table)
-from model import add_lora, lora_parameters
 from run import Jsonl, RunFolder, policy_name
+from weights import add_lora, lora_parameters
 
 
 @pytest.mark.parametrize("n, c, k", [(6, 2, 3), (6, 0, 3), (6, 6, 1), (5, 1, 5), (7, 3, 2), (128, 1, 128),

@@ -1,39 +1,14 @@
-import json
 import random
 from collections import deque
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
-                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
-from conftest import ROOT
+from conftest import family, shake
 from envs import Quest, UserError
 from leafe import TURN, episode, targets
-from model import (Ask, Chat, Engine, Job, LoRA, Segment, StaleSnapshot, adapter_off, add_lora,
-                   check_attention, load_adapter, load_model, lora_layers, lora_parameters, pack, packed_nll,
-                   quantize, save_adapter, weights_version)
-
-SHAPE = dict(vocab_size=470, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, intermediate_size=64, max_position_embeddings=768,
-             tie_word_embeddings=False, initializer_range=0.5)
-
-
-def family(name):
-    torch.manual_seed(3)
-    return {"llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-            "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-            "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
-            "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
-            }[name]().eval().requires_grad_(False)
-
-
-def shake(model, seed=1, size=0.3):
-    """Give the adapter weights that matter."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lora_parameters(model):
-            parameter.add_(torch.randn_like(parameter) * size)
+from model import Ask, Chat, Engine, Job, Segment, StaleSnapshot, pack, packed_nll
+from weights import add_lora, adapter_off, lora_parameters
 
 
 def spy(attempt, log):
@@ -241,98 +216,6 @@ def test_packed_rows_in_fp32_are_within_1e_5_of_one_at_a_time(tiny):
         packed_nll(model, [one])[0].item() + packed_nll(model, [two])[0].item(), rel=1e-5)
 
 
-# adapters and loading
-
-def test_the_adapter_loads_in_peft_and_peft_s_loads_here(own_tiny, tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
-    model, _ = own_tiny
-    base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny").eval()
-    ids = torch.randint(6, 400, (2, 30))
-    plain = model(input_ids=ids).logits
-    add_lora(model, 8, 16, seed=0)
-    shake(model, size=0.1)
-    ours = model(input_ids=ids).logits
-    save_adapter(model, tmp_path / "ours", "tiny")
-    theirs = PeftModel.from_pretrained(base, tmp_path / "ours").eval()
-    assert torch.equal(theirs(input_ids=ids).logits, ours) and not torch.allclose(ours, plain)
-    made = get_peft_model(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), LoraConfig(
-        r=3, lora_alpha=9, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
-    made.save_pretrained(tmp_path / "theirs")
-    load_adapter(model, tmp_path / "theirs")                      # another rank, fewer layers
-    left_out = [layer for name, layer in lora_layers(model).items() if "up_proj" in name]
-    assert all(layer.lora_A.any() and not layer.lora_B.any() for layer in left_out)     # no change, yet trainable
-    assert torch.allclose(model(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-5)
-
-
-def test_the_adapter_switched_off_is_the_base_exactly(own_tiny):
-    model, _ = own_tiny
-    ids = torch.randint(6, 400, (1, 20))
-    plain = model(input_ids=ids).logits
-    add_lora(model, 4, 8, seed=0)
-    assert torch.equal(model(input_ids=ids).logits, plain)        # B = 0
-    shake(model)
-    version = weights_version(model)
-    with adapter_off(model):
-        assert torch.equal(model(input_ids=ids).logits, plain) and weights_version(model) != version
-    assert not torch.equal(model(input_ids=ids).logits, plain) and weights_version(model) == version
-
-
-def test_four_bit_trains_only_the_adapter_and_reloads_to_equal_logits(own_tiny, tmp_path):
-    import bitsandbytes as bnb
-    (model, _), ids = own_tiny, torch.randint(6, 400, (1, 20))
-    exact = model(input_ids=ids).logits
-    quantize(model, "cpu")
-    assert sum(isinstance(m, bnb.nn.Linear4bit)
-               for m in model.modules()) == 7 * model.config.num_hidden_layers
-    coarse = model(input_ids=ids).logits
-    assert 0 < (coarse - exact).abs().mean() < 0.5 * exact.abs().mean()
-    add_lora(model, 4, 8, seed=0)
-    before = {name: value.clone() for name, value in model.state_dict().items() if "lora" not in name}
-    for parameter in lora_parameters(model):
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(lora_parameters(model), lr=0.01)
-    losses = []
-    for _ in range(5):
-        loss = packed_nll(model, [pack([[Segment(ids[0].tolist(), [1.0] * 20, None)]])]).sum()
-        loss.backward(), optimizer.step(), optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert all(torch.equal(value, before[name])
-               for name, value in model.state_dict().items() if "lora" not in name)
-    with adapter_off(model):
-        assert torch.equal(model(input_ids=ids).logits, coarse)
-    save_adapter(model, tmp_path, "tiny")
-    again, _ = load_model("tiny", True, 768)
-    load_adapter(again, tmp_path)
-    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_loading_mistakes_are_one_line(tmp_path, own_tiny):
-    for name in ("nowhere", str(tmp_path), "a/b/c"):
-        with pytest.raises(UserError, match="model: .*no folder with a config.json"):
-            load_model(name, None, 64)
-    with pytest.raises(UserError, match="context: 99999 is more"):
-        load_model("tiny", None, 99999)
-    with pytest.raises(UserError, match="adapter: .*has no adapter_config.json"):
-        load_adapter(own_tiny[0], tmp_path)
-    other = family("llama")
-    add_lora(other, 4, 8, seed=0)
-    save_adapter(other, tmp_path / "other", "llama")
-    with pytest.raises(UserError, match="adapter: .*was made for another model"):
-        load_adapter(own_tiny[0], tmp_path / "other")
-    config = json.loads((tmp_path / "other/adapter_config.json").read_text())
-    (tmp_path / "other/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(UserError, match="use_dora"):
-        load_adapter(other, tmp_path / "other")
-
-
-def test_a_model_whose_attention_the_engine_cannot_mask_is_refused():
-    with pytest.raises(UserError, match="full attention"):
-        check_attention("m", MistralConfig(sliding_window=128), 256)
-    check_attention("m", MistralConfig(sliding_window=512), 256)
-    check_attention("m", Qwen2Config(), 256)
-
-
 # chat tokens
 
 def test_chat_pieces_rebuild_what_the_template_renders(tiny):
@@ -371,10 +254,3 @@ def test_a_model_without_a_usable_chat_template_is_refused(template, tiny):
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="chat template"):
         Chat(tokenizer)
-
-
-def test_lora_wraps_all_seven_projections_of_every_layer(own_tiny):
-    model, _ = own_tiny
-    add_lora(model, 4, 8, seed=0)
-    assert len(lora_layers(model)) == 7 * model.config.num_hidden_layers
-    assert all(isinstance(layer, LoRA) for layer in lora_layers(model).values())

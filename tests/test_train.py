@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from baselines import comparison, packed_rows
 from conftest import ROOT
 from leafe import rows_of, targets
-from model import Chat, add_lora, load_model, lora_parameters, pack
+from model import Chat, pack
 from run import Jsonl, spent
 from test_leafe import grow, tree_by_hand
 from train import COMPARED, epoch, fit, loss_weights
+from weights import add_lora, load_model, lora_parameters
 
 
 def train(out, *args, **kwargs):
