@@ -55,8 +55,10 @@ class Env(Protocol):
     def reset(self, task: str) -> str: ...             # o_1, the task q stated in it; a pure function of task
     def step(self, action: str) -> Outcome: ...
 
-    def action(self, reply: str) -> str:               # what a model's reply asks for: its last line, after thoughts
-        return reply.rpartition("\n")[2]
+    def action(self, reply: str) -> str:
+        """What a model's reply asks for, its thoughts left out: what stands in the last <action>...</action>, which an
+        answer that was cut off need not close; without one, the last line."""
+        return re.sub(r"</action>.*", "", reply.rpartition("<action>")[2], flags=re.S).strip().rpartition("\n")[2]
 
     def actions(self) -> list[str]: ...                # admissible actions, for people and tests
     def difficulty(self, task: str) -> str: ...        # a group for the tables

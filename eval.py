@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from envs import Env, UserError, env_class, make_env
-from leafe import PLAYBOOK, episode
+from leafe import PLAYBOOK, REACT, episode
 from model import Chat, Engine, Job
 from run import Config, Jsonl, RunFolder, guarded, load_config, policy_name, read_jsonl, refuse, write_aside
 from weights import adapter_off, load_adapter, load_model, lora_parameters
@@ -35,14 +35,14 @@ def make_engine(model, chat: Chat, cfg: Config) -> Engine:
 
 
 def make_worlds(cfg: Config) -> Callable[[], Env]:
-    """A function that makes an environment, with cfg.playbook behind its rules if there is one."""
+    """A function that makes an environment; behind its rules, with cfg.react, how to answer, and cfg.playbook."""
     if cfg.playbook and not Path(cfg.playbook).is_file():
         raise UserError(f"playbook: there is no file {cfg.playbook}; train.py method=ace writes one")
     lessons = Path(cfg.playbook).read_text(encoding="utf-8").strip() if cfg.playbook else ""
 
     def make() -> Env:
         env = make_env(cfg.env, cfg.data)
-        env.rules += PLAYBOOK + lessons if lessons else ""
+        env.rules += (REACT if cfg.react else "") + (PLAYBOOK + lessons if lessons else "")
         return env
     return make
 

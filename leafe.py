@@ -29,6 +29,8 @@ TURN = "step {t}: {obs}"                          # a user message: turn t's obs
 HINT = "\nexperience: {e}"                        # behind the observation at tau, in a branch only
 REFLECT = ("\nlook back: what should have been known, and from which step on? answer:\n"
            "experience: ...\nstep: N")            # behind the observation that followed the last action
+REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
+         "<action>one action</action>")          # behind the rules, with react: true
 PLAYBOOK = "\nwhat earlier episodes taught:\n"       # behind the rules, then a lesson a line (baselines.ace)
 REFLECTION = "experience: {e}\nstep: {tau}"       # what a well-formed answer looks like (tiny.py teaches it)
 

@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -59,6 +60,7 @@ class Config:
     max_depth: int
     attempts: int
     keep_experience: bool
+    react: bool
     action_tokens: int
     reflect_tokens: int
     reflect_temperature: float
@@ -92,6 +94,7 @@ class Config:
     evaluate_base: bool
 
 
+SHIPPED = Path(__file__).with_name("config.yaml")
 METHODS = ("leafe", "rft", "early_experience", "grpo", "ace", "compare")
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     *[(key, lambda v: v >= 1, "must be 1 or more") for key in
@@ -151,6 +154,13 @@ def says(kind: Any) -> str:
         .replace("None", "null").replace("|", "or"))
 
 
+@lru_cache
+def shipped() -> dict[str, Any]:
+    """The values of the config.yaml that comes with the project: what another file leaves out, or is older than."""
+    settings = yaml.safe_load(SHIPPED.read_text())
+    return {key: value for key, value in settings.items() if key not in ("presets", "methods")}
+
+
 def load_config(args: list[str]) -> Config:
     """`config.yaml [preset=NAME] [key=value ...]`. Raises UserError: one line with key, file and fix."""
     path = next((arg for arg in args if "=" not in arg), "config.yaml")
@@ -167,7 +177,8 @@ def load_config(args: list[str]) -> Config:
         raise UserError(f"{path}: expected lines of `key: value`")
     presets, methods = settings.pop("presets", None) or {}, settings.pop("methods", None) or {}
     kinds = {field.name: field.type for field in fields(Config)}
-    sources = dict.fromkeys(settings, path)
+    sources = {**dict.fromkeys(shipped(), str(SHIPPED)), **dict.fromkeys(settings, path)}
+    settings = {**shipped(), **settings}
     options = [arg.split("=", 1) for arg in args if "=" in arg]
     method = str(dict(options).get("method", settings.get("method")))
     settings.update(methods.get(method) or {})
@@ -189,20 +200,17 @@ def load_config(args: list[str]) -> Config:
         sources.update(dict.fromkeys(given, where))
     for key in settings:
         settings[key] = number(settings[key])
-    check(settings, kinds, sources, path)
+    check(settings, kinds, sources)
     return Config(**settings)
 
 
-def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, str], path: str) -> None:
-    """Raises UserError for the first key that is unknown, mistyped, missing or impossible."""
+def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, str]) -> None:
+    """Raises UserError for the first key that is unknown, mistyped or impossible."""
     for key, value in settings.items():
         if key not in kinds:
             raise UserError(f"{sources[key]}: there is no key {key!r}{nearest(key, kinds)}")
         if not fits(value, kinds[key]):
             raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {says(kinds[key])}")
-    for key in kinds:
-        if key not in settings:
-            raise UserError(f"{path}: the key {key} is missing; see the config.yaml that comes with LEAFE")
     for key, holds, message in RANGES:
         if not holds(settings[key]):
             raise UserError(f"{sources[key]}: {key} {message}, not {settings[key]!r}")
@@ -319,7 +327,7 @@ class RunFolder:
         """Keep config.yaml; refuse to mix results of two configurations in one folder."""
         kept, now = self.path / "config.yaml", dict(vars(config))
         if kept.exists():
-            before = yaml.safe_load(kept.read_text()) or {}
+            before = {**shipped(), **(yaml.safe_load(kept.read_text()) or {})}
             odd = [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]
             if odd:
                 raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, "

@@ -146,6 +146,20 @@ def test_samples_are_called_after_the_run_that_made_the_policy(settings, tmp_pat
     assert policy_name(settings(f"adapter={tmp_path}/elsewhere")) == "trained"
 
 
+@pytest.mark.parametrize("reply, action", [
+    ("go attic", "go attic"), ("the attic is dark.\ngo attic", "go attic"),
+    ("<think>it is dark.\n</think>\n<action>go attic</action>", "go attic"),
+    ("<action>go cellar</action> no: <action> go attic\n</action>\nlet us see", "go attic"),
+    ("<think>it is dark.</think><action>go attic", "go attic"), ("<action></action>", ""), ("", "")])
+def test_the_action_is_what_stands_in_the_last_tags_or_the_last_line(reply, action):
+    assert Quest().action(reply) == action
+
+
+def test_with_react_the_rules_ask_for_a_thought_and_tags(settings):
+    rules = make_worlds(settings("react=true"))().rules
+    assert rules.startswith(Quest.rules) and "<think>" in rules and rules.endswith("<action>one action</action>")
+
+
 def test_a_playbook_stands_behind_the_rules_and_marks_the_samples(own_tiny, settings, tmp_path):
     model, chat = own_tiny
     (tmp_path / "playbook.txt").write_text("the attic needs the torch\n")

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -54,7 +55,7 @@ def test_a_mistake_in_the_configuration_is_one_line_with_the_key_and_the_fix(arg
 @pytest.mark.parametrize("text, message", [
     ("a: [", "not YAML"), ("just words", "expected lines"), ("", "expected lines"),
     (config_text(stepz=3), "mine.yaml: there is no key 'stepz'"),
-    ("steps: 3", "mine.yaml: the key model is missing"), (config_text(presets={"p": {"stps": 1}}), "")])
+    ("steps: many", "mine.yaml: steps is 'many'"), (config_text(presets={"p": {"stps": 1}}), "")])
 def test_a_mistake_in_the_file_names_the_file(text, message, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
@@ -67,6 +68,19 @@ def test_a_mistake_in_the_file_names_the_file(text, message, tmp_path):
         with pytest.raises(UserError,
                            match="mine.yaml, preset p: there is no key 'stps'; did you mean 'steps'?"):
             load_config([str(path), "preset=p"])
+
+
+def test_what_a_file_leaves_out_is_as_in_the_project_s(tmp_path):
+    (tmp_path / "mine.yaml").write_text("steps: 3")
+    usual = load_config([str(ROOT / "config.yaml")])
+    assert load_config([str(tmp_path / "mine.yaml")]) == replace(usual, steps=3)
+    old = {key: value for key, value in vars(usual).items() if key != "beta"}           # a run from before there was beta
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(old))
+    with pytest.raises(UserError, match="holds a run with beta=1.0, not 2.0"):
+        RunFolder(replace(usual, out=str(tmp_path / "run"), beta=2.0))
+    RunFolder(replace(usual, out=str(tmp_path / "run")))
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["beta"] == 1.0
 
 
 def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_file():
