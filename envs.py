@@ -56,8 +56,8 @@ class Env(Protocol):
     def step(self, action: str) -> Outcome: ...
 
     def action(self, reply: str) -> str:
-        """What a model's reply asks for, its thoughts left out: what stands in the last <action>...</action>, which an
-        answer that was cut off need not close; without one, the last line."""
+        """What a model's reply asks for, its thoughts left out: what stands in its last <action>...</action> (one cut
+        off needs no end), or else its last line."""
         return re.sub(r"</action>.*", "", reply.rpartition("<action>")[2], flags=re.S).strip().rpartition("\n")[2]
 
     def actions(self) -> list[str]: ...                # admissible actions, for people and tests

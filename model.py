@@ -30,13 +30,15 @@ class Chat:
         self.tokenizer = tokenizer
         marks = ["\u27e6sys\u27e7", "\u27e6one\u27e7", "\u27e6two\u27e7", "\u27e6three\u27e7"]
         turns = [dict(role=r, content=mark) for r, mark in zip(("system", "user", "assistant", "user"), marks)]
-        text = self._render(turns)
-        self.system_role = text is not None and marks[0] in text
-        if not self.system_role:                        # the rules open the first user message
-            text = self._render([dict(role="user", content=marks[0] + "\n\n" + marks[1]), *turns[2:]])
-        at = [text.find(mark) for mark in marks] if text else [-1]
-        if min(at) < 0 or sorted(at) != at:
+        joined = [dict(role="user", content=marks[0] + "\n\n" + marks[1]), *turns[2:]]
+        for messages in (turns, joined):                # without a system role, rules open the first user message;
+            text = self._render(messages)               # so too where the template would move them to the last
+            at = [text.find(mark) for mark in marks] if text else [-1]
+            if min(at) >= 0 and sorted(at) == at:
+                break
+        else:
             raise UserError(f"model: the chat template of {tokenizer.name_or_path} loses or reorders messages")
+        self.system_role = messages is turns
         ends = [start + len(mark) for start, mark in zip(at, marks)]
         self.head, self.system_to_user = text[:at[0]], text[ends[0]:at[1]]
         self.reply_to_user, self.user_to_reply = text[ends[2]:at[3]], text[ends[3]:]

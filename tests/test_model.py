@@ -1,8 +1,10 @@
+import copy
 import random
 from collections import deque
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from conftest import family, shake
 from envs import Quest, UserError
@@ -231,25 +233,56 @@ def test_chat_pieces_rebuild_what_the_template_renders(tiny):
     assert chat.next("step 2", cut=True) == [tokenizer.eos_token_id] + chat.next("step 2")
 
 
-@pytest.mark.parametrize("template, system", [
-    ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-     "<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}<assistant>", False),
-    ("{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}<|end|>{% endif %}"
-     "{% endfor %}<assistant>", False),
-    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}<assistant>", True)])
-def test_a_template_without_a_system_role_gets_the_rules_in_the_first_message(template, system, tiny):
-    import copy
+TEMPLATES = {                                           # each known trouble, in few words: (template, system role?)
+    "begins with BOS": (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>", True),
+    "refuses a system role": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>", False),
+    "drops a system role": (
+        "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}"
+        "{% endfor %}<|assistant|>", False),
+    "wants strict alternation": (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns') }}"
+        "{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>", False),
+    "moves the system message to the last": (
+        "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{% if loop.last and messages[0].role == 'system' %}"
+        "{{ messages[0].content + ' ' }}{% endif %}{{ m.content }}<|end|>{% endfor %}<|assistant|>", False),
+    "drops earlier thoughts": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] if m.role == 'assistant' "
+        "else m.content }}<|end|>{% endfor %}<|assistant|>", True),
+    "opens a thought": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>so:", True),
+    "ends lines between messages": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{{ '<|assistant|>\n' }}", True)}
+
+
+@pytest.mark.parametrize("trouble", TEMPLATES)
+def test_chat_pieces_rebuild_what_a_template_with_this_trouble_renders(trouble, tiny):
     tokenizer = copy.deepcopy(tiny[1].tokenizer)
-    tokenizer.chat_template = template
+    tokenizer.chat_template, system = TEMPLATES[trouble]
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.bos_token_id)])     # and encode adds it again
     chat = Chat(tokenizer)
-    assert chat.system_role is system
-    assert "you are in a house" in tokenizer.decode(chat.first("you are in a house", "step 1"))
+    rules, one, two = "you are in a house", "step 1: find the crown.", "step 2: the attic is dark."
+    head = [dict(role="system", content=rules), dict(role="user", content=one)] if system else [
+        dict(role="user", content=f"{rules}\n\n{one}")]
+    rendered = tokenizer.apply_chat_template(
+        [*head, dict(role="assistant", content="go attic"), dict(role="user", content=two)], tokenize=False,
+        add_generation_prompt=True)
+    prompt = chat.first(rules, one)
+    if trouble == "opens a thought":                    # the prompt opened it, and what was said stays as it was said
+        rendered = rendered.replace("<|assistant|>go", "<|assistant|>so:go")
+    assert prompt + chat.ids("go attic<|end|>") + chat.next(two) == chat.ids(rendered)
+    assert chat.system_role is system and chat.end == tokenizer.eos_token_id
+    assert prompt.count(tokenizer.bos_token_id) == (trouble == "begins with BOS")
+    assert chat.next(two, cut=True) == [chat.end] + chat.next(two)
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}",
                                       "{% for m in messages %}{{ m.content }}{% endfor %}"])
 def test_a_model_without_a_usable_chat_template_is_refused(template, tiny):
-    import copy
     tokenizer = copy.deepcopy(tiny[1].tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="chat template"):

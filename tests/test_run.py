@@ -37,7 +37,7 @@ def config_text(**changes):
     (["row_tokens=100"], "row_tokens is 100, but must be at least context"),
     (["lr=0"], "lr must be above 0"), (["lr=nan"], "lr is 'nan'"), (["lr=.nan"], "lr is nan"),
     (["steps=["], "cannot be read as a value"),
-    (["preset=smok"], "has smoke, sokoban; did you mean 'smoke'?"),
+    (["preset=smok"], "has smoke, sokoban, qwen7b, llama8b, qwen3; did you mean 'smoke'?"),
     (["env_steps=9"], "env_steps=9 is a baseline's budget"), (["method=rft", "rounds=2"], "rounds=2 is for leafe"),
     (["experiences=a", "trees=b"], "experiences=a is for leafe when it explores"),
     (["method=grpo", "grpo_group=1"], "grpo_group=1 must be 2 or more"),
@@ -193,3 +193,10 @@ def test_records_are_one_line_each(tmp_path):
     store.close()
     assert (tmp_path / "x.jsonl").read_bytes().count(b"\n") == 1
     assert json.loads((tmp_path / "x.jsonl").read_text()) == {"text": "two\nlines \u2028 and ünicode"}
+
+
+@pytest.mark.parametrize("preset", ["qwen7b", "llama8b", "qwen3"])
+def test_a_language_model_s_preset_goes_with_any_world_and_fits_its_own_numbers(preset):
+    cfg = load_config([str(ROOT / "config.yaml"), f"preset={preset}", "env=alfworld", "data=x"])
+    assert cfg.react and cfg.load_in_4bit and cfg.env == "alfworld" and cfg.out == f"out/{preset}"
+    assert cfg.action_tokens + cfg.reflect_tokens < cfg.context <= cfg.row_tokens
