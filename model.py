@@ -6,6 +6,7 @@
     pack, packed_nll    training rows that hold whole token trees, shared prefixes computed once
 """
 import random
+import sys
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
@@ -93,6 +94,7 @@ class Job:
     reply_at: int = 0
     max_new: int = 0
     temperature: float = 1.0
+    u: float | None = None              # the next token's uniform, once drawn
     waits_for: Future | None = None     # its world is at work (workers.Remote); the others go on
 
 
@@ -156,7 +158,8 @@ class Engine:
     its row at once; the live rows stay 0..n-1, so keys and values are views. A new conversation forks the longest
     prefix that a kept snapshot of its family shares with it, token for token: forking is always exact, whatever the
     episode does (a hint that was in view simply is not part of a common prefix). Over the budget of `snapshot_mb`
-    the least recently used snapshots go, and their prefix is fed again."""
+    the least recently used snapshots go, and their prefix is fed again. Out of memory, it goes on with half of the
+    rows; the conversations that lost theirs wait for another, as they stand."""
     def __init__(self, model, stop: set[int], slots: int, context: int, temperature: float, snapshot_mb: int):
         self.model, self.decoder, self.head = model, model.get_decoder(), model.get_output_embeddings()
         self.device = next(model.parameters()).device
@@ -164,6 +167,7 @@ class Engine:
         self.budget = snapshot_mb * 2**20
         self.cache = SlotCache(slots, context)
         self.live: list[Job] = []
+        self.parked: deque[Job] = deque()                # begun, and without a row since memory ran out
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
         self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
         self.limit_tokens = 16384                        # of one prefill, padding included: bounds its memory
@@ -174,26 +178,53 @@ class Engine:
         """Run jobs until none is left, yielding each as it ends; the caller may append to `queue` meanwhile
         (first in, first out). The order in which jobs end depends on the schedule, their results do not."""
         try:
-            while queue or self.live:
-                yield from self._admit(queue)
-                yield from self._advance([row for row, job in enumerate(self.live)
-                                          if job.waits_for and job.waits_for.done()])
-                tail = {row: len(job.ids) - job.cached for row, job in enumerate(self.live) if not job.waits_for}
-                if not tail:                             # all episodes have ended, or wait for their worlds
-                    wait([job.waits_for for job in self.live], return_when=FIRST_COMPLETED)
+            while queue or self.live or self.parked:
+                try:
+                    yield from self._step(queue)
                     continue
-                # A ragged prefill costs more than a decode step: let it wait until half of the rows want one.
-                long = sum(n > 1 for n in tail.values()) * 2 >= len(tail)
-                rows = [row for row, n in tail.items() if (n > 1) == long]
-                self._forward(rows)
-                yield from self._advance(rows)
+                except torch.OutOfMemoryError:
+                    pass                                 # outside, no frame holds the tensors of the step any more
+                yield from self._shrink()
         finally:
-            for job in self.live:
+            for job in [*self.live, *self.parked]:
                 job.episode.close()
-            self.live = []
+            self.live, self.parked = [], deque()
+
+    def _step(self, queue: deque[Job]) -> Iterator[Job]:
+        yield from self._admit(queue)
+        yield from self._advance([row for row, job in enumerate(self.live)
+                                  if job.waits_for and job.waits_for.done()])
+        tail = {row: len(job.ids) - job.cached for row, job in enumerate(self.live) if not job.waits_for}
+        if not tail:                                     # all episodes have ended, or wait for their worlds
+            wait([job.waits_for for job in self.live], return_when=FIRST_COMPLETED)
+            return
+        # A ragged prefill costs more than a decode step: let it wait until half of the rows want one.
+        long = sum(n > 1 for n in tail.values()) * 2 >= len(tail)
+        rows = [row for row, n in tail.items() if (n > 1) == long]
+        self._forward(rows)
+        yield from self._advance(rows)
+
+    def _shrink(self) -> Iterator[Job]:
+        """Out of memory: go on with half of the rows, nothing cached."""
+        if self.slots == 1:
+            raise UserError("slots: out of memory with a single conversation; lower context=, or take a smaller model")
+        self.slots = max(1, min(self.slots, len(self.live)) // 2)
+        print(f"out of memory: going on with slots={self.slots}", file=sys.stderr)
+        self.drop()
+        self.cache = SlotCache(self.slots, self.context)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for job in self.live:
+            job.cached = 0
+        yield from self._advance([row for row, job in enumerate(self.live) if len(job.ids) > job.reply_at
+                                  and not job.waits_for])            # replies that ended in the step that failed
+        self.parked.extendleft(reversed(self.live[self.slots:]))
+        del self.live[self.slots:]
 
     def _admit(self, queue: deque[Job]) -> Iterator[Job]:
         first = len(self.live)
+        while self.parked and len(self.live) < self.slots:
+            self.live.append(self.parked.popleft())
         while queue and len(self.live) < self.slots:
             job = queue.popleft()
             if self._send(job, None):
@@ -274,6 +305,7 @@ class Engine:
                 self.sampled += len(part)
                 for job, token in zip(jobs, self._sample(self.head(picked), jobs)):
                     job.ids.append(token)
+                    job.u = None
 
     def _groups(self, tails: dict[int, list[int]]) -> list[list[int]]:
         """Rows in groups of tails of like length, so that little is padding, and of bounded size."""
@@ -308,7 +340,9 @@ class Engine:
         of other shapes round differently, by about 1e-6. A draw that falls closer than `self.close` to the edge
         between two tokens is settled by a forward of that conversation alone, so that (in fp32) samples do not
         depend on slots, schedule or resumption: see test_samples_do_not_depend_on_slots_memory_or_order."""
-        us, heat = torch.tensor([[job.rng.random() if job.temperature else 0.0, job.temperature] for job in jobs],
+        for job in jobs:                                 # drawn before, if memory ran out in between
+            job.u = job.u if job.u is not None or not job.temperature else job.rng.random()
+        us, heat = torch.tensor([[job.u or 0.0, job.temperature] for job in jobs],
                                 dtype=torch.float64, device=logits.device).T[..., None]             # (B, 1) each
         tokens, edge = self._draw(logits, us, heat)
         if logits.dtype == torch.float32:

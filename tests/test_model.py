@@ -145,6 +145,50 @@ def test_an_episode_that_outgrows_the_context_ends_and_is_counted(tiny, settings
     assert {b.end for b in branches} == {"context"} and all(b.turns for b in branches)
 
 
+@pytest.mark.parametrize("where", ["_hidden", "_draw"])
+def test_out_of_memory_goes_on_with_fewer_slots_and_the_same_samples(where, tiny, settings, capsys):
+    model, chat = tiny
+    cfg = settings()
+
+    def play(engine):
+        jobs = [Job(episode(Quest(), chat, cfg, task, [], "", str(n), True), random.Random(f"{task}/{n}"), task)
+                for task in Quest().tasks("valid")[:10] for n in range(3)]
+        return sorted((b.task, b.name, b.end, [t.action_ids for t in b.turns])
+                      for b in (job.result for job in engine.run(deque(jobs))))
+    plain = play(Engine(model, chat.stop, 16, cfg.context, 1.0, 64))
+    engine, calls = Engine(model, chat.stop, 16, cfg.context, 1.0, 64), 0
+    real = getattr(engine, where)
+
+    def short(batch, *rest):
+        nonlocal calls
+        calls += 1
+        if len(batch) > 3 and calls > 12:
+            raise torch.OutOfMemoryError
+        return real(batch, *rest)
+    setattr(engine, where, short)
+    assert play(engine) == plain
+    assert engine.slots <= 3 and f"going on with slots={engine.slots}\n" in capsys.readouterr().err
+    assert not engine.live and not engine.parked
+
+
+def test_out_of_memory_with_a_single_slot_is_one_line_and_closes_the_episodes(tiny):
+    model, chat = tiny
+    engine, closed = Engine(model, chat.stop, 4, 64, 1.0, 64), []
+
+    def fails(*_):
+        raise torch.OutOfMemoryError
+
+    def one():
+        try:
+            yield Ask(chat.first("rules", "step 1: you are in the hall."), 4)
+        finally:
+            closed.append(1)
+    engine._hidden = fails
+    with pytest.raises(UserError, match="out of memory with a single conversation"):
+        list(engine.run(deque(Job(one(), random.Random(i), "a") for i in range(4))))
+    assert len(closed) == 4
+
+
 # training rows
 
 def trees_for_packing(tiny, settings):
