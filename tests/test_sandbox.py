@@ -11,6 +11,8 @@ import pytest
 
 from conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("sandbox")     # see what any program leaves: --dist loadgroup
+
 HARNESS = '''
 import ctypes, json, os, socket, struct, subprocess, sys, threading, time
 user, apart, folder = int(sys.argv[1]), sys.argv[2] == "True", sys.argv[3]
