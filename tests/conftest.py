@@ -1,5 +1,7 @@
+import fcntl
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,15 @@ SHARED = ROOT.parent / "shared" / "data"  # full data for full checks; a strange
 def needs_shared_data():
     if not SHARED.exists():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{SHARED} is not here")
+
+
+@pytest.fixture
+def alone():
+    """For tests that see what any program leaves behind, and for those that start programs: one at a time, though
+    tests run side by side."""
+    with open(Path(tempfile.gettempdir()) / f"tests-of-leafe-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from coding import Code, read_problems, same
 from conftest import SHARED, needs_shared_data
 from envs import UserError, rollback
 
-pytestmark = pytest.mark.xdist_group("sandbox")     # see test_sandbox.py
+pytestmark = pytest.mark.usefixtures("alone")
 DATA = Path(__file__).parent / "data"
 FILES = {name: str(DATA / f"{name}_sample.jsonl") for name in ("mbpp", "HumanEval", "codecontests")}
 

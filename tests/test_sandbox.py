@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("sandbox")     # see what any program leaves: --dist loadgroup
+pytestmark = pytest.mark.usefixtures("alone")
 
 HARNESS = '''
 import ctypes, json, os, socket, struct, subprocess, sys, threading, time
