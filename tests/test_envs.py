@@ -306,12 +306,13 @@ def test_boxoban_files_are_read_as_they_are():
 
 def test_a_clone_of_boxoban_is_read_as_a_folder(tmp_path):
     text = (ROOT / "tests/data/medium_train_sample.txt").read_text()
+    folder = tmp_path / "levels"                   # a split in the folder's own name would count
     for name in ("unfiltered/train/000.txt", "unfiltered/valid/000.txt", "hard/003.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    env, count = make_env("sokoban", str(tmp_path)), text.count(";")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    env, count = make_env("sokoban", str(folder)), text.count(";")
     assert env.tasks("train") == [f"unfiltered_train_000/{i}" for i in range(count)]
-    assert len(env.tasks("valid")) == count and env.tasks("test")[0] == f"{tmp_path.name}_hard_003/0"
+    assert len(env.tasks("valid")) == count and env.tasks("test")[0] == "levels_hard_003/0"
     assert env.reset("unfiltered_valid_000/1") == env.reset(env.tasks("test")[1])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"there is no file .*empty/\*.txt"):

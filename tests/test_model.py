@@ -79,6 +79,22 @@ def test_samples_do_not_depend_on_slots_memory_or_order(tiny, settings):
     assert found[0] == found[1] == found[2]
 
 
+def test_sampling_is_the_inverse_of_the_distribution_with_a_fresh_uniform_for_every_token(tiny):
+    model, chat = tiny
+    prompt = chat.first("rules", "step 1: you are in the hall.")
+
+    def one():
+        reply = yield Ask(prompt, 12)
+        return reply
+    for seed, heat in ((0, 1.0), (1, 1.0), (2, 2.0)):
+        job, = Engine(model, set(), 1, 64, heat, 8).run(deque([Job(one(), random.Random(seed), "a")]))
+        rng, ids = random.Random(seed), list(prompt)
+        for _ in range(12):
+            p = (model(input_ids=torch.tensor([ids])).logits[0, -1].double() / heat).softmax(-1)
+            ids.append(int((p.cumsum(0) < rng.random()).sum()))
+        assert job.result == ids[len(prompt):] and len(set(job.result)) > 1
+
+
 def test_a_reply_may_have_a_temperature_of_its_own(tiny):
     """Greedy replies beside sampled ones: the greedy ones equal generate, whatever their neighbours draw."""
     model, chat = tiny

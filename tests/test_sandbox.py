@@ -124,6 +124,14 @@ def test_the_same_program_prints_the_same_again(hold):
     assert len({hold(source)["out"] for _ in range(3)}) == 1
 
 
+def test_under_root_every_program_has_a_user_of_its_own(hold, request):
+    users = [int(hold("import os; print(os.getuid())")["out"]) for _ in range(2)]
+    if request.node.callspec.id.startswith("root"):
+        assert len({*users}) == 2 and min(users) >= 10**8
+    else:
+        assert users == [os.geteuid() or 65534] * 2
+
+
 @pytest.mark.parametrize("source", [
     "import os\nwhile 1:\n try: os.fork()\n except OSError: pass",                                # fork bomb
     "import time; time.sleep(600)",

@@ -66,10 +66,17 @@ def test_pages_lead_where_their_buttons_say():
     assert env.step("click[back to search]").obs == said
 
 
+def test_goals_come_in_the_original_s_shuffled_order():
+    goals = [goal for item in webshop.made_up() for goal in webshop.goals_of(webshop.tidy(item, {}, {}), False)]
+    random.Random(233).shuffle(goals)
+    env = make_env("webshop")
+    assert env.count == len(goals) and [env._goal(f"goal-{n}") for n in range(env.count)] == goals
+
+
 def test_a_search_finds_any_of_its_words_best_first_and_heeds_no_small_words():
     env = make_env("webshop")
     env.reset("goal-3")
-    assert "Total results: 0)" in env.step("search[the of with]").obs
+    assert "Total results: 0)" in env.step("search[a by the]").obs
     assert "Total results: 0)" in env.step("search[xyzzy]").obs
     found = env._search("a fjord jacket for the")
     assert found == env._search("fjord jacket") and len(found) == 50
