@@ -22,9 +22,10 @@ from typing import Callable, Iterator
 import torch
 from tqdm import tqdm
 
+import ranks
 from envs import Env, ReplayMismatch, UserError
 from eval import Samples, cell, make_engine, make_worlds, open_policy, pick_tasks, read_samples, spread
-from leafe import PLAYBOOK, TURN, Branch, Tree, episode, explore, fill, read_trees, rows_of
+from leafe import PLAYBOOK, TURN, Branch, Tree, episode, explore, fill, length, read_trees, rows_of
 from model import Ask, Batch, Chat, Engine, Job, Packed, Segment, pack, token_logp
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, spent
 from weights import adapter_off
@@ -153,8 +154,11 @@ def live_through(engine: Engine, chat: Chat, cfg: Config, make: Callable[[], Env
             after = tree.branches[n].last_obs if last else tree.turns[i + 1].obs
             queue.append(Job(alternatives(make(), chat, cfg, tree.task, i, path, after),
                              random.Random(f"{cfg.seed}/alternatives/{tree.task}/{i}"), tree.task))
-    for job in tqdm(engine.run(queue), total=len(queue), desc="alternatives", unit="state", disable=not queue):
+    queue = deque(ranks.share(queue))
+    for job in tqdm(engine.run(queue), total=len(queue), desc="alternatives", unit="state",
+                    disable=not queue or ranks.rank() > 0):
         store.append(job.result)
+    store.gather()
     return sorted(store.records, key=lambda record: (record["task"], record["turn"]))
 
 
@@ -196,9 +200,15 @@ def early_experience(model, chat: Chat, cfg: Config, make: Callable[[], Env], ta
     rollouts(model, chat, cfg, make, tasks, store, steps, trees, wave)       # what they left over
     weights = successes(trees, chat)
     if cfg.early_experience == "world":
-        extra = [foreseen(chat, make().rules, by_task[r["task"]].path(r["turn"]), r["tried"]) for r in records]
+        rules, extra = make().rules, []
+        for r in records:
+            path = by_task[r["task"]].path(r["turn"])
+            whole = foreseen(chat, rules, path, r["tried"])
+            extra += [whole] if length(whole) <= cfg.row_tokens else [
+                foreseen(chat, rules, path, {action: obs}) for action, obs in r["tried"].items()]
     else:
         extra = [reasoned(chat, by_task[r["task"]].path(r["turn"]), r["why"]) for r in records if r["why"]]
+    extra = [piece for piece in extra if length(piece) <= cfg.row_tokens]         # what is longer has no row
     count = sum(any(segment.weights) for piece in extra for segment in piece)
     for segment in (segment for piece in extra for segment in piece):
         segment.weights = [(weight / count, 0.0) for weight in segment.weights]
@@ -361,7 +371,8 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
     for run in sorted(path.parent for path in folder.glob("*-*/passk.json")):
         (name, _, seed), own = run.name.rpartition("-"), load_config([str(run / "config.yaml")])
         took = spent(run)
-        for start in [Path(own.init).parent] if own.init else []:         # what its start took counts too
+        for start in [Path(own.init)] if own.init else []:                # what its start took counts too
+            start = start if start.name == "warm_start" else start.parent
             took = {key: value + spent(start)[key] for key, value in took.items()}
         if own.trees and own.method == "leafe":                           # and so do trees that it reused
             took |= {key: took[key] + spent(Path(own.trees))[key] for key in ("steps", "sampled")}
@@ -432,7 +443,7 @@ def main(args: list[str]) -> None:
     if not tree_store.records:
         raise UserError(f"{folder.path} has no trees yet; run python train.py with out={folder.path} first")
     trees = read_trees(iter(tree_store.records), 1, pick_tasks(cfg, "train"))
-    model, chat = open_policy(cfg, cfg.init)
+    model, chat = open_policy(cfg, str(folder.path / "warm_start") if cfg.warm_start else cfg.init)
     store = folder.jsonl("stage1.jsonl")
     run_contenders(make_engine(model, chat, cfg), chat, cfg, trees, store)
     print(table(trees, store.records, cfg.resamples))

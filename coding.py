@@ -360,5 +360,9 @@ class Code(Env):
                 return f"the tests shown pass. on a hidden test {about}.", n / len(self.problem.hidden)
         return "", 1.0
 
+    def next_best(self) -> str:
+        code = self.problem.reference.replace("\r", "").expandtabs(4).strip()
+        return f"```python\n{code}\n```" if code else ""
+
     def actions(self) -> list[str]:
         return ["```python ... ```"]

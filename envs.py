@@ -61,6 +61,7 @@ class Env(Protocol):
         return re.sub(r"</action>.*", "", reply.rpartition("<action>")[2], flags=re.S).strip().rpartition("\n")[2]
 
     def actions(self) -> list[str]: ...                # admissible actions, for people and tests
+    def next_best(self) -> str: ...                    # a reply that helps to solve it; warm_start= alone asks for it
     def difficulty(self, task: str) -> str: ...        # a group for the tables
     def close(self) -> None: ...                       # a world with something to free overrides it
 
@@ -211,7 +212,7 @@ class Quest(Env):
                 *("take " + thing for thing in self.things.get(self.place, []))]
 
     def next_best(self) -> str:
-        """The first action of a shortest solution in the world laid open ('' if none); for tests, figures."""
+        """The first action of a shortest solution in the world laid open ('' if none)."""
         action, thing = "", self.treasure
         while thing != self.hand:                   # walk the chain of needs from the goal outwards
             place = self._where(thing)

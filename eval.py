@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +23,30 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
+import ranks
 from envs import Env, UserError, env_class, make_env
 from leafe import PLAYBOOK, REACT, episode
 from model import Chat, Engine, Job
-from run import Config, Jsonl, RunFolder, guarded, load_config, policy_name, read_jsonl, refuse, write_aside
-from weights import adapter_off, load_adapter, load_model, lora_parameters
+from run import (STARTS, Config, Jsonl, RunFolder, guarded, load_config, policy_name, read_jsonl, refuse,
+                 write_aside)
+from serving import Server
+from weights import adapter_off, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
 
 
-def make_engine(model, chat: Chat, cfg: Config) -> Engine:
+def make_engine(model, chat: Chat, cfg: Config) -> Engine | Server:
+    """What samples from the policy as it is now: the forking engine, or with cfg.engine a server that can."""
     slots = min(cfg.slots, cfg.workers or os.cpu_count()) if env_class(cfg.env).apart else cfg.slots
-    return Engine(model, chat.stop, slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
+    engine = Engine(model, chat.stop, slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
+    if not cfg.engine:
+        return engine
+    if not any(layer.on and layer.lora_B.any() for layer in lora_layers(model).values()):
+        return Server(cfg, chat, engine)
+    served = Path(cfg.out) / "served" / f"leafe-{fingerprint(model, '')}"
+    for older in served.parent.glob("leafe-*"):
+        if older != served and ranks.rank() == 0:
+            shutil.rmtree(older)
+    save_adapter(model, served, cfg.model)
+    return Server(cfg, chat, engine, served)
 
 
 def make_worlds(cfg: Config) -> Callable[[], Env]:
@@ -66,15 +81,16 @@ def fingerprint(model, rules: str) -> str:
 
 
 def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: list[str]) -> None:
-    """Draw what is missing of cfg.samples episodes for each task; `policy`: base (adapter off) or the method."""
-    make = make_worlds(replace(cfg, playbook="") if policy == "base" else cfg)
+    """Draw what is missing of cfg.samples episodes for each task; `policy`: base (adapter off), warm_start, or the
+    method."""
+    make = make_worlds(replace(cfg, playbook="") if policy in STARTS else cfg)
     weights = "base" if policy == "base" else fingerprint(model, make().rules if cfg.playbook else "")
     held = [record for record in store.records if record["policy"] == policy]
     if others := {record["weights"] for record in held} - {weights}:
         raise UserError(f"{store.path} holds {policy} samples of another policy "
                         f"({others.pop()}, not {weights}); choose another out=")
     done = {(record["task"], record["sample"]) for record in held}
-    world, engine = make(), make_engine(model, chat, cfg)
+    world = make()
 
     def plain(task: str, i: int):
         branch = yield from episode(make(), chat, cfg, task, [], "", str(i), reflect=False)
@@ -85,8 +101,11 @@ def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: lis
 
     queue = deque(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task)
                   for task in tasks for i in range(cfg.samples) if (task, i) not in done)
-    bar, successes = tqdm(total=len(queue), desc=f"sample {policy}", unit="episode", disable=not queue), 0
+    queue = deque(ranks.share(queue))
+    bar, successes = tqdm(total=len(queue), desc=f"sample {policy}", unit="episode",
+                          disable=not queue or ranks.rank() > 0), 0
     with adapter_off(model, policy == "base"):
+        engine = make_engine(model, chat, cfg)
         for n, job in enumerate(engine.run(queue), 1):
             store.append(job.result)
             successes += job.result["success"]
@@ -94,6 +113,7 @@ def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: lis
             bar.set_postfix_str(f"success {successes / n:.1%}, {engine.pace(bar.format_dict['elapsed'])}",
                                 refresh=False)
     bar.close()
+    store.gather()
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -206,21 +226,28 @@ def read_samples(name: str, policy: str | None = None, tasks: list[str] | None =
         raise UserError(f"{folder}: there is no samples.jsonl; run train.py or eval.py with out={folder} first")
     records = list(read_jsonl(path))
     tasks = tasks or pick_tasks(load_config([f"{folder}/config.yaml"]), "test")
-    trained = next((r["policy"] for r in records if r["policy"] != "base"), "base")
+    trained = next((r["policy"] for r in records if r["policy"] not in STARTS), records[0]["policy"])
     wanted = wanted or policy or trained
     chosen = [r for r in records if r["policy"] == wanted and r["task"] in set(tasks)]
     return Samples(chosen, f"{folder}:{wanted}" if policy is None else wanted)
 
 
+def read_policies(folder: Path, tasks: list[str]) -> list[Samples]:
+    """All policies that a run's samples.jsonl holds, where it started from first."""
+    there = {r["policy"] for r in read_jsonl(folder / "samples.jsonl") if r["task"] in set(tasks)}
+    if not there:
+        raise UserError(f"{folder}: samples.jsonl has no sample of these tasks")
+    return [read_samples(str(folder), policy, tasks)
+            for policy in sorted(there, key=lambda name: (name not in STARTS, name))]
+
+
 def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
     """passk.json and the printed table of a run, from its samples.jsonl alone."""
-    there = {r["policy"] for r in read_jsonl(folder / "samples.jsonl") if r["task"] in set(tasks)}
-    found = [read_samples(str(folder), policy, tasks) for policy in sorted(there, key=lambda name: name != "base")]
-    if not found:
-        raise UserError(f"{folder}: samples.jsonl has no sample of these tasks")
+    found = read_policies(folder, tasks)
     passk = {p.label: {name: dict(zip(("estimate", "low", "high"), f))
                        for name, f in p.figures(cfg.ks, cfg.resamples).items()} for p in found}
-    write_aside(folder / "passk.json", json.dumps(passk, indent=1) + "\n")
+    if ranks.rank() == 0:
+        write_aside(folder / "passk.json", json.dumps(passk, indent=1) + "\n")
     return table(found, cfg.ks, cfg.resamples)
 
 
@@ -228,7 +255,7 @@ def open_policy(cfg: Config, adapter: str):
     model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
     if adapter:
         load_adapter(model, Path(adapter))
-    return model, Chat(tokenizer)
+    return model, Chat(tokenizer, cfg.thinking)
 
 
 def main(args: list[str]) -> None:
@@ -244,8 +271,10 @@ def main(args: list[str]) -> None:
     elif args[0] in ("table", "compare"):
         raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
     else:
+        ranks.join()
         cfg = load_config(args)
-        refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=")
+        refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=",
+               warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
         tasks, folder = pick_tasks(cfg, "test"), RunFolder(cfg)
         model, chat = open_policy(cfg, cfg.adapter)
         store = folder.jsonl("samples.jsonl")

@@ -15,13 +15,14 @@ from collections import Counter, deque
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
+import ranks
 from envs import Env, ReplayMismatch, UserError
 from model import Ask, Chat, Engine, Episode, Job, Segment
-from run import Config, Jsonl
+from run import Config, Jsonl, guarded
 from workers import act, back
 
 # The prompts: all the text that a policy ever reads, besides the environment's own rules and observations.
@@ -251,7 +252,8 @@ def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, ta
     growing = {task: grow(tree, cfg, ended[task], lessons or {}) for task, tree in trees.items()}
     levels = {task: [] for task in tasks}                # the level that each tree waits for
     queue: deque[Job] = deque()
-    bar = tqdm(total=len(tasks), desc=f"explore, round {round_}", unit="tree")
+    mine = ranks.share(tasks)
+    bar = tqdm(total=len(mine), desc=f"explore, round {round_}", unit="tree", disable=ranks.rank() > 0)
 
     def advance(task: str) -> None:
         """Queue the tree's next level if this one has ended; levels that are on disk already join at once."""
@@ -267,7 +269,7 @@ def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, ta
                     rng = random.Random(f"{cfg.seed}/{round_}/{task}/{name}")
                     queue.append(Job(attempt, rng, task, snapshot=True))
 
-    for task in tasks:
+    for task in mine:
         advance(task)
     for job in engine.run(queue):
         branch: Branch = job.result
@@ -277,7 +279,8 @@ def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, ta
         solved = sum(any(b.success for b in attempts.values()) for attempts in ended.values())
         bar.set_postfix_str(f"{solved} solved, {engine.pace(bar.format_dict['elapsed'])}", refresh=False)
     bar.close()
-    return list(trees.values())
+    store.gather()
+    return list(trees.values()) if ranks.world() == 1 else read_trees(store.records, round_, tasks)
 
 
 def best_scores(tree: Tree) -> list[float]:
@@ -329,6 +332,18 @@ def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
     return Targets(D_cf, D_reh)
 
 
+def chat_pairs(trees: list[Tree], pairs: Targets, chat: Chat, rules: str) -> Iterator[dict]:
+    """The targets as text, for other trainers (TRL: a conversational prompt and completion, loss on the latter)."""
+    for part in ("D_cf", "D_reh"):
+        for k, i in getattr(pairs, part):
+            messages = [dict(role="system", content=rules)] if chat.system_role else []
+            for t, turn in enumerate(trees[k].path(i), 1):
+                text = TURN.format(t=t, obs=turn.obs)
+                messages.append(dict(role="user", content=text if messages else f"{rules}\n\n{text}"))
+                messages.append(dict(role="assistant", content=chat.text(turn.action_ids)))
+            yield dict(prompt=messages[:-1], completion=messages[-1:], part=part, task=trees[k].task)
+
+
 def segments(tree: Tree, weights: dict[int, tuple]) -> list[Segment]:
     """The tree, pruned to the ancestors of the turns that bear loss. weights: turn -> its tokens' weights."""
     kept = sorted({a for turn in weights for a in tree.ancestors(turn)})
@@ -341,11 +356,15 @@ def segments(tree: Tree, weights: dict[int, tuple]) -> list[Segment]:
     return found
 
 
+def length(piece: list[Segment]) -> int:
+    return sum(len(segment.ids) for segment in piece)
+
+
 def fill(pieces: list[list[Segment]], row_tokens: int) -> list[list[list[Segment]]]:
-    """Token trees in groups of at most row_tokens tokens (a larger one is alone), in order."""
+    """Token trees, none larger than row_tokens, in groups of at most that many tokens, in order."""
     rows, room = [], 0
     for piece in pieces:
-        size = sum(len(segment.ids) for segment in piece)
+        size = length(piece)
         if size > room:
             rows.append([])
             room = row_tokens
@@ -355,21 +374,25 @@ def fill(pieces: list[list[Segment]], row_tokens: int) -> list[list[list[Segment
 
 
 def rows_of(trees: list[Tree], weights: list[dict[int, tuple]], row_tokens: int) -> list[list[list[Segment]]]:
-    """Groups of pruned trees of at most row_tokens tokens each; a larger tree is split by its targets."""
+    """Groups of pruned trees of at most row_tokens tokens each; a larger tree is split by its targets.
+    Raises UserError if one target with its history is too large."""
     todo = [(tree, w) for tree, w in zip(trees, weights, strict=True) if w]
     pieces = []
     while todo:
         tree, w = todo.pop(0)
         pieces.append(segments(tree, w))
-        if sum(len(segment.ids) for segment in pieces[-1]) > row_tokens and len(w) > 1:
+        if length(pieces[-1]) > row_tokens and len(w) > 1:
             pieces.pop()
             turns = sorted(w)
             halves = turns[:len(turns) // 2], turns[len(turns) // 2:]
             todo[:0] = [(tree, {i: w[i] for i in half}) for half in halves]
+        elif length(pieces[-1]) > row_tokens:            # only where trees= come from a run with a larger context
+            raise UserError(f"row_tokens: {row_tokens} are too few for a turn and its history of "
+                            f"{length(pieces[-1])} tokens; raise it")
     return fill(pieces, row_tokens)
 
 
-def read_trees(records: Iterator[dict], round_: int, tasks: list[str]) -> list[Tree]:
+def read_trees(records: Iterable[dict], round_: int, tasks: list[str]) -> list[Tree]:
     """The trees of a trees.jsonl, turns in the order in which exploration joined them."""
     trees = {task: Tree(task) for task in tasks}
     branches = [Branch.read(r) for r in records if r["round"] == round_ and r["task"] in trees]
@@ -414,3 +437,8 @@ def reflection_figures(trees: list[Tree], make: Callable[[], Env]) -> str:
         line += (f"; of {told} failures that were told what was missing, {named / told:.1%} name the right "
                  f"thing, {works / told:.1%} also a turn from which the fix works")
     return line
+
+
+if __name__ == "__main__":                             # watch one task: show.py
+    import show
+    guarded(show.main, show.__doc__)

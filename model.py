@@ -24,11 +24,11 @@ class Chat:
     """A conversation is first(system, user), reply, next(user), reply, ...; the reply is the model's own ids, the
     rest is found by rendering the chat template once with sentinels. If a reply was cut off before its end-of-turn
     token, next(..., cut=True) adds that token, so that every context is well formed."""
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, thinking: bool = False):
         if not tokenizer.chat_template:
             raise UserError(f"model: {tokenizer.name_or_path} has no chat template; "
                             f"choose an instruction-tuned model")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.thinking = tokenizer, thinking
         marks = ["\u27e6sys\u27e7", "\u27e6one\u27e7", "\u27e6two\u27e7", "\u27e6three\u27e7"]
         turns = [dict(role=r, content=mark) for r, mark in zip(("system", "user", "assistant", "user"), marks)]
         joined = [dict(role="user", content=marks[0] + "\n\n" + marks[1]), *turns[2:]]
@@ -52,7 +52,8 @@ class Chat:
 
     def _render(self, messages: list[dict]) -> str | None:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                      enable_thinking=self.thinking)      # for those that know it
         except Exception:                               # a template's own jinja errors for a missing role
             return None
 
@@ -172,6 +173,7 @@ class Engine:
         self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
         self.limit_tokens = 16384                        # of one prefill, padding included: bounds its memory
         self.close = 1e-4                                # far above fp32's rounding, below a token's share
+        self.many_tokens = 8192                          # of a vocabulary: draws by _race, not _draw
 
     @torch.inference_mode()
     def run(self, queue: deque[Job]) -> Iterator[Job]:
@@ -207,7 +209,8 @@ class Engine:
     def _shrink(self) -> Iterator[Job]:
         """Out of memory: go on with half of the rows, nothing cached."""
         if self.slots == 1:
-            raise UserError("slots: out of memory with a single conversation; lower context=, or take a smaller model")
+            raise UserError("slots: out of memory with a single conversation; lower context=, or take "
+                            "a smaller model")
         self.slots = max(1, min(self.slots, len(self.live)) // 2)
         print(f"out of memory: going on with slots={self.slots}", file=sys.stderr)
         self.drop()
@@ -339,18 +342,30 @@ class Engine:
         """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy. Batches
         of other shapes round differently, by about 1e-6. A draw that falls closer than `self.close` to the edge
         between two tokens is settled by a forward of that conversation alone, so that (in fp32) samples do not
-        depend on slots, schedule or resumption: see test_samples_do_not_depend_on_slots_memory_or_order."""
+        depend on slots, schedule or resumption: see test_samples_do_not_depend_on_slots_memory_or_order. With a
+        language model's 50,000 tokens or more every draw would be close to some edge: see _race."""
         for job in jobs:                                 # drawn before, if memory ran out in between
             job.u = job.u if job.u is not None or not job.temperature else job.rng.random()
         us, heat = torch.tensor([[job.u or 0.0, job.temperature] for job in jobs],
                                 dtype=torch.float64, device=logits.device).T[..., None]             # (B, 1) each
-        tokens, edge = self._draw(logits, us, heat)
-        if logits.dtype == torch.float32:
+        settle = logits.dtype == torch.float32
+        draw = self._race if settle and logits.shape[-1] > self.many_tokens else self._draw
+        tokens, edge = draw(logits, us, heat)
+        if settle:
             for i in (edge < self.close).nonzero()[:, 0].tolist():
                 alone = self.decoder(input_ids=torch.tensor([jobs[i].ids], device=self.device),
                                      use_cache=False).last_hidden_state
-                tokens[i] = self._draw(self.head(alone[:, -1]), us[i:i + 1], heat[i:i + 1])[0][0]
+                tokens[i] = draw(self.head(alone[:, -1]), us[i:i + 1], heat[i:i + 1])[0][0]
         return tokens.tolist()
+
+    def _race(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As _draw, by another rule: token i arrives at a time drawn from Exp(p_i), the first one wins (Gumbel-max).
+        What lies close here are the first two alone, however many tokens there are. The uniform seeds the times."""
+        chance = torch.stack([torch.rand(logits.shape[-1], generator=torch.Generator().manual_seed(
+            int(u * 2**53))) for u in us[:, 0].tolist()]).to(logits.device)                           # (B, V)
+        late = heat.float() * chance.log_().neg_().log_()                       # greedy: only the logits count
+        best = (logits.float() - late.nan_to_num(0.0)).topk(2)
+        return best.indices[:, 0], (best.values[:, 0] - best.values[:, 1]).double()
 
     def _draw(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B,), and how far each draw was from falling on another token, in probability (B,)."""
@@ -423,10 +438,16 @@ class Packed:
     """One row of whole token trees."""
     ids: torch.Tensor                   # (T,)
     positions: torch.Tensor             # (T,) depth in its tree, in tokens
-    mask: torch.Tensor                  # (T, T) bool: j is an ancestor of i, or i itself
+    owner: torch.Tensor                 # (T,) the segment that a token is of
+    above: torch.Tensor                 # (S, S) bool: segment j is an ancestor of i, or i itself
     targets: torch.Tensor               # (N,) tokens that bear loss
     sources: torch.Tensor               # (N,) their predecessors in the tree
     weights: torch.Tensor               # (N, C), one column a loss
+
+    def mask(self) -> torch.Tensor:
+        """(T, T) bool: token j is an ancestor of i, or i itself; ancestors come before their descendants. Made when
+        it is needed: kept for every row, it would be most of the memory."""
+        return self.above[self.owner][:, self.owner].tril()
 
 
 @dataclass
@@ -455,10 +476,10 @@ def pack(trees: list[list[Segment]]) -> Packed:
             ends.append((last, depth))
             node += 1
     ids, positions, weights, previous, owner = map(list, zip(*tokens))
-    mask = above[owner][:, owner].tril()                         # (T, T); ancestors come before their descendants
     weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)          # (T, C), (T,)
     targets = ((weight != 0).any(1) & (before >= 0)).nonzero()[:, 0]
-    return Packed(torch.tensor(ids), torch.tensor(positions), mask, targets, before[targets], weight[targets])
+    return Packed(torch.tensor(ids), torch.tensor(positions), torch.tensor(owner), above, targets, before[targets],
+                  weight[targets])
 
 
 def token_logp(model, rows: list[Packed]) -> torch.Tensor:
@@ -471,7 +492,7 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty row
     for b, row in enumerate(rows):
         n = len(row.ids)
-        ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask
+        ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask()
     hidden = model.get_decoder()(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False,
                                  attention_mask=mask[:, None].to(device)).last_hidden_state      # (B, T, D)
     picked = torch.cat([hidden[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)

@@ -1,25 +1,31 @@
-"""Pictures of runs, drawn from their files without a model.
+"""Runs to look at, made from their files without a model.
 
+    python report.py page out/quest               out/quest/report.html anew, as train.py writes it at the end
     python report.py passk passk.svg out/quest:base out/quest     Pass@k curves with 95 % bands
     python report.py passk passk.svg out/compare                  of all methods of a comparison, means over its seeds
     python report.py reward reward.svg out/compare/grpo-*         GRPO: success of the training rollouts, wave by wave
 """
+import json
+import math
+import re
 from html import escape
 from itertools import cycle
 from pathlib import Path
 
 from baselines import over_seeds, read_runs
 from envs import UserError
-from eval import read_samples, spread
-from run import guarded, load_config, read_jsonl, write_aside
+from eval import Samples, compare, pick_tasks, read_policies, read_samples, spread
+from leafe import Tree, read_trees
+from run import Config, guarded, load_config, read_jsonl, spent, write_aside
 
 COLOURS = ("#8a8f98", "#1f6feb", "#d9730d", "#2da44e", "#a475f9", "#c2255c", "#0b7285", "#846358")
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 700, 380, 52, 44, 150, 16
 Rows = list[tuple[float, float, float]]             # estimate, low, high: one for each mark of the x axis
 
 
-def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: float = 1.0) -> str:
-    """Lines with bands over evenly spaced marks; shares in percent, up to `top`. Labels are kept from overlapping."""
+def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: float = 1.0,
+          percent: bool = True) -> str:
+    """Lines with bands over evenly spaced marks, up to `top`; shares in percent. Labels are kept from overlapping."""
     def x(i: int) -> float:
         return LEFT + i * (WIDTH - LEFT - RIGHT) / max(1, len(marks) - 1)
 
@@ -28,15 +34,15 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
              f'font-family="sans-serif" font-size="12">',
-             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
+             f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
     for share in (top * i / 4 for i in range(5)):
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(share):.1f}" y2="{y(share):.1f}" '
-                     f'stroke="#e4e6ea"/><text x="{LEFT - 8}" y="{y(share) + 4:.1f}" text-anchor="end" fill="#444">'
-                     f'{100 * share:.3g} %</text>')
+                     f'stroke="#e4e6ea" class="rule"/><text class="ink" x="{LEFT - 8}" y="{y(share) + 4:.1f}" '
+                     f'text-anchor="end" fill="#444">{f"{100 * share:.3g} %" if percent else f"{share:.3g}"}</text>')
     for i in range(0, len(marks), 1 + len(marks) // 12):
-        parts.append(f'<text x="{x(i):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" '
+        parts.append(f'<text class="ink" x="{x(i):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" '
                      f'fill="#444">{escape(marks[i])}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle" '
+    parts.append(f'<text class="ink" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle" '
                  f'fill="#444">{escape(title)}</text>')
     below = 0.0                                     # the y of the label above: they are set from the top down
     for (label, rows), colour in sorted(zip(series, cycle(COLOURS)), key=lambda line: -line[0][1][-1][0]):
@@ -84,10 +90,148 @@ def reward(names: list[str]) -> str:
     return chart(series, [str(i + 1) for i in range(longest)], "wave of rollouts", max(0.04, 1.1 * top))
 
 
+# ------------------------------------------------------------------------------------------- the page of a run
+
+SHOWN = 40                                          # trees that a page holds whole
+WORDS = 4000                                        # characters of one text that it shows
+
+
+def page(folder: Path) -> str:
+    """report.html: one file that needs nothing else. Raises UserError where the run has no samples."""
+    cfg = load_config([str(folder / "config.yaml")])
+    policies = read_policies(folder, pick_tasks(cfg, "test"))
+    last = policies[-1].label
+    parts = [("Pass@k", curves(policies, cfg)), ("Success by difficulty", difficulties(policies))]
+    if (folder / "metrics.jsonl").exists():
+        parts.append(("Training", training(folder)))
+    trees, says = [], ""
+    if (folder / "trees.jsonl").exists() and cfg.method == "leafe":
+        records = list(read_jsonl(folder / "trees.jsonl"))
+        round_ = max(record["round"] for record in records)
+        trees, says = chosen(read_trees(records, round_, pick_tasks(cfg, "train")), folder, round_)
+        parts.append(("Rollback trees", f'<p>{says}</p><div id="list"></div>'))
+    parts.append(("Settings", "<details><summary>config.yaml</summary><pre>"
+                  + escape((folder / "config.yaml").read_text(encoding="utf-8")) + "</pre></details>"))
+    html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    body = "\n".join(f"<section><h2>{title}</h2>{text}</section>" for title, text in parts)
+    data = json.dumps(trees, separators=(",", ":")).replace("<", "\\u003c")         # ends no script, opens no comment
+    whole = dict(TITLE=escape(f"{cfg.method} on {cfg.env}, {cfg.model}: {folder}"), BODY=body, TREES=data,
+                 VERDICT=verdict(policies, cfg, last))
+    return re.sub("@(TITLE|BODY|TREES|VERDICT)@", lambda mark: whole[mark[1]], html)
+
+
+def percent(figure: tuple[float, float, float], sign: str = "") -> str:
+    return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(100 * v for v in figure), s=sign)
+
+
+def verdict(policies: list[Samples], cfg: Config, last: str) -> str:
+    """What came out, in a sentence, with its interval."""
+    first, tasks = policies[0], len(policies[0].by_task)
+    one = percent(policies[-1].figures([1], cfg.resamples)["Pass@1"])
+    text = f"<b>{escape(last)}</b> wins {one} % of its rollouts"
+    if len(policies) > 1:
+        gap = compare(first, policies[-1], [1], cfg.resamples)["Pass@1"]
+        noise = "" if gap[1] > 0 or gap[2] < 0 else ", which cannot be told from noise"
+        text += (f", <b>{escape(first.label)}</b> {percent(first.figures([1], cfg.resamples)['Pass@1'])} %: a "
+                 f"difference of {percent(gap, '+')} points{noise}")
+    return text + f" ({tasks} tasks, {first.n} samples each; 95 % intervals over tasks)."
+
+
+def rows(head: list[str], lines: list[list[str]]) -> str:
+    def line(cells: list[str], kind: str) -> str:
+        return "<tr>" + "".join(f"<{kind}>{escape(text)}</{kind}>" for text in cells) + "</tr>"
+    return ('<div class="wide"><table><thead>' + line(head, "th") + "</thead><tbody>"
+            + "".join(line(cells, "td") for cells in lines) + "</tbody></table></div>")
+
+
+def curves(policies: list[Samples], cfg: Config) -> str:
+    columns = [policy.figures(cfg.ks, cfg.resamples) for policy in policies]
+    ks = [k for k in cfg.ks if all(f"Pass@{k}" in column for column in columns)]
+    picture = chart([(policy.label, [column[f"Pass@{k}"] for k in ks]) for policy, column in zip(policies, columns)],
+                    [str(k) for k in ks], "k, samples a task")
+    names = [*(f"Pass@{k}" for k in ks), "recovery"]
+    return (f'<figure role="img" aria-label="Pass@k curves; the figures are in the table below">{picture}</figure>'
+            + rows(["%", *(policy.label for policy in policies)],
+                   [[name, *(percent(column[name]) for column in columns)] for name in names])
+            + "<p><small>recovery: success among episodes that met at least one refused action</small></p>")
+
+
+def difficulties(policies: list[Samples]) -> str:
+    found = [policy.difficulties() for policy in policies]
+    return rows(["", "tasks", *(f"{policy.label}: {what}" for policy in policies for what in ("Pass@1", "ever"))],
+                [[name, str(tasks), *(f"{100 * value:.1f}" for column in found for value in column[name][1:])]
+                 for name, (tasks, _, _) in found[0].items()])
+
+
+def training(folder: Path) -> str:
+    """What training took, and its losses, step by step (GRPO's waves apart)."""
+    took = spent(folder)
+    text = (f"<p>{took['steps']} environment steps (replayed ones included), {took['sampled']} sampled tokens, "
+            f"{took['trained']} trained tokens, {took['seconds'] / 60:.1f} minutes.</p>")
+    steps = {(record["round"], record["step"]): record                                          # twice if killed
+             for record in read_jsonl(folder / "metrics.jsonl") if "step" in record}
+    known = ("round", "step", "gradient_norm", "lr", "tokens", "seconds")
+    for round_ in sorted({round_ for round_, _ in steps}):
+        own = [record for (number, _), record in sorted(steps.items()) if number == round_]
+        series = [(name, [(record[name],) * 3 for record in own]) for name in own[0] if name not in known]
+        top = max(point[0] for _, points in series for point in points)
+        title = f"optimiser step, {f'round {round_}' if round_ else 'warm start'}"
+        if len(own) > 1 and top > 0:
+            marks = [str(record["step"]) for record in own]
+            text += f"<figure>{chart(series, marks, title, top, percent=False)}</figure>"
+    return text
+
+
+def chosen(trees: list[Tree], folder: Path, round_: int) -> tuple[list[dict], str]:
+    """The trees to draw, at most SHOWN, and a sentence on which they are."""
+    path = folder / "distilled.json"
+    pairs = json.loads(path.read_text()) if path.exists() else dict(round=0)
+    seen = {(task, turn): both for task, turn, *both in pairs["pairs"]} if pairs["round"] == round_ else {}
+    solved = [any(branch.success for branch in tree.branches) for tree in trees]
+    grown = [k for k, tree in enumerate(trees) if solved[k] and not tree.branches[0].success]
+    some = spaced(grown, SHOWN * 3 // 4)
+    some = sorted(some + spaced([k for k in range(len(trees)) if k not in some], SHOWN - len(some)))
+    drawn = [drawing(trees[k], seen) for k in some]
+    text = (f"{sum(solved)} of {len(trees)} training tasks were solved, "
+            f"{sum(tree.branches[0].success for tree in trees)} by the first rollout.")
+    if len(trees) > SHOWN:
+        rest = ", ".join(f"{tree.task} ({'solved' if solved[k] else 'not solved'})"
+                         for k, tree in enumerate(trees) if k not in some)
+        text += (f" Drawn are {SHOWN}, evenly spaced: up to three in four of those that a branch solved, then of the "
+                 f"others. <details><summary>The other {len(trees) - SHOWN}, which are in trees.jsonl</summary>"
+                 f"{escape(rest)}</details>")
+    return drawn, text
+
+
+def spaced(items: list[int], count: int) -> list[int]:
+    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+
+
+def drawing(tree: Tree, seen: dict[tuple[str, int], tuple[float, float]]) -> dict:
+    """A tree as page.html draws it."""
+    attempts = []
+    for branch, start in zip(tree.branches, tree.starts):
+        turns = []
+        for i, turn in enumerate(branch.turns, start):
+            shown = dict(obs=turn.obs[:WORDS], action=turn.action[:WORDS], valid=turn.valid, success=turn.success)
+            if (tree.task, i) in seen:
+                before, after = (math.exp(value) for value in seen[tree.task, i])
+                shown["seen"] = f"{before:.2%} before distillation, {after:.2%} after"
+            turns.append(shown)
+        attempts.append(dict(name=branch.name, tau=branch.tau, experience=branch.experience[:WORDS], end=branch.end,
+                             last_obs=branch.last_obs[:WORDS], turns=turns, reflections=[
+                                 dict(t=r.t, text=r.text[:WORDS], flaw=r.flaw) for r in branch.reflections]))
+    wins = sum(branch.success for branch in tree.branches)
+    return dict(task=tree.task, says=f"{len(attempts)} attempts, {wins} successful", attempts=attempts)
+
+
 def main(args: list[str]) -> None:
     kinds = {"passk": passk, "reward": reward}
+    if len(args) == 2 and args[0] == "page":
+        write_aside(Path(args[1]) / "report.html", page(Path(args[1])))
+        return
     if len(args) < 3 or args[0] not in kinds or not args[1].endswith(".svg"):
-        raise UserError("usage: python report.py passk|reward picture.svg out/run ...")
+        raise UserError("usage: python report.py page out/run, or passk|reward picture.svg out/run ...")
     if not Path(args[1]).parent.is_dir():
         raise UserError(f"{args[1]}: there is no folder {Path(args[1]).parent}")
     write_aside(Path(args[1]), kinds[args[0]](args[2:]))

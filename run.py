@@ -19,6 +19,7 @@ from typing import Any, Callable, Iterator
 
 import yaml
 
+import ranks
 from envs import UserError
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -28,6 +29,9 @@ from envs import UserError
 class Config:
     """config.yaml, resolved; what each key means stands there. No value has a default here."""
     model: str
+    engine: str
+    engine_patience: float
+    engine_timeout: float
     load_in_4bit: bool | None
     adapter: str
     lora_rank: int
@@ -51,6 +55,8 @@ class Config:
     env_steps: int | None
     method: str
     init: str
+    warm_start: int
+    warm_steps: int
     seeds: list[int]
     playbook: str
     playbook_tokens: int
@@ -61,6 +67,7 @@ class Config:
     attempts: int
     keep_experience: bool
     react: bool
+    thinking: bool
     action_tokens: int
     reflect_tokens: int
     reflect_temperature: float
@@ -94,6 +101,7 @@ class Config:
     evaluate_base: bool
 
 
+STARTS = ("base", "warm_start")                    # policies that a run starts from
 SHIPPED = Path(__file__).with_name("config.yaml")
 METHODS = ("leafe", "rft", "early_experience", "grpo", "ace", "compare")
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
@@ -101,12 +109,14 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
       ("lora_rank", "context", "slots", "train_tasks", "test_tasks", "rounds", "roots", "reflect_every",
        "attempts", "action_tokens", "reflect_tokens", "corrections_per_task", "steps", "batch_tokens",
        "row_tokens", "checkpoint_every", "samples", "resamples", "grpo_group", "grpo_tasks", "grpo_updates",
-       "alternatives")],
+       "alternatives", "warm_steps")],
     *[(key, lambda v: v >= 0, "must be 0 or more") for key in
       ("snapshot_mb", "temperature", "reflect_temperature", "max_depth", "beta", "warmup", "seed",
-       "grpo_kl", "grpo_refusal", "playbook_tokens")],
+       "grpo_kl", "grpo_refusal", "playbook_tokens", "warm_start", "engine_patience")],
+    ("engine", lambda v: not v or re.match("https?://", v),
+     "must be a server's address, like http://localhost:8000/v1"),
     *[(key, lambda v: 0 < v < float("inf"), "must be above 0") for key in
-      ("lora_alpha", "lr", "clip", "grpo_clip")],
+      ("lora_alpha", "lr", "clip", "grpo_clip", "engine_timeout")],
     ("workers", lambda v: v is None or v >= 1, "must be 1 or more, or null for as many as there are processors"),
     ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
     *[(key, lambda v: 0 <= v <= 1, "must lie in 0..1") for key in ("rehearsal_share", "alternatives_share")],
@@ -132,10 +142,13 @@ TOGETHER: list[tuple[str, Callable[[dict], bool], str]] = [
     ("early_experience", lambda s: s["early_experience"] == "world" or s["method"] != "early_experience"
      or s["action_tokens"] > s["reflect_tokens"],
      "learns a reason before each action: raise action_tokens above reflect_tokens"),
+    ("warm_start", lambda s: not s["init"] and not s["react"] and s["method"] not in ("ace", "compare"),
+     "goes with neither init=, nor react=true, nor method=ace or compare"),
     ("grpo_group", lambda s: s["grpo_group"] > 1, "must be 2 or more: a rollout is judged against its group"),
 ]
-NOT_PART_OF_RESULTS = {"out", "slots", "workers", "snapshot_mb", "checkpoint_every", "ks", "resamples",
-                       "evaluate_base", "test_tasks", "samples", "split", "adapter", "playbook", "seeds"}
+NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "slots", "workers", "snapshot_mb",
+                       "checkpoint_every", "ks", "resamples", "evaluate_base", "test_tasks", "samples", "split",
+                       "adapter", "playbook", "seeds"}
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -237,7 +250,9 @@ def refuse(cfg: Config, **reasons: str) -> None:
 
 def policy_name(cfg: Config) -> str:
     """What eval.py's samples are called: the method of the run that the adapter or the playbook came from."""
-    made = Path(cfg.adapter or cfg.playbook).parent / "config.yaml"
+    made = Path(cfg.playbook or cfg.adapter).parent / "config.yaml"
+    if Path(cfg.adapter).name == "warm_start" and not cfg.playbook:
+        return "warm_start"
     if not (cfg.adapter or cfg.playbook):
         return "base"
     return yaml.safe_load(made.read_text()).get("method", "trained") if made.is_file() else "trained"
@@ -261,21 +276,36 @@ def nearest(word: str, words: Any) -> str:
 # ------------------------------------------------------------------------------------------- the run's folder
 
 class Jsonl:
-    """Append-only records; the file comes with the first. A half-written last line (process killed) is cut off."""
-    def __init__(self, path: Path):
-        self.path = path
-        self.records = list(read_jsonl(path, repair=True)) if path.exists() else []
-        self.file = None
+    """Append-only records; the file comes with the first. A half-written last line (process killed) is cut off.
+    Of several ranks, rank 0 writes to the file, the others to parts of it until `gather` (or nothing, if `alone`)."""
+    def __init__(self, path: Path, alone: bool = False):
+        self.path, self.file = path, None
+        self.own = path.with_name(f"{path.name}.{ranks.rank()}.part") if ranks.rank() else path
+        self.silent = alone and ranks.rank() > 0
+        self.records = list(read_jsonl(path, repair=ranks.rank() == 0)) if path.exists() else []
 
     def append(self, record: dict) -> None:
-        self.file = self.file or open(self.path, "a", encoding="utf-8")
-        self.file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        self.file.flush()
         self.records.append(record)
+        if not self.silent:
+            self.file = self.file or open(self.own, "a", encoding="utf-8")
+            self.file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            self.file.flush()
+
+    def gather(self) -> None:
+        """Have what all ranks have appended; to be called by all of them."""
+        if ranks.world() > 1:
+            self.close()
+            ranks.wait_for_all()
+            if ranks.rank() == 0:
+                absorb(self.path)
+            ranks.wait_for_all()
+            self.records = list(read_jsonl(self.path)) if self.path.exists() else []
+            ranks.wait_for_all()                       # or one rank reads what another appends already
 
     def close(self) -> None:
         if self.file:
             self.file.close()
+            self.file = None
 
 
 def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
@@ -300,6 +330,17 @@ def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
         os.truncate(path, good)
 
 
+def absorb(path: Path) -> None:
+    """Move the parts of a JSONL file into it. Killed in between, it can be done again: what is there stays single."""
+    parts = sorted(path.parent.glob(path.name + ".*.part"))
+    there = set(path.read_bytes().splitlines(keepends=True)) if parts and path.exists() else set()
+    for part in parts:
+        list(read_jsonl(part, repair=True))
+        with open(path, "ab") as file:
+            file.writelines(line for line in part.read_bytes().splitlines(keepends=True) if line not in there)
+        part.unlink()
+
+
 def write_aside(path: Path, text: str) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half."""
     aside = path.with_name(path.name + ".new")
@@ -308,9 +349,18 @@ def write_aside(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """out/<name>/, held by one process at a time."""
+    """out/<name>/, held by one process at a time (of several ranks, by rank 0 for all)."""
     def __init__(self, config: Config):
         self.path = Path(config.out)
+        if ranks.rank() == 0:
+            self._hold(config)
+            self._settle(config)
+            for name in {part.name.split(".")[0] for part in self.path.glob("*.part")}:      # killed before
+                Jsonl(self.path / f"{name}.jsonl")                                           # repairs it
+                absorb(self.path / f"{name}.jsonl")
+        ranks.wait_for_all()
+
+    def _hold(self, config: Config) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "w")
@@ -321,7 +371,6 @@ class RunFolder:
         except OSError:
             raise UserError(f"out: another process is running in {config.out}; "
                             f"wait for it, or choose another out=") from None
-        self._settle(config)
 
     def _settle(self, config: Config) -> None:
         """Keep config.yaml; refuse to mix results of two configurations in one folder."""
@@ -334,8 +383,10 @@ class RunFolder:
                                 f"not {now[odd[0]]!r}; choose another out=, or delete that folder")
         write_aside(kept, yaml.safe_dump(now, sort_keys=False))
 
-    def jsonl(self, name: str) -> Jsonl:
-        return Jsonl(self.path / name)
+    def jsonl(self, name: str, alone: bool = False) -> Jsonl:
+        store = Jsonl(self.path / name, alone)
+        ranks.wait_for_all()                           # as in Jsonl.gather: all ranks read the same
+        return store
 
     @contextmanager
     def metered(self) -> Iterator[None]:
@@ -344,13 +395,17 @@ class RunFolder:
         try:
             yield
         finally:
-            before = json.loads(path.read_text()) if path.exists() else 0.0
-            write_aside(path, json.dumps(round(before + time.time() - began, 1)))
+            if ranks.rank() == 0:
+                before = json.loads(path.read_text()) if path.exists() else 0.0
+                write_aside(path, json.dumps(round(before + time.time() - began, 1)))
 
 
 def spent(folder: Path) -> dict[str, float]:
     """What training took so far: environment steps (replayed ones included), sampled tokens, trained tokens, seconds;
-    from the run's files."""
+    from the run's files. Of out/<run>/warm_start, its trained tokens (its seconds are not kept apart)."""
+    if folder.name == "warm_start":
+        shown = [record["tokens"] for record in read_jsonl(folder.parent / "metrics.jsonl") if record["round"] == 0]
+        return dict(steps=0, sampled=0, trained=max(shown), seconds=0.0)
     lived = [record for name in ("trees.jsonl", "alternatives.jsonl") if (folder / name).exists()
              for record in read_jsonl(folder / name)]
     trained = {record["round"]: record["tokens"] for record in read_jsonl(folder / "metrics.jsonl")

@@ -360,7 +360,7 @@ def accuracy(model, rows: list[Packed]) -> dict[str, float]:
     for row in rows:
         hidden = model.get_decoder()(
             input_ids=row.ids[None], position_ids=row.positions[None], use_cache=False,
-            attention_mask=row.mask[None, None]).last_hidden_state[0]
+            attention_mask=row.mask()[None, None]).last_hidden_state[0]
         guess = model.lm_head(hidden[row.sources]).argmax(-1)
         for weight, hit in zip(row.weights[:, 0].tolist(), (guess == row.ids[row.targets]).tolist()):
             hits.setdefault(round(weight, 1), []).append(hit)

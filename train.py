@@ -16,6 +16,7 @@ D_reh beta/|D_reh|. A step sees one of the M batches of an epoch and takes M tim
 that is L.
 """
 import gc
+import json
 import random
 import time
 from contextlib import contextmanager
@@ -28,10 +29,14 @@ import torch
 from tqdm import tqdm
 
 import baselines
+import ranks
+import warm_start
 from envs import UserError
 from eval import make_engine, make_worlds, open_policy, pick_tasks, report, sample
-from leafe import Targets, Tree, explore, read_trees, reflection_figures, stage1_figures, targets
-from model import Batch, Chat, Packed, packed_nll
+from leafe import (Targets, Tree, chat_pairs, explore, read_trees, reflection_figures, rows_of, stage1_figures,
+                   targets)
+from model import Batch, Chat, Packed, pack, packed_nll, token_logp
+from report import page
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, refuse, write_aside
 from weights import add_lora, load_adapter, lora_parameters, save_adapter
 COMPARED = ("leafe", "rft", "early_experience", "grpo", "grpo+leafe", "ace")
@@ -85,17 +90,26 @@ def optimise(model, batches: Callable[[int], Iterator[Batch]], loss: Callable, n
     parameters = lora_parameters(model)                # always trainable; sampling runs in inference mode
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
     state = load_checkpoint(folder, parameters, optimizer, round_)
-    bar = tqdm(total=total, initial=state["step"], desc=f"train, round {round_}", unit="step")
+    bar = tqdm(total=total, initial=state["step"], desc=f"train, round {round_}", unit="step",
+               disable=ranks.rank() > 0)
     began, before = time.time(), state["tokens"]
     for batch in batches(state["resume"]):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * batch.lr
-        sums = torch.zeros(2)
+        sums, mine = torch.zeros(2), []
         with recomputing(model, cfg.gradient_checkpointing):
-            for row in batch.rows:
-                losses = loss(model, row) * batch.scale                # (2,)
-                losses.sum().backward()
+            for row in ranks.share(batch.rows):
+                try:
+                    losses = loss(model, row) * batch.scale            # (2,)
+                    losses.sum().backward()
+                except torch.OutOfMemoryError:
+                    raise UserError(f"row_tokens: out of memory in a training row of {len(row.ids)} tokens; lower "
+                                    f"row_tokens= (and context=), or set gradient_checkpointing=true") from None
                 sums += losses.detach().cpu()
+                if ranks.world() > 1:
+                    mine.append(ranks.take_gradients(parameters, losses))
+        if ranks.world() > 1:
+            sums = ranks.give_gradients(parameters, mine, len(batch.rows))
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -115,6 +129,8 @@ def optimise(model, batches: Callable[[int], Iterator[Batch]], loss: Callable, n
 
 def save_checkpoint(folder: Path, parameters, optimizer, state: dict[str, int]) -> None:
     """Adapter, optimiser, position; the order of the data follows from the seed, nothing else is random."""
+    if ranks.rank():
+        return
     aside = folder / "checkpoint.pt.new"
     torch.save(dict(state=state, parameters=[p.detach().cpu() for p in parameters],
                     optimizer=optimizer.state_dict()), aside)
@@ -151,6 +167,18 @@ def stage_1(model, chat: Chat, cfg: Config, make: Callable, tasks: list[str], st
     return trees, pairs
 
 
+def without_e(model, trees: list[Tree], pairs: list[tuple[int, int]], row_tokens: int) -> list[float]:
+    """log pi'(a'_t | h_t, q) of each pair of D_cf, the experience out of view: what L_cf raises."""
+    numbers: list[dict[int, tuple]] = [{} for _ in trees]
+    for n, (k, i) in enumerate(pairs):
+        numbers[k][i] = (n + 1.0,)                     # in place of weights: whose token it is
+    found = torch.zeros(len(pairs), dtype=torch.float64)
+    with torch.no_grad():
+        for row in (pack(group) for group in rows_of(trees, numbers, row_tokens)):
+            found.index_add_(0, row.weights[:, 0].long() - 1, token_logp(model, [row]).double().cpu())
+    return found.tolist()
+
+
 def fit(model, before: list[Packed], rows: list[Packed], names: tuple[str, str], cfg: Config, folder: Path,
         metrics: Jsonl, round_: int) -> None:
     """SFT (Stage 2, and the baselines that imitate): cfg.steps optimiser steps; `before` is for sft_batches."""
@@ -161,13 +189,25 @@ def fit(model, before: list[Packed], rows: list[Packed], names: tuple[str, str],
 def train(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) -> None:
     """One round of cfg.method; by adapter_<round>/ (ace: playbook.txt) a rerun knows that it is done."""
     make, tasks = make_worlds(cfg), pick_tasks(cfg, "train")
-    store, metrics = folder.jsonl("trees.jsonl"), folder.jsonl("metrics.jsonl")
+    store, metrics = folder.jsonl("trees.jsonl"), folder.jsonl("metrics.jsonl", alone=True)
     if cfg.method == "leafe":
         trees, pairs = stage_1(model, chat, cfg, make, tasks, store, round_)
-        rows = baselines.packed_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg)
+        if ranks.rank() == 0:
+            write_aside(folder.path / "sft.jsonl", "".join(
+                json.dumps(pair) + "\n" for pair in chat_pairs(trees, pairs, chat, make().rules)))
+        rows, early = baselines.packed_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg), []
+        if ranks.rank() == 0:
+            early = without_e(model, trees, pairs.D_cf, cfg.row_tokens)
         fit(model, [], rows, ("L_cf", "beta_L_reh"), cfg, folder.path, metrics, round_)
+        if ranks.rank() == 0:
+            late = without_e(model, trees, pairs.D_cf, cfg.row_tokens)
+            write_aside(folder.path / "distilled.json", json.dumps(dict(round=round_, pairs=[
+                (trees[k].task, i, *both) for (k, i), *both in zip(pairs.D_cf, early, late)])))
     elif cfg.method == "ace":
-        write_aside(folder.path / "playbook.txt", baselines.ace(model, chat, cfg, make, tasks, store))
+        lessons = baselines.ace(model, chat, cfg, make, tasks, store)
+        if ranks.rank() == 0:
+            write_aside(folder.path / "playbook.txt", lessons)
+        ranks.wait_for_all()
     elif cfg.method == "grpo":
         batches = partial(baselines.grpo, model, chat, cfg, make, tasks, store, metrics)
         optimise(model, batches, partial(baselines.grpo_loss, cfg), ("L_clip", "beta_KL"), cfg, folder.path, metrics,
@@ -182,6 +222,20 @@ def train(model, chat: Chat, cfg: Config, folder: RunFolder, round_: int) -> Non
         save_adapter(model, folder.path / f"adapter_{round_}", cfg.model)
 
 
+def begin(model, chat: Chat, cfg: Config, folder: RunFolder) -> None:
+    """The warm start, in warm_start/; there from then on."""
+    done = folder.path / "warm_start"
+    if (done / "adapter_config.json").exists():
+        load_adapter(model, done)
+        return
+    with folder.metered():
+        metrics = folder.jsonl("metrics.jsonl", alone=True)
+        rows, own = warm_start.rows(chat, cfg), replace(cfg, steps=cfg.warm_steps)
+        fit(model, [], rows, ("L_actions", "L_reflections"), own, folder.path, metrics, 0)
+        metrics.close()
+        save_adapter(model, done, cfg.model)
+
+
 def run(cfg: Config) -> None:
     """One run in its folder: the base's samples, training, the trained policy's samples, the table."""
     refuse(cfg, adapter="is what eval.py samples with; train.py starts from init=",
@@ -192,13 +246,17 @@ def run(cfg: Config) -> None:
         if (other := getattr(cfg, key)) and not (Path(other) / "trees.jsonl").is_file():
             raise UserError(f"{key}: {other} has no trees.jsonl")
     test, _ = pick_tasks(cfg, "test"), pick_tasks(cfg, "train")
+    if cfg.warm_start:
+        warm_start.tasks(cfg)
     began, folder = time.time(), RunFolder(cfg)
     model, chat = open_policy(cfg, cfg.init)
     if not cfg.init and cfg.method != "ace":
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     samples = folder.jsonl("samples.jsonl")
+    if cfg.warm_start:
+        begin(model, chat, cfg, folder)
     if cfg.evaluate_base:
-        sample(model, chat, cfg, samples, "base", test)
+        sample(model, chat, cfg, samples, "warm_start" if cfg.warm_start else "base", test)
     for round_ in range(1, cfg.rounds + 1):
         done = folder.path / f"adapter_{round_}"
         if (done / "adapter_config.json").exists():
@@ -213,8 +271,11 @@ def run(cfg: Config) -> None:
     sample(model, chat, cfg, samples, cfg.method, test)
     samples.close()
     print(report(folder.path, cfg, test))
-    print(f"results: {folder.path}/ (passk.json, samples.jsonl, trees.jsonl, metrics.jsonl, adapter/)  "
-          f"{(time.time() - began) / 60:.1f} minutes")
+    if ranks.rank() == 0:
+        write_aside(folder.path / "report.html", page(folder.path))
+    made = [name for name in ("report.html", "passk.json", "samples.jsonl", "trees.jsonl", "sft.jsonl",
+                              "metrics.jsonl", "adapter", "playbook.txt") if (folder.path / name).exists()]
+    print(f"results: {folder.path}/ ({', '.join(made)})  {(time.time() - began) / 60:.1f} minutes")
 
 
 def compare(args: list[str], cfg: Config) -> None:
@@ -235,6 +296,7 @@ def compare(args: list[str], cfg: Config) -> None:
 
 
 def main(args: list[str]) -> None:
+    ranks.join()
     cfg = load_config(args)
     compare(args, cfg) if cfg.method == "compare" else run(cfg)
 

@@ -17,16 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import ranks
 from envs import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def find_model(name: str) -> str:
-    """A local folder (as given, or beside this file, as tiny/ is) or a hub name."""
+    """A local folder (as given, or beside this file, as tiny/ is), smollm2, or a hub name."""
     for folder in (Path(name), Path(__file__).parent / name):
         if (folder / "config.json").is_file():
             return str(folder)
+    if name == "smollm2":
+        from smollm2 import unpacked
+        return str(unpacked())
     if Path(name).exists() or name.count("/") != 1:
         raise UserError(f"model: {name} is no folder with a config.json, and no hub name of the form owner/name")
     return name
@@ -170,6 +174,9 @@ def adapter_off(model: nn.Module, off: bool = True) -> Iterator[None]:
 def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT does; peft and vLLM load them as is."""
     layers = lora_layers(model)
+    if ranks.rank():
+        ranks.wait_for_all()
+        return
     tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
                for name, layer in layers.items() for part in ("lora_A", "lora_B")}
     one = next(iter(layers.values()))
@@ -182,6 +189,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
     (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json.new").write_text(json.dumps(config, indent=1))
     (folder / "adapter_config.json.new").replace(folder / "adapter_config.json")
+    ranks.wait_for_all()
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:

@@ -2,6 +2,7 @@ import fcntl
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ SHARED = ROOT.parent / "shared" / "data"  # full data for full checks; a strange
 def needs_shared_data():
     if not SHARED.exists():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{SHARED} is not here")
+
+
+def needs_package(name):
+    if not find_spec(name):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"the package {name} is not here")
 
 
 @pytest.fixture

@@ -95,6 +95,29 @@ def test_sampling_is_the_inverse_of_the_distribution_with_a_fresh_uniform_for_ev
         assert job.result == ids[len(prompt):] and len(set(job.result)) > 1
 
 
+def test_the_draw_of_a_large_vocabulary_is_from_the_same_distribution_and_as_independent(tiny, settings):
+    model, chat = tiny
+    engine, rng = Engine(model, chat.stop, 1, 64, 1.0, 0), random.Random(0)
+    logits, heat = torch.tensor([0.0, 1.0, 2.0, 2.0, -1.0, -30.0]), 1.5
+    us = torch.tensor([[rng.random()] for _ in range(8000)], dtype=torch.float64)
+    tokens, edge = engine._race(logits.repeat(8000, 1), us, torch.full_like(us, heat))
+    shares, n = torch.bincount(tokens, minlength=6) / 8000, 8000
+    p = (logits / heat).softmax(-1)
+    assert ((shares - p).abs() < 4.5 * (p * (1 - p) / n).sqrt() + 1e-9).all() and (edge >= 0).all()
+    near = torch.tensor([0.0, 1.0, 2.0, 2.0001, -1.0, -30.0])
+    token, edge = engine._race(near[None], us[:1], torch.zeros(1, 1, dtype=torch.float64))     # greedy
+    assert token.tolist() == [3] and float(edge) == pytest.approx(1e-4, rel=0.01)
+    cfg, found = settings(), []
+    for slots, memory in ((64, 64), (3, 0)):
+        engine = Engine(model, chat.stop, slots, cfg.context, 1.0, memory)
+        engine.many_tokens = 100
+        jobs = deque(Job(episode(Quest(), chat, cfg, task, [], "", str(i), True), random.Random(f"{task}/{i}"), task)
+                     for task in Quest().tasks("valid")[:8] for i in range(3))
+        found.append(sorted((b.task, b.name, [t.action_ids for t in b.turns])
+                            for b in (job.result for job in engine.run(jobs))))
+    assert found[0] == found[1] and len({str(ids) for _, _, ids in found[0]}) > 8
+
+
 def test_a_reply_may_have_a_temperature_of_its_own(tiny):
     """Greedy replies beside sampled ones: the greedy ones equal generate, whatever their neighbours draw."""
     model, chat = tiny

@@ -8,7 +8,7 @@ import yaml
 
 from conftest import ROOT
 from envs import UserError
-from run import METHODS, Config, Jsonl, RunFolder, load_config, read_jsonl
+from run import METHODS, Config, Jsonl, RunFolder, absorb, load_config, read_jsonl
 
 
 def config_text(**changes):
@@ -37,7 +37,7 @@ def config_text(**changes):
     (["row_tokens=100"], "row_tokens is 100, but must be at least context"),
     (["lr=0"], "lr must be above 0"), (["lr=nan"], "lr is 'nan'"), (["lr=.nan"], "lr is nan"),
     (["steps=["], "cannot be read as a value"),
-    (["preset=smok"], "has smoke, sokoban, qwen7b, llama8b, qwen3; did you mean 'smoke'?"),
+    (["preset=smok"], "has smoke, sokoban, smollm2, smollm2-mbpp, qwen7b, llama8b, qwen3; did you mean 'smoke'?"),
     (["env_steps=9"], "env_steps=9 is a baseline's budget"), (["method=rft", "rounds=2"], "rounds=2 is for leafe"),
     (["experiences=a", "trees=b"], "experiences=a is for leafe when it explores"),
     (["method=grpo", "grpo_group=1"], "grpo_group=1 must be 2 or more"),
@@ -136,6 +136,18 @@ def test_a_damaged_last_line_is_cut_off_and_the_file_goes_on(tmp_path, capsys):
         store.close()
         assert [r["a"] for r in read_jsonl(path)] == [1, 2, 4]
     assert "the last line was cut short" in capsys.readouterr().err
+
+
+def test_parts_of_other_ranks_are_taken_over_once_even_if_that_was_killed_half_way(tmp_path, capsys):
+    path = tmp_path / "trees.jsonl"
+    path.write_text('{"a":1}\n{"a":2}\n')
+    (tmp_path / "trees.jsonl.1.part").write_text('{"a":2}\n{"a":3}\n')        # its first had been taken over
+    (tmp_path / "trees.jsonl.2.part").write_text('{"a":4}\n{"a":')
+    absorb(path)
+    assert path.read_text() == '{"a":1}\n{"a":2}\n{"a":3}\n{"a":4}\n' and not list(tmp_path.glob("*.part"))
+    assert "trees.jsonl.2.part: the last line was cut short" in capsys.readouterr().err
+    absorb(path)
+    assert path.read_text().count("\n") == 4
 
 
 def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path):

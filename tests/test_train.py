@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from baselines import comparison, packed_rows
 from conftest import ROOT
-from leafe import rows_of, targets
-from model import Chat, pack
+from envs import Quest, UserError
+from leafe import chat_pairs, rows_of, targets
+from model import Chat, Segment, pack
 from run import Jsonl, spent
 from test_leafe import grow, tree_by_hand
-from train import COMPARED, epoch, fit, loss_weights
+from train import COMPARED, epoch, fit, loss_weights, optimise, sft_batches
 from weights import add_lora, load_model, lora_parameters
 
 
@@ -57,7 +58,7 @@ def test_a_run_ends_with_the_table_the_figures_and_where_the_results_lie(whole):
     assert [line.split()[0] for line in shown.splitlines() if line.startswith("Pass@")] == [
         "Pass@1", "Pass@2", "Pass@4", "Pass@8"]
     assert f"results: {out}/" in shown
-    for name in ("config.yaml", "trees.jsonl", "samples.jsonl", "metrics.jsonl", "passk.json",
+    for name in ("config.yaml", "sft.jsonl", "trees.jsonl", "samples.jsonl", "metrics.jsonl", "passk.json",
                  "adapter/adapter_model.safetensors"):
         assert (out / name).stat().st_size > 0, name
     assert [json.loads(line)["step"]
@@ -116,6 +117,38 @@ def test_a_run_killed_at_ten_random_moments_ends_as_if_it_had_not_been(whole, tm
     assert process.returncode == 0, errors
     assert_same(expected, results(out))
     assert killed >= 5
+
+
+@pytest.mark.slow
+def test_two_ranks_end_as_one_process_does_and_killed_as_one_goes_on_alone(tmp_path):
+    env = dict(os.environ, OMP_NUM_THREADS="1")        # products are summed in an order that depends on threads
+    small = ["train_tasks=6", "test_tasks=4", "samples=4", "ks=[1]"]
+
+    def ranks(out):
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
+             "train.py", "config.yaml", "preset=smoke", f"out={out}", *small],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
+    alone = train(one, *small, env=env)
+    assert alone.wait(timeout=300) == 0, alone.stderr.read()
+    both = ranks(two)
+    shown, errors = both.communicate(timeout=300)
+    assert both.returncode == 0, errors
+    assert_same(results(one), results(two))
+    assert shown.count("stage 1:") == 1 and not list(two.glob("*.part"))
+    assert (one / "sft.jsonl").read_text() == (two / "sft.jsonl").read_text()
+    dying, until = ranks(killed), time.time() + 200
+    while not (killed / "trees.jsonl.1.part").exists() and time.time() < until:
+        time.sleep(0.02)
+    os.killpg(dying.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", f"out={killed}"])
+    dying.communicate()
+    assert list(killed.glob("trees.jsonl.*.part")) and not (killed / "passk.json").exists()
+    alone = train(killed, *small, env=env)
+    assert alone.wait(timeout=300) == 0, alone.stderr.read()
+    assert_same(results(one), results(killed))
+    assert not list(killed.glob("*.part"))
 
 
 @pytest.mark.slow
@@ -269,6 +302,36 @@ def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings, tmp_path):
     assert total.tolist() == pytest.approx([length[0], 0.5 * length[1]], rel=1e-4)
     orders = {tuple(id(row) for batch in epoch(rows, cfg, number) for row in batch) for number in range(12)}
     assert len(orders) > 1                                            # shuffled anew each epoch
+
+
+def test_exported_pairs_render_to_the_very_ids_that_are_trained_on(tiny, settings, tmp_path):
+    chat = tiny[1]
+    cfg = settings("corrections=all", "rehearsal_share=1")
+    trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=6)
+    pairs = targets(trees, cfg, chat.stop)
+    told = list(chat_pairs(trees, pairs, chat, Quest.rules))
+    assert [pair["part"] for pair in told] == ["D_cf"] * len(pairs.D_cf) + ["D_reh"] * len(pairs.D_reh)
+    assert all(not any("experience:" in m["content"] for m in pair["prompt"]) for pair in told)
+    whole = 0
+    for pair, (k, i) in zip(told, pairs.D_cf + pairs.D_reh):
+        path = trees[k].path(i)
+        if all(turn.action_ids[-1] == chat.end for turn in path):        # none cut off
+            ids = chat.tokenizer.apply_chat_template(pair["prompt"] + pair["completion"], return_dict=False)
+            assert ids == [token for turn in path for token in turn.ids]
+            whole += 1
+    assert whole > 5
+
+
+def test_out_of_memory_in_training_is_one_line_with_the_key(own_tiny, settings, tmp_path):
+    model, _ = own_tiny
+    add_lora(model, 4, 8, seed=0)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError
+    rows = [pack([[Segment([3, 4, 5], [(0.0, 0.0), (1.0, 0.0), (1.0, 0.0)], None)]])]
+    with pytest.raises(UserError, match="row_tokens: out of memory in a training row of 3 tokens; lower row_tokens="):
+        optimise(model, lambda first: sft_batches([], rows, settings(), first), fails, ("a", "b"), settings(), tmp_path,
+                 Jsonl(tmp_path / "m.jsonl"), 1, 1)
 
 
 def test_beta_infinite_leaves_l_reh_alone(settings):

@@ -1,0 +1,538 @@
+"""Speed, side by side with what one would otherwise pick: every figure is measured here, in one process, in turns.
+
+    python bench.py                          rollout and train, on tiny/ and on the shape of a 135M model
+    python bench.py rollout model=135m       the same episodes by four ways of sampling
+    python bench.py train                    the same D_cf and D_reh by three ways of laying them out
+    python bench.py scaling                  cost against tasks, samples, turns, depth; 100,000 stored turns
+    python bench.py gpu                      for a GPU: equality in fp32 and nf4, then the shape of a 7B model
+
+episodes=, repetitions= and contenders= (abcd) are its own keys; any other is config.yaml's: model=, load_in_4bit=,
+slots=. model= may be a shape with random weights, 135m or 7b. Before a contender is timed, its (greedy) outputs are
+compared with a's. Medians of the repetitions; a table on the screen, the same as JSON in out=.
+"""
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from safetensors.torch import save_file
+from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig,
+                          LlamaConfig, Qwen2Config)
+from transformers.utils import logging
+
+from envs import ROOMS, Env, Outcome, UserError
+from eval import make_engine, make_worlds, pick_tasks
+from leafe import (Branch, Tree, Turn, episode, explore, length, read_trees, rows_of, segments, stage1_figures,
+                   targets)
+from model import Chat, Job, Segment, pack, packed_nll
+from run import SHIPPED, Config, Jsonl, guarded, load_config, nearest, read_jsonl, write_aside
+from train import loss_weights, recomputing
+from weights import add_lora, load_model, lora_layers, lora_parameters
+
+OWN = dict(episodes=0, repetitions=3, contenders="")             # 0, "": what suits the model
+SHAPES = {                             # random weights: speed does not depend on what they are
+    "135m": LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+                        tie_word_embeddings=True, initializer_range=0.05),
+    "7b": Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                      num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768,
+                      tie_word_embeddings=False, initializer_range=0.05)}
+
+# --------------------------------------------------------------------------------------------------- the machine
+
+
+def machine() -> dict[str, Any]:
+    """Its name, and what it can do at most: bytes a second read from memory, operations a second of a product."""
+    cuda = torch.cuda.is_available()
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    big, square = torch.ones(2**27, device=device), torch.randn(4096 if cuda else 1536, 4096 if cuda else 1536,
+                                                                 device=device, dtype=dtype)
+    read = min(seconds(lambda: big.sum()) for _ in range(5))
+    product = min(seconds(lambda: square @ square) for _ in range(5))
+    return dict(processor=names[0] if names else platform.machine(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if cuda else None,
+                torch=torch.__version__, gb_a_second=round(big.nbytes / read / 1e9, 1),
+                gflop_a_second=round(2 * len(square)**3 / product / 1e9, 1))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak(work: Callable[[], Any]) -> float:
+    """Memory that `work` needs at most beyond what is there before, in MB: of the GPU, or else of this process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def line(name: str) -> int:
+        return next(int(row.split()[1]) for row in open("/proc/self/status") if row.startswith(name))
+    Path("/proc/self/clear_refs").write_text("5")              # the high-water mark starts anew
+    before = line("VmRSS")
+    work()
+    return (line("VmHWM") - before) / 2**10
+
+
+@lru_cache(maxsize=1)
+def policy(name: str, load_in_4bit: bool | None, context: int) -> tuple[Any, Chat]:
+    """A model, or one of SHAPES: written to disk as a checkpoint first, so that it is loaded as any."""
+    if name not in SHAPES:
+        model, tokenizer = load_model(name, load_in_4bit, context)
+        return model, Chat(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        config, parts, index = SHAPES[name], {}, {}
+        config.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(Path(__file__).parent / "tiny").save_pretrained(folder)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        for key, tensor in empty.named_parameters():
+            parts.setdefault(".".join(key.split(".")[:3]), {})[key] = tensor               # a file a layer
+        noise = torch.randn(2**22 + 1, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.05
+        for n, part in enumerate(parts.values()):
+            file = f"model-{n:05}.safetensors"
+            save_file({key: torch.ones(t.shape) if "norm" in key else noise.repeat(-(-t.numel() // len(noise)))[
+                :t.numel()].view(t.shape).clone() for key, t in part.items()}, Path(folder, file),
+                metadata={"format": "pt"})
+            index |= dict.fromkeys(part, file)
+        Path(folder, "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
+        model, tokenizer = load_model(folder, load_in_4bit, context)
+    return model, Chat(tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------- rollouts
+
+class Talk(Env):
+    """Conversations of a known shape, 8 to 16 turns: rules and a task that all samples share, then observations
+    that differ from sample to sample, whatever the action was. A task is "task/sample"."""
+    max_turns = 16
+
+    def __init__(self, turns: int = 16):
+        self.rules, self.longest = words("rules", 120), turns
+
+    def reset(self, task: str) -> str:
+        self.task, self.t = task, 0
+        self.turns = random.Random(task).randint(self.longest // 2, self.longest)
+        return words(task.partition("/")[0], 40)
+
+    def step(self, action: str) -> Outcome:
+        self.t += 1
+        return Outcome(words(f"{self.task}/{self.t}", 12), 0.0, self.t == self.turns)
+
+
+def words(seed: str, count: int) -> str:
+    return " ".join(random.Random(seed).choices(ROOMS, k=count))
+
+
+Attempt = tuple[str, str, list[Turn], str]              # task, name, past, e
+
+
+def lockstep(answer: Callable, play: Callable, attempts: list[Attempt]) -> list[Branch]:
+    """Every episode asks, all are answered, and so on: how one samples without an engine that knows of episodes."""
+    ended, asks = [], {}
+    live = [(play(attempt), None) for attempt in attempts]
+    while live:
+        asks = {}
+        for one, reply in live:
+            try:
+                asks[one] = one.send(reply)
+            except StopIteration as end:
+                ended.append(end.value)
+        live = list(zip(asks, answer(list(asks.values())))) if asks else []
+    return ended
+
+
+def whole(model, chat: Chat, asks: list) -> list[list[int]]:
+    """a: generate for one conversation, its whole history fed again."""
+    return [left_padded(model, chat, [ask])[0] for ask in asks]
+
+
+def left_padded(model, chat: Chat, asks: list) -> list[list[int]]:
+    """b: generate for a left-padded batch, whole histories fed again: what small RL repositories do."""
+    longest = max(len(ask.context) for ask in asks)
+    ids = torch.tensor([[0] * (longest - len(ask.context)) + ask.context for ask in asks])
+    mask = torch.tensor([[0] * (longest - len(ask.context)) + [1] * len(ask.context) for ask in asks])
+    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False, pad_token_id=0,
+                         max_new_tokens=asks[0].max_new, eos_token_id=sorted(chat.stop))[:, longest:].tolist()
+    return [row[:next((i + 1 for i, token in enumerate(row) if token in chat.stop), len(row))] for row in out]
+
+
+def paged(model, chat: Chat, cfg: Config, count: int, asks: list) -> list[list[int]]:
+    """c: transformers' continuous batching, its blocks shared among prompts, and kept from turn to turn."""
+    logging.set_verbosity_error()
+    pages = ContinuousBatchingConfig(page_size=32, num_blocks=count * -(-cfg.context // 32), max_batch_tokens=1024)
+    found = model.generate_batch([ask.context for ask in asks], GenerationConfig(
+        do_sample=False, max_new_tokens=asks[0].max_new, eos_token_id=sorted(chat.stop), pad_token_id=0),
+        pages, progress_bar=False, persistent_manager=True)           # in the order of the asks
+    return [answer.generated_tokens for answer in found.values()]
+
+
+def forking(model, chat: Chat, cfg: Config, counted: list, play: Callable, attempts: list[Attempt]) -> list[Branch]:
+    """d: the engine of model.py; a branch waits for the end of the rollout that it starts from (leafe.explore)."""
+    later: dict[tuple[str, str], list[Attempt]] = {}
+    for attempt in attempts:
+        if attempt[2]:
+            later.setdefault((attempt[0], attempt[1].rpartition(".")[0]), []).append(attempt)
+
+    left = Counter(attempt[0].partition("/")[0] for attempt in attempts)
+
+    def job(attempt: Attempt) -> Job:
+        return Job(play(attempt), random.Random(0), attempt[0].partition("/")[0], snapshot=True)
+    engine, ended = make_engine(model, chat, cfg), []
+    queue = deque(job(attempt) for attempt in attempts if not attempt[2])
+    for done in engine.run(queue):
+        ended.append(done.result)
+        queue.extend(job(branch) for branch in later.get((done.result.task, done.result.name), []))
+        left[done.family] -= 1
+        if not left[done.family]:
+            engine.drop(done.family)
+    counted[:] = [engine.fed, engine.seen, engine.sampled]
+    return ended
+
+
+def rollout(cfg: Config, own: dict) -> dict:
+    """Contenders a to d on cfg.model."""
+    model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
+    model = model.float() if own.get("wide") else model
+    count = own["episodes"] or (512 if cfg.model == "tiny" else 32)
+
+    def play(attempt: Attempt):
+        task, name, past, e = attempt
+        return episode(Talk(), chat, cfg, task, past, e, name, reflect=False)
+    roots = [(f"{n // 4}/{n % 4}", "0", [], "") for n in range(-(-count * 3 // 4))]       # four samples a task
+    counted: list[int] = []
+    engine = partial(forking, model, chat, cfg, counted)
+    rng, attempts = random.Random(0), list(roots)
+    for root in rng.sample(engine(play, roots), count - len(roots)):          # branches at a random tau
+        attempts.append((root.task, "0.0", root.turns[:rng.randint(2, len(root.turns))], words(root.task, 8)))
+    ways = dict(a=("generate, one episode at a time", partial(lockstep, partial(whole, model, chat))),
+                b=("generate, left-padded batches", partial(lockstep, partial(left_padded, model, chat))),
+                c=("generate_batch (continuous batching)",
+                   partial(lockstep, partial(paged, model, chat, cfg, count))),
+                d=("the forking engine", engine))
+    part = attempts[::8] if count >= 16 else attempts        # of a, which has no batches: the rest takes as long
+    keys = {(attempt[0], attempt[1]) for attempt in part}
+
+    def said(ended: list[Branch]) -> dict:
+        return {(b.task, b.name): [turn.action_ids for turn in b.turns] for b in ended if (b.task, b.name) in keys}
+    expected, rows = said(ways["a"][1](play, part)), []
+    for name in own["contenders"] or ("abcd" if count <= 64 else "abd"):     # c: 512 would take hours on a CPU
+        found = said(ways[name][1](play, attempts if name == "d" else part)) if name != "a" else expected
+        rows.append(dict(name=name, what=ways[name][0], seconds=[], peak_mb=0.0,
+                         equal=sum(found[key] == expected[key] for key in keys) / len(keys)))
+        if name == "d" and rows[-1]["equal"] < 1 and next(model.parameters()).dtype == torch.float32:
+            raise UserError("the engine's greedy replies are not generate's: nothing is timed")
+    for _ in range(own["repetitions"]):
+        for row in rows:
+            todo = part if row["name"] == "a" else attempts
+            work = partial(ways[row["name"]][1], play, todo)
+            row["seconds"].append(seconds(lambda: row.update(peak_mb=peak(work))) * len(attempts) / len(todo))
+    model.destroy_cached_continuous_batching_manager()
+    found = dict(episodes=count, contenders=rows)
+    if counted and rows[-1]["name"] == "d":
+        found |= dict(cached=1 - counted[0] / counted[1],
+                      sampled=counted[2], fed=counted[0], **limit(model, lambda: ways["d"][1](play, attempts)))
+    return found
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "scaled_dot_product")
+
+
+def limit(model, work: Callable[[], Any]) -> dict[str, float]:
+    """`limit_s`: what the hardware needs at least for the forwards of `work`, if each reads all weights once at the
+    measured bandwidth or multiplies at the measured rate, whichever takes longer (keys, values and attention are not
+    counted). `products_s`: the seconds that `work` spends in matrix products and attention (CPU)."""
+    shapes: list[torch.Size] = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    with torch.profiler.profile() as profile:
+        work()
+    handle.remove()
+    here, least = machine(), 0.0
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(m.in_features * m.out_features for m in model.get_decoder().layers.modules()
+               if isinstance(m, torch.nn.Linear))
+    size = sum(p.nbytes for p in [*model.get_decoder().layers.parameters(), model.get_output_embeddings().weight])
+    for rows, tokens in shapes:
+        least += max(size / here["gb_a_second"], 2 * rows * (body * tokens + head) / here["gflop_a_second"]) / 1e9
+    spent = [event.self_cpu_time_total / 1e6 for event in profile.key_averages()
+             if event.key.removeprefix("aten::").lstrip("_").startswith(PRODUCTS)]
+    return dict(limit_s=least, products_s=sum(spent), forwards=len(shapes))
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+def line(tree: Tree, weights: dict[int, tuple]) -> tuple[list[int], list[tuple]]:
+    """Turns of one path, with their history, as a trainer takes them: ids, and what each weighs in the losses."""
+    chain = segments(tree, weights)
+    return [i for part in chain for i in part.ids], [w for part in chain for w in part.weights]
+
+
+def padded(lines: list) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Right-padded batches of eight: ids (B, T), mask (B, T), weights (B, T, C)."""
+    random.Random(0).shuffle(lines)
+    batches = []
+    for group in (lines[at:at + 8] for at in range(0, len(lines), 8)):
+        longest, columns = max(len(ids) for ids, _ in group), len(group[0][1][0])
+        batches.append((torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in group]),
+                        torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in group]),
+                        torch.tensor([w + [(0.0,) * columns] * (longest - len(w)) for _, w in group])))
+    return batches
+
+
+def padded_nll(model, batch: tuple) -> torch.Tensor:
+    """(C,): the losses as an SFT trainer computes them, with the logits of all tokens."""
+    ids, mask, weights = (part.to(model.device) for part in batch)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return nll @ weights[:, 1:].flatten(0, 1)
+
+
+def training(cfg: Config, own: dict) -> dict:
+    """The gradient of L_cf + beta L_reh on a Quest exploration's own D_cf and D_reh (trees=, or explored here), the
+    data laid out in three ways."""
+    model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
+    make, tasks = make_worlds(cfg), pick_tasks(cfg, "train")
+    if cfg.trees:
+        trees = read_trees(read_jsonl(Path(cfg.trees) / "trees.jsonl"), 1, tasks)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            store = Jsonl(Path(folder, "trees.jsonl"))
+            trees = explore(make_engine(model, chat, cfg), chat, make, cfg, tasks, store)
+            store.close()
+    add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    parameters = lora_parameters(model)
+    for p in parameters:                                 # B is 0 at first, and A has no gradient then
+        torch.nn.init.normal_(p, std=0.02)
+    weights = loss_weights(trees, targets(trees, cfg, chat.stop), cfg.beta)
+    pairs = [line(tree, {i: w}) for tree, mine in zip(trees, weights) for i, w in mine.items()]
+    paths = []
+    for tree, mine in zip(trees, weights):
+        left = dict(mine)
+        for n in sorted(range(len(tree.branches)), key=lambda n: -len(tree.branch_path(n))):
+            if found := {i: left.pop(i) for i in tree.branch_path(n) if i in left}:
+                paths.append(line(tree, found))
+    rows = [pack(group) for group in rows_of(trees, weights, cfg.row_tokens)]
+    ways = dict(a=("one (history, action) pair a row, padded", padded_nll, padded(pairs)),
+                b=("one trajectory a row, padded", padded_nll, padded(paths)),
+                c=("whole trees, packed", lambda model, row: packed_nll(model, [row]), rows))
+    computed = dict(c=sum(len(row.ids) for row in rows),
+                    **{way: sum(ids.numel() for ids, _, _ in ways[way][2]) for way in "ab"})
+
+    def gradient(way: str) -> torch.Tensor:
+        model.zero_grad()
+        losses = torch.zeros(2)
+        for batch in ways[way][2]:
+            found = ways[way][1](model, batch)
+            found.sum().backward()
+            losses += found.detach().cpu()
+        return torch.cat([losses, *(p.grad.flatten().float().cpu() for p in parameters)])
+    expected, table = gradient("a"), []
+    for way in [name for name in own["contenders"] or "abc" if name in ways]:
+        off = float((gradient(way) - expected).norm() / expected.norm())
+        table.append(dict(name=way, what=ways[way][0], tokens=computed[way], equal=off, seconds=[],
+                          peak_mb=peak(lambda: gradient(way))))
+        if off > 1e-3:
+            raise UserError(f"the gradient of {way} is not a's (off by {off:.1e}): nothing is timed")
+    for _ in range(own["repetitions"]):
+        for row in table:
+            row["seconds"].append(seconds(lambda: gradient(row["name"])))
+    bound = sum(length(segments(tree, mine)) for tree, mine in zip(trees, weights) if mine)
+    return dict(pairs=len(pairs), tokens_at_least=bound, contenders=table)
+
+
+# -------------------------------------------------------------------------------------------------------- scaling
+
+def scaling(cfg: Config, own: dict) -> dict:
+    """d against the number of tasks, samples, turns and rollbacks on rollbacks; then 100,000 stored turns."""
+    model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
+    table = []
+    for what, first in (("tasks", 32), ("samples", 4), ("turns", 4), ("depth", 2)):
+        for size in (first, 2 * first, 4 * first):
+            shape = dict(tasks=32, samples=4, turns=8, depth=0) | {what: size}
+            table.append(dict(of=what, size=size, **conversations(model, chat, cfg, **shape)))
+    return dict(table=table, stored=stored(cfg, chat, 100_000))
+
+
+def conversations(model, chat: Chat, cfg: Config, tasks: int, samples: int, turns: int, depth: int) -> dict:
+    """Plain rollouts, and a chain of `depth` branches on each task's first one, each at the middle of the last."""
+    engine, pasts, kept, ended, memory = make_engine(model, chat, cfg), {}, [0], [0], []
+
+    def job(task: str, name: str, past: list[Turn]) -> Job:
+        pasts[task] = past
+        return Job(episode(Talk(turns), chat, cfg, task, past, words(name, 8) if past else "", name, reflect=False),
+                   random.Random(0), task.partition("/")[0], snapshot=depth > 0 and task.endswith("/0"))
+    queue = deque(job(f"{n}/{i}", "0", []) for n in range(tasks) for i in range(samples))
+
+    def work() -> None:
+        for done in engine.run(queue):
+            branch, path = done.result, pasts[done.result.task][:-1] + done.result.turns
+            ended[0] += len(branch.turns)
+            kept[0] = max(kept[0], sum(one.nbytes for family in engine.kept.values() for one in family))
+            if branch.name.count(".") < depth and branch.task.endswith("/0"):
+                queue.append(job(branch.task, branch.name + ".0", path[:len(path) // 2 + 1]))
+            elif branch.task.endswith("/0"):
+                engine.drop(done.family)
+    took = seconds(lambda: memory.append(peak(work)))
+    return dict(turns=ended[0], seconds=took, milliseconds_a_turn=1000 * took / ended[0], peak_mb=memory[0],
+                snapshots_mb=kept[0] / 2**20)
+
+
+def stored(cfg: Config, chat: Chat, turns: int) -> dict:
+    """Write, read and pack `turns` made-up turns: 10 branches of 10 turns a tree, each at turn 5 of the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        store, ids = Jsonl(Path(folder, "trees.jsonl")), chat.ids(words("some", 20))
+        for n in range(turns // 100):
+            for b in range(10):
+                made = [Turn(words(f"{t}", 20), ids, f"go {t}", [*ids[:4], chat.end], None, "it is", 1.0, True)
+                        for t in range(10)]
+                branch = Branch(f"task-{n:05}", f"0.{b - 1}" if b else "0", 5 if b else 1, "it is" if b else "", made,
+                                "", [], "success", 10, 4 if b else 0, 50)
+                store.append(branch.record(1))
+                store.records.clear()
+        store.close()
+        found: dict[str, float] = {}
+
+        def step(name: str, work: Callable[[], Any]) -> Any:
+            kept: list[Any] = []
+            began = time.perf_counter()
+            found[f"{name}_mb"] = peak(lambda: kept.append(work()))
+            found[f"{name}_s"] = time.perf_counter() - began
+            return kept[0]
+        tasks = [f"task-{n:05}" for n in range(turns // 100)]
+        trees = step("load", lambda: read_trees(read_jsonl(store.path), 1, tasks))
+        pairs = step("targets", lambda: targets(trees, cfg, chat.stop))
+        weights = loss_weights(trees, pairs, cfg.beta)
+        step("pack", lambda: [pack(group) for group in rows_of(trees, weights, cfg.row_tokens)])
+        step("report", lambda: stage1_figures(trees, pairs))
+    return dict(turns=turns, pairs=len(pairs.D_cf) + len(pairs.D_reh), **found)
+
+
+# ------------------------------------------------------------------------------------------------------------ GPU
+
+def gpu(cfg: Config, own: dict, slots: tuple = (1, 32, 128), rows: tuple = (4096, 2048)) -> dict:
+    """Equality in fp32 and nf4 first; then on the shape of cfg.model, in nf4 and bf16: the contenders, decoding at
+    several numbers of slots, and SFT steps on rows of 4,096 and of 2,048 tokens with gradient checkpointing."""
+    found: dict[str, Any] = {}
+    for bits in (False, True):                           # fp32: the model is widened; nf4: against its own a
+        small = replace(cfg, model="135m", load_in_4bit=bits)
+        found[f"equal_{'nf4' if bits else 'fp32'}"] = rollout(small, own | dict(
+            contenders="d", episodes=own["episodes"] or 16, repetitions=0, wide=not bits))["contenders"][0]["equal"]
+    for bits in (True, False):
+        name, large = "nf4" if bits else "bf16", replace(cfg, load_in_4bit=bits)
+        found[name] = rollout(large, own | dict(repetitions=1))
+        for n in slots:
+            one = rollout(replace(large, slots=n), own | dict(contenders="d", episodes=2 * n, repetitions=1))
+            found[f"{name}_{n}_slots"] = {key: one[key] for key in ("sampled", "cached", "limit_s", "contenders")}
+    for tokens in rows:
+        found[f"step_{tokens}"] = step(replace(cfg, load_in_4bit=True), tokens)
+    return found
+
+
+def step(cfg: Config, tokens: int) -> dict:
+    """One SFT step, gradient checkpointing on: a row of `tokens` tokens, a fifth of which bear loss."""
+    model, _ = policy(cfg.model, cfg.load_in_4bit, cfg.context)
+    if not lora_layers(model):
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    ids = random.Random(0).choices(range(400), k=tokens)
+    row = pack([[Segment(ids, [(float(i % 5 == 0), 0.0) for i in range(tokens)], None)]])
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-4)
+
+    def work() -> None:
+        with recomputing(model, True):
+            packed_nll(model, [row]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    work()
+    return dict(seconds=seconds(work), peak_mb=peak(work), allocated_before_mb=torch.cuda.memory_allocated() / 2**20)
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+def show(what: str, found: dict) -> str:
+    """Contenders: medians, and how many times as fast the last one is. Scaling, GPU: every figure as it is."""
+    if what == "scaling":
+        keys = list(found["table"][0])
+        lines = ["".join(f"{key:>20}" for key in keys)]
+        lines += ["".join(f"{v:20.1f}" if isinstance(v, float) else f"{v:>20}" for v in row.values())
+                  for row in found["table"]]
+        return "\n".join([*lines, f"stored turns: {json.dumps(found['stored'])}"])
+    if what == "gpu":
+        return json.dumps(found, indent=1)
+    rows = found["contenders"]
+    medians = [statistics.median(row["seconds"]) for row in rows]
+    lines = [f"{'':44}{'seconds':>9}{'least':>9}{'most':>9}{'last is':>10}{'peak MB':>9}"]
+    for row, median in zip(rows, medians):
+        ends = f"{min(row['seconds']):9.2f}{max(row['seconds']):9.2f}"
+        lines.append(f"{row['name']}  {row['what']:41}{median:9.2f}{ends}{median / medians[-1]:8.1f} x"
+                     f"{row['peak_mb']:9.0f}")
+    last = medians[-1]
+    if "limit_s" in found:
+        lines.append("episodes equal to a's: " + ", ".join(f"{row['name']} {row['equal']:.1%}" for row in rows)
+                     + f"\nd: {found['cached']:.1%} of prompt tokens from the cache, {found['sampled'] / last:.0f} "
+                     f"sampled tokens/s; the hardware's limit is {found['limit_s']:.2f} s, "
+                     f"{found['limit_s'] / last:.0%} of it reached; {found['products_s'] / last:.0%} of the time in "
+                     f"matrix products and attention")
+    if "tokens_at_least" in found:
+        lines.append(f"{found['pairs']} pairs; tokens computed: "
+                     + ", ".join(f"{row['name']} {row['tokens']}" for row in rows)
+                     + f"; distinct tokens of the trees: {found['tokens_at_least']}")
+    return "\n".join(lines)
+
+
+JOBS = dict(rollout=rollout, train=training, scaling=scaling, gpu=gpu)
+DEFAULTS = dict(rollout=["temperature=0"], train=["train_tasks=64"], scaling=["slots=128"],
+                gpu=["model=7b", "temperature=0", "slots=32", "lora_rank=16", "snapshot_mb=8192"])
+
+
+def main(args: list[str]) -> None:
+    what = [arg for arg in args if "=" not in arg]
+    if len(what) > 1 or set(what) - set(JOBS):
+        raise UserError(f"usage: python bench.py [{'|'.join(JOBS)}] [key=value ...]{nearest(what[-1], JOBS)}")
+    own, rest = dict(OWN), []
+    for arg in args:
+        key, equals, value = arg.partition("=")
+        if key in OWN:
+            if key != "contenders" and not value.isdigit():
+                raise UserError(f"the command line: {key} is {value!r}, but must be a whole number")
+            own[key] = value if key == "contenders" else int(value)
+        elif equals:
+            rest.append(arg)
+    if what == ["gpu"] and not torch.cuda.is_available():
+        raise UserError("bench.py gpu: there is no GPU here")
+    if set(own["contenders"]) - set("abcd"):
+        raise UserError(f"contenders: {own['contenders']} must be some of abcd")
+    here = machine()
+    print(", ".join(f"{key} {value}" for key, value in here.items() if value))
+    for name, more in [(what[0], [])] if what else [("rollout", []), ("rollout", ["model=135m"]), ("train", [])]:
+        cfg = load_config([str(SHIPPED), "out=out/bench", *DEFAULTS[name], *more, *rest])
+        print(f"\n{name}, model={cfg.model}")
+        found = JOBS[name](cfg, own)
+        print(show(name, found))
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        path = Path(cfg.out) / f"{name}-{Path(cfg.model).name}.json"
+        write_aside(path, json.dumps(dict(machine=here, model=cfg.model, **found), indent=1) + "\n")
+        print(f"results: {path}")
+
+
+if __name__ == "__main__":
+    guarded(main, __doc__ if set(sys.argv[1:]) & {"-h", "--help"} else "")

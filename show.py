@@ -1,0 +1,107 @@
+"""LEAFE on one task, before your eyes: observations, actions, reflections, the jump back, the branch.
+
+    python leafe.py config.yaml                           the first training task
+    python leafe.py config.yaml task=train-2-0001 pause=true init=out/quest/adapter
+
+pause=true waits for Enter at each turn. Any key of config.yaml goes, too: preset=, attempts=, seed=. The tree is the
+one that train.py grows with the same settings. Nothing is written.
+"""
+import os
+import random
+import sys
+from collections import deque
+from typing import Any, Iterator
+
+from envs import Env, Outcome, UserError, open_env
+from eval import make_engine, make_worlds, open_policy
+from leafe import Branch, Tree, episode, grow, read_reflection
+from model import Ask, Chat, Job
+from run import load_config
+
+COLOURS = dict(dim=2, bad=33, good=32, jump=35, bold=1)
+
+
+def say(text: str, colour: str = "") -> None:
+    """Text of a model or a world, in colour where the terminal has it; what would steer the terminal is left out."""
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    plain = not colour or "NO_COLOR" in os.environ or not sys.stdout.isatty()
+    print(text if plain else f"\033[{COLOURS[colour]}m{text}\033[0m", flush=True)
+
+
+class Watched(Env):
+    """A world that says what happens in it; the first `replayed` steps are those of the backtracking."""
+    def __init__(self, env: Env, replayed: int, pause: bool):
+        self.env, self.replayed, self.pause, self.t = env, replayed, pause, 0
+        self.rules, self.max_turns = env.rules, env.max_turns
+
+    def reset(self, task: str) -> str:
+        self.t, self.obs = 1, self.env.reset(task)
+        self.show()
+        return self.obs
+
+    def show(self) -> None:
+        say(f"step {self.t}: {self.obs}", "dim" if self.t <= self.replayed else "")
+
+    def action(self, reply: str) -> str:
+        return self.env.action(reply)
+
+    def step(self, action: str) -> Outcome:
+        again, outcome = self.t <= self.replayed, self.env.step(action)
+        say(f"   > {action}{'   (again)' if again else '' if outcome.valid else '   (refused)'}",
+            "dim" if again else "good" if outcome.success else "bold" if outcome.valid else "bad")
+        self.t, self.obs = self.t + 1, outcome.obs
+        if not again and self.pause and sys.stdin.isatty():
+            input()
+        self.show()
+        return outcome
+
+    def close(self) -> None:
+        pass                                             # the next attempt plays in it
+
+
+def listening(attempt: Iterator, chat: Chat) -> Iterator:
+    """The episode; what the policy says when it looks back is said aloud."""
+    reply = None
+    while True:
+        try:
+            ask = attempt.send(reply)
+        except StopIteration as end:
+            return end.value
+        reply = yield ask
+        if isinstance(ask, Ask) and ask.temperature is not None and reply is not None:
+            text = chat.text(reply)
+            say(f"looks back: {text}", "jump")
+            if flaw := read_reflection(text, 10**6).flaw:
+                say(f"   (not understood: {flaw})", "bad")
+
+
+def main(args: list[str]) -> None:
+    own = dict(task="", pause="false")
+    own |= {key: value for key, _, value in (arg.partition("=") for arg in args) if key in own}
+    cfg = load_config([arg for arg in args if arg.partition("=")[0] not in own])
+    if own["pause"] not in ("true", "false"):
+        raise UserError(f"pause: {own['pause']} must be true or false")
+    env = open_env(cfg.env, cfg.data)
+    tasks = env.tasks(cfg.train_split)
+    task = own["task"] or tasks[0]
+    if task not in {*tasks, *env.tasks("valid"), *env.tasks("test")}:
+        raise UserError(f"task: {cfg.env} has no task {task!r}; there is {tasks[0]}, and {len(tasks) - 1} others")
+    model, chat = open_policy(cfg, cfg.init)
+    env.rules = make_worlds(cfg)().rules
+    say(f"{env.rules}\n")
+    engine, tree, ended = make_engine(model, chat, cfg), Tree(task), {}
+    for level in grow(tree, cfg, ended, {}):
+        for name, past, e in level:
+            said = f"back to step {len(past)}, with the experience: {e}" if past else task
+            say(f"\nattempt {name}: {said}", "jump")
+            world: Any = Watched(env, max(0, len(past) - 1), own["pause"] == "true")
+            attempt = listening(episode(world, chat, cfg, task, past, e, name, reflect=True), chat)
+            job = Job(attempt, random.Random(f"{cfg.seed}/1/{task}/{name}"), task, snapshot=True)
+            branch: Branch = next(iter(engine.run(deque([job])))).result
+            ended[name] = branch
+            say(f"attempt {name}: {branch.end}", "good" if branch.success else "bad")
+    env.close()
+    wins, steps, replayed, tokens = (sum(getattr(branch, what) for branch in ended.values())
+                                     for what in ("success", "steps", "replayed", "tokens"))
+    say(f"\n{task}: {len(ended)} attempts, {wins} successful, {steps} environment steps + {replayed} replayed, "
+        f"{tokens} sampled tokens")

@@ -1,0 +1,173 @@
+"""The page of a run: what it shows, what it must not run, and that a browser can use it."""
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+
+from eval import make_engine, make_worlds, sample
+from leafe import explore
+from report import SHOWN, page
+from run import RunFolder, read_jsonl
+
+HOSTILE = '</script><script>document.title = "owned"</script><img src=x onerror=\'document.title = "owned"\'>'
+EVIL = [HOSTILE, "<!--<script>", "]]></style>", "\u2028&lt;b&gt; \" ' `", "@BODY@ @TREES@", "a" * 9000]
+
+
+@pytest.fixture(scope="module")
+def explored(tiny, tmp_path_factory):
+    """(folder, settings) of a small run: trees, samples of two policies, metrics."""
+    from conftest import ROOT
+    from run import load_config
+    cfg = load_config([str(ROOT / "config.yaml"), "preset=smoke", "train_tasks=6", "test_tasks=2", "samples=2",
+                       "ks=[1,2]", f"out={tmp_path_factory.mktemp('page')}/run"])
+    model, chat = tiny
+    folder, make = RunFolder(cfg), make_worlds(cfg)
+    store, samples, metrics = (folder.jsonl(f"{name}.jsonl") for name in ("trees", "samples", "metrics"))
+    tasks = make().tasks("train")[:6]
+    trees = explore(make_engine(model, chat, cfg), chat, make, cfg, tasks, store)
+    for policy in ("base", "leafe"):
+        sample(model, chat, cfg, samples, policy, make().tasks("test")[:2])
+    for step in range(1, 5):
+        metrics.append(dict(round=1, step=step, L_cf=1 / step, beta_L_reh=0.5, gradient_norm=1.0, lr=0.01, tokens=9,
+                            seconds=1.0))
+    where = [(tree.task, i) for tree in trees for i in range(len(tree.turns))][:3]
+    (folder.path / "distilled.json").write_text(json.dumps(dict(
+        round=1, pairs=[(*pair, -2.0, -0.25) for pair in where])))
+    for one in (store, samples, metrics):
+        one.close()
+    return folder.path, cfg
+
+
+def spoiled(explored, tmp_path):
+    """A copy of the run, every text of a model or a world in its trees replaced by one that means harm."""
+    folder, rng = tmp_path / "spoiled", random.Random(0)
+    shutil.copytree(explored[0], folder)
+    records = list(read_jsonl(folder / "trees.jsonl"))
+    for record in records:
+        record["last_obs"] = rng.choice(EVIL)
+        record["experience"] = record["experience"] and rng.choice(EVIL)
+        for turn in record["turns"]:
+            turn["obs"], turn["action"] = rng.choice(EVIL), rng.choice(EVIL)
+        for reflection in record["reflections"]:
+            reflection["text"], reflection["flaw"] = rng.choice(EVIL), rng.choice(["", HOSTILE])
+    (folder / "trees.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    samples = (folder / "samples.jsonl").read_text()
+    (folder / "samples.jsonl").write_text(re.sub(r'"difficulty":"[^"]*"', lambda _: '"difficulty":'
+                                                 + json.dumps(HOSTILE), samples))
+    return folder
+
+
+class Tags(HTMLParser):
+    """What a page is made of, as a browser reads it."""
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.events, self.data, self.inside = Counter(), [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found[tag] += 1
+        self.events += [name for name, _ in attrs if name.startswith("on")]
+        self.inside = dict(attrs).get("id") == "trees"
+
+    def handle_data(self, data):
+        self.data += data if self.inside else ""
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+
+def test_a_page_holds_verdict_curves_budget_training_difficulties_and_trees(explored):
+    text = page(explored[0])
+    tags = Tags(text)
+    for heading in ("Pass@k", "Success by difficulty", "Training", "Rollback trees", "Settings"):
+        assert f"<h2>{heading}</h2>" in text
+    assert re.search(r"<b>leafe</b> wins [\d.]+ \[[\d.]+, [\d.]+\] % of its rollouts, <b>base</b>", text)
+    assert "which cannot be told from noise" in text                                # two tasks
+    assert "environment steps (replayed ones included)" in text and tags.found["polyline"] == 4
+    trees = json.loads(tags.data)
+    assert len(trees) == 6 and sum(len(tree["attempts"]) for tree in trees) == len(list(
+        read_jsonl(explored[0] / "trees.jsonl")))
+    seen = [turn["seen"] for tree in trees for attempt in tree["attempts"] for turn in attempt["turns"]
+            if "seen" in turn]
+    assert seen == ["13.53% before distillation, 77.88% after"] * 3
+
+
+def test_a_page_needs_nothing_from_elsewhere(explored):
+    text = page(explored[0])
+    assert not re.search(r"(?:src|href)\s*=|@import|url\(|fetch\(|XMLHttpRequest|import\(", text)
+    assert set(re.findall(r"https?://[^\s\"']+", text)) <= {"http://www.w3.org/2000/svg"}
+
+
+def test_hostile_text_stays_text(explored, tmp_path):
+    good, bad = Tags(page(explored[0])), Tags(page(spoiled(explored, tmp_path)))
+    assert bad.found["script"] == 2 and not bad.events and "img" not in bad.found
+    assert {tag: n for tag, n in bad.found.items() if tag not in ("tr", "td")} == {
+        tag: n for tag, n in good.found.items() if tag not in ("tr", "td")}
+    shown = {turn["obs"] for tree in json.loads(bad.data) for one in tree["attempts"] for turn in one["turns"]}
+    assert HOSTILE in shown and "a" * 4000 in shown and "a" * 4001 not in shown
+
+
+def test_a_thousand_trees_stay_below_ten_megabytes_and_the_selection_is_stated(explored, tmp_path):
+    folder = tmp_path / "large"
+    shutil.copytree(explored[0], folder)
+    records = list(read_jsonl(folder / "trees.jsonl"))
+    names = sorted({record["task"] for record in records})
+    tasks = make_worlds(explored[1])().tasks("train")[:1000]
+    with open(folder / "trees.jsonl", "w") as file:
+        for n, task in enumerate(tasks):
+            for record in records:
+                if record["task"] == names[n % len(names)]:
+                    file.write(json.dumps(record | dict(task=task)) + "\n")
+    config = (folder / "config.yaml").read_text().replace("train_tasks: 6", "train_tasks: 1000")
+    (folder / "config.yaml").write_text(config)
+    text = page(folder)
+    assert len(text) < 10e6 and len(json.loads(Tags(text).data)) == SHOWN
+    assert f"Drawn are {SHOWN}" in text and f"The other {1000 - SHOWN}" in text and tasks[-1] in text
+
+
+KEYS = """
+<script>
+const keys = [];
+const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+setTimeout(() => {                                     // a tree is drawn when its <details> opens
+  document.querySelector("details .turn[tabindex='0']").focus();
+  for (const key of ["Enter", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowDown", " "]) {
+    press(key); keys.push(document.activeElement.getAttribute("aria-label").replace(/:.*/s, ""));
+  }
+  document.querySelectorAll("#list details").forEach(one => one.open = true);
+}, 300);
+setTimeout(() => {
+  document.body.dataset.keys = keys.join(" | ");
+  document.body.dataset.told = document.querySelector(".told").textContent.slice(0, 60);
+  document.body.dataset.drawn = document.querySelectorAll(".tree svg").length;
+  document.body.dataset.wide = [...document.querySelectorAll("body > *, section > *")].filter(
+    one => one.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(one => one.outerHTML.slice(0, 90)).join();
+  document.body.dataset.title = document.title;
+}, 900);
+</script>
+"""
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_draws_the_trees_and_the_keyboard_moves_in_them(explored, tmp_path, width, alone):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("there is no Chromium here")
+    file = tmp_path / "report.html"
+    file.write_text(page(spoiled(explored, tmp_path)).replace("</body>", KEYS + "</body>"), encoding="utf-8")
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+                           f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--dump-dom",
+                           "--virtual-time-budget=3000", file.as_uri()], capture_output=True, text=True, timeout=120)
+    told = {name: value for name, value in re.findall(r'data-(\w+)="([^"]*)"', done.stdout)}
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert told["keys"].startswith("attempt 0, turn 1 | attempt 0, turn 2 | attempt 0, turn 3 | attempt 0, turn 2 | "
+                                   "attempt 0.")
+    assert told["told"].startswith("attempt 0.") and told["drawn"] == "6" and told["title"] == "LEAFE"
+    assert told["wide"] == ""                                             # nothing runs out of a phone's screen
+    assert done.stdout.count("<polyline") == 4

@@ -1,0 +1,106 @@
+"""A warm start, off by default: SFT on a handful of solved training episodes before anything else, for models that
+do not know yet how to act or to reflect at all (the paper, too, starts from checkpoints that do).
+
+    python train.py config.yaml preset=smollm2 warm_start=48
+
+A world that can say what to do next (Env.next_best) shows each task twice: solved at once, by one who knows where
+everything is, and tried half at random until something was refused, then looked back on (the lesson is that refusal,
+the step the refused one), then solved from that step on with the lesson in view. The tried part bears no loss.
+To heed a refusal without being told is not shown: that is left to LEAFE. The tasks are none of those explored.
+"""
+import random
+
+from tqdm import tqdm
+
+import ranks
+from envs import Env, UserError, env_class, make_env, open_env
+from leafe import HINT, REFLECT, REFLECTION, TURN, fill, length
+from model import Chat, Packed, Segment, pack
+from run import Config
+
+LONGEST = 160                          # characters of a refusal that a lesson repeats
+
+
+class Shown:
+    """One task's demonstration, as a token tree; weights (1, 0) mark actions, (0, 1) reflections."""
+    def __init__(self, env: Env, chat: Chat):
+        self.env, self.chat, self.segments = env, chat, []
+
+    def turn(self, t: int, obs: str, reply: str, parent: int | None, weight: float, e: str = "") -> int:
+        text = TURN.format(t=t, obs=obs) + (HINT.format(e=e) if e else "")
+        head = self.chat.first(self.env.rules, text) if t == 1 else self.chat.next(text)
+        return self.add(head, reply, parent, (weight, 0.0))
+
+    def add(self, head: list[int], reply: str, parent: int | None, weight: tuple[float, float]) -> int:
+        ids = [*self.chat.ids(reply), self.chat.end]
+        self.segments.append(Segment(head + ids, [(0.0, 0.0)] * len(head) + [weight] * len(ids), parent))
+        return len(self.segments) - 1
+
+    def solve(self, t: int, obs: str, parent: int | None, e: str = "") -> bool:
+        """From turn t to success; what does not get there is not shown."""
+        before, success, done = len(self.segments), False, False
+        while not done and (reply := self.env.next_best()):
+            parent = self.turn(t, obs, reply, parent, 1.0, e)
+            outcome = self.env.step(self.env.action(reply))
+            t, obs, e, success, done = t + 1, outcome.obs, "", outcome.success, outcome.done
+        if not success:
+            del self.segments[before:]
+        return success
+
+    def mistake(self, task: str, other: str, turns: int, rng: random.Random) -> None:
+        """Half of the actions are any that is admissible; where there is no list of those (programs), all are another
+        task's answer. Then as the docstring above."""
+        obs, done, path, parents, refused, before = self.env.reset(task), False, [], [None], [], len(self.segments)
+        while len(path) < turns and not done:
+            known = [action for action in self.env.actions() if "..." not in action]
+            reply = self.env.next_best() if known and rng.random() < 0.5 else rng.choice(known) if known else other
+            outcome = self.env.step(self.env.action(reply))
+            parents.append(self.turn(len(path) + 1, obs, reply, parents[-1], 0.0))
+            path.append((obs, reply))
+            obs, done = outcome.obs, outcome.done
+            refused += [(len(path), obs)] if not outcome.valid or reply == other else []
+        tau, told = refused[-1] if refused and not outcome.success else (0, "")
+        e = " ".join(told.split())[:LONGEST]
+        head = self.chat.next(TURN.format(t=len(path) + 1, obs=obs) + REFLECT)
+        obs = self.env.reset(task)
+        for _, reply in path[:max(0, tau - 1)]:
+            obs = self.env.step(self.env.action(reply)).obs
+        if tau and self.solve(tau, obs, parents[tau - 1], e):
+            self.add(head, REFLECTION.format(tau=tau, e=e), parents[-1], (0.0, 1.0))
+        else:
+            del self.segments[before:]
+
+
+def tasks(cfg: Config) -> list[str]:
+    """Those shown. Raises UserError if the world has too few, or does not say how the first is solved."""
+    found = make_env(cfg.env, cfg.data).tasks(cfg.train_split)[cfg.train_tasks:][:cfg.warm_start]
+    if len(found) < cfg.warm_start:
+        raise UserError(f"warm_start: {cfg.env} has {len(found)} training tasks beside the train_tasks, not "
+                        f"{cfg.warm_start}; lower one of the two")
+    if env_class(cfg.env).next_best is Env.next_best:
+        raise UserError(f"warm_start: the world {cfg.env} does not say how its tasks are solved (next_best)")
+    return found
+
+
+def rows(chat: Chat, cfg: Config) -> list[Packed]:
+    """Training rows of cfg.warm_start tasks. Raises UserError as `tasks`, and if none fits into a row."""
+    env, rng = open_env(cfg.env, cfg.data), random.Random(f"warm start/{cfg.seed}")
+    trees, shown, other = [], tasks(cfg), ""
+    longest = min(env.max_turns, cfg.horizon or env.max_turns)
+    for task in tqdm(shown, desc="warm start", unit="task", disable=ranks.rank() > 0):
+        episodes, obs = Shown(env, chat), env.reset(task)
+        first = env.next_best()
+        if episodes.solve(1, obs, None):
+            episodes.mistake(task, other or first, rng.randint(1, longest), rng)
+            trees.append(episodes.segments)
+        other = first or other
+    env.close()
+    fitting = [tree for tree in trees if length(tree) <= cfg.row_tokens]
+    if not fitting:
+        raise UserError(f"warm_start: none of the {len(trees)} solved episodes fits into row_tokens={cfg.row_tokens}")
+    print(f"warm start: SFT on {len(fitting)} solved training episodes, of tasks that are not explored"
+          + f"; {len(trees) - len(fitting)} were longer than row_tokens" * (len(trees) > len(fitting)))
+    count = [sum(sum(w[kind] for w in s.weights) for tree in fitting for s in tree) or 1.0 for kind in (0, 1)]
+    for segment in (s for tree in fitting for s in tree):              # each kind: the mean over its tokens
+        segment.weights = [(a / count[0], b / count[1]) for a, b in segment.weights]
+    return [pack(group) for group in fill(fitting, cfg.row_tokens)]
