@@ -10,6 +10,8 @@ episodes=, repetitions= and contenders= (abcd) are its own keys; any other is co
 slots=. model= may be a shape with random weights, 135m or 7b. Before a contender is timed, its (greedy) outputs are
 compared with a's. Medians of the repetitions; a table on the screen, the same as JSON in out=.
 """
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -87,10 +89,12 @@ def peak(work: Callable[[], Any]) -> float:
 
     def line(name: str) -> int:
         return next(int(row.split()[1]) for row in open("/proc/self/status") if row.startswith(name))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)                           # what the work before it freed is not free for this one
     Path("/proc/self/clear_refs").write_text("5")              # the high-water mark starts anew
     before = line("VmRSS")
     work()
-    return (line("VmHWM") - before) / 2**10
+    return max(0.0, line("VmHWM") - before) / 2**10            # the kernel counts both in lumps
 
 
 @lru_cache(maxsize=1)

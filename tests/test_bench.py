@@ -63,7 +63,7 @@ def test_an_engine_that_replies_otherwise_is_not_timed(settings, monkeypatch):
 
 def test_all_layouts_of_the_training_data_give_the_same_gradient(settings):
     bench.policy.cache_clear()
-    found = bench.training(settings("train_tasks=6", "corrections=all"), own(contenders="abc"))
+    found = bench.training(settings("train_tasks=3", "corrections=all"), own(contenders="abc"))
     a, b, c = found["contenders"]
     assert found["pairs"] > 5 and max(row["equal"] for row in (a, b, c)) < 1e-4
     assert a["tokens"] > b["tokens"] > c["tokens"] >= found["tokens_at_least"]
@@ -76,7 +76,7 @@ def test_a_layout_with_another_gradient_is_not_timed(settings, monkeypatch):
     monkeypatch.setattr(bench, "packed_nll", lambda model, rows: 1.01 * bench.padded_nll(
         model, (rows[0].ids[None], torch.ones_like(rows[0].ids)[None], torch.ones(1, len(rows[0].ids), 2))))
     with pytest.raises(UserError, match="the gradient of c is not a's"):
-        bench.training(settings("train_tasks=4", "corrections=all"), own(contenders="ac"))
+        bench.training(settings("train_tasks=2", "corrections=all"), own(contenders="ac"))
 
 
 def test_stored_turns_are_counted_and_measured(settings, tiny):
