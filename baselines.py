@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 import ranks
 from envs import Env, ReplayMismatch, UserError
-from eval import Samples, cell, make_engine, make_worlds, open_policy, pick_tasks, read_samples, spread
+from eval import cell, make_engine, make_worlds, open_policy, pick_tasks, spread
 from leafe import PLAYBOOK, TURN, Branch, Tree, episode, explore, fill, length, read_trees, rows_of
-from model import Ask, Batch, Chat, Engine, Job, Packed, Segment, pack, token_logp
+from model import Ask, Chat, Engine, Job
+from packing import Batch, Packed, Segment, pack, token_logp
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, spent
 from weights import adapter_off
 from workers import act, back
@@ -362,78 +363,6 @@ def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
         difference = cell(gap, "+") if method != "tree" else ""
         lines.append(f"{method:6}{cell(own):>24}{difference:>24}" + "".join(f"{n:10}" for n in spent[method]))
     return "\n".join(lines)
-
-
-def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
-    """The ended runs of a folder, <name>-<seed>/ each: name -> seed -> (samples, what training took). The base's
-    samples are those of leafe-<seed>/. Raises UserError if they were not sampled on the same tasks."""
-    runs: dict[str, dict[str, tuple[Samples, dict]]] = {"base": {}}
-    for run in sorted(path.parent for path in folder.glob("*-*/passk.json")):
-        (name, _, seed), own = run.name.rpartition("-"), load_config([str(run / "config.yaml")])
-        took = spent(run)
-        for start in [Path(own.init)] if own.init else []:                # what its start took counts too
-            start = start if start.name == "warm_start" else start.parent
-            took = {key: value + spent(start)[key] for key, value in took.items()}
-        if own.trees and own.method == "leafe":                           # and so do trees that it reused
-            took |= {key: took[key] + spent(Path(own.trees))[key] for key in ("steps", "sampled")}
-        runs.setdefault(name, {})[seed] = read_samples(str(run)), took
-        if name == "leafe" and own.evaluate_base:
-            runs["base"][seed] = read_samples(f"{run}:base"), dict.fromkeys(took, 0)
-    if not runs["base"]:
-        raise UserError(f"{folder}: no leafe-<seed>/ that has ended; run train.py method=compare out={folder} first")
-    expected = next(iter(runs["base"].values()))[0]
-    for name, by_seed in runs.items():
-        for seed, (own, _) in by_seed.items():
-            if (list(own.by_task), own.n) != (list(expected.by_task), expected.n):
-                raise UserError(f"{folder}/{name}-{seed} was not sampled on the same tasks, as often; run train.py "
-                                f"with its out= again (same split=, test_tasks=, samples=), or move it away")
-    return runs
-
-
-def over_seeds(policies: list[Samples], ks: list[int], figure: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A figure's mean over the policies of several seeds, as a function of task indices (R, tasks)."""
-    known = [policy.estimates(ks)[figure] for policy in policies]
-    return lambda index: sum(estimate(index) for estimate in known) / len(known)
-
-
-def comparison(folder: Path) -> str:
-    """The runs of a folder side by side. Figures are means over seeds, intervals are over tasks, differences are
-    paired. new: tasks that the policy solves in any of its samples and the base of that seed in none; lost: the
-    other way round."""
-    runs = read_runs(folder)
-    cfg, seeds = load_config([str(next(folder.glob("leafe-*/config.yaml")))]), list(runs["base"])
-    base, leafe = ([runs[name][seed][0] for seed in seeds] for name in ("base", "leafe"))
-    tasks, last = len(base[0].by_task), f"Pass@{cfg.ks[-1]}"
-    figures = [f"Pass@{k}" for k in sorted({cfg.ks[0], cfg.ks[len(cfg.ks) // 2], cfg.ks[-1]})] + ["recovery"]
-
-    gaps = [(f"{last} minus base", last), (f"leafe minus this, {figures[0]}", figures[0]),
-            (f"leafe minus this, {last}", last)]
-    first = [f"{'%':18}" + "".join(f"{name:>24}" for name in figures)]
-    second = [f"{'':18}" + "".join(f"{title:>28}" for title, _ in gaps) + f"{'new':>6}{'lost':>6}"]
-    third = [f"{'training took':18}" + "".join(
-        f"{name:>16}" for name in ("env steps", "sampled tokens", "trained tokens", "minutes"))]
-    for name, found in sorted(runs.items(), key=lambda item: (item[0] != "base", item[0])):
-        if missing := set(seeds) - set(found):
-            first.append(f"{name:18}{len(base) - len(missing)} of {len(base)} seeds so far")
-            continue
-        own, meters = [found[seed][0] for seed in seeds], [found[seed][1] for seed in seeds]
-        cells = [cell(spread(over_seeds(own, cfg.ks, figure), tasks, cfg.resamples)) for figure in figures]
-        first.append(f"{name:18}" + "".join(f"{shown:>24}" for shown in cells))
-        cells = [f"{name:18}"]
-        for (_, figure), (more, less) in zip(gaps, ((own, base), (leafe, own), (leafe, own))):
-            a, b = (over_seeds(policies, cfg.ks, figure) for policies in (more, less))
-            gap = cell(spread(lambda index: a(index) - b(index), tasks, cfg.resamples), "+") if more != less else ""
-            cells.append(f"{gap:>28}")
-        for a, b in ((own, base), (base, own)):
-            more = [int(((x.passes(x.n) > 0) & (y.passes(y.n) == 0)).sum()) for x, y in zip(a, b)]
-            cells.append(f"{sum(more) / len(base):6.1f}")
-        second.append("".join(cells))
-        took = {key: sum(meter[key] for meter in meters) / len(base) for key in meters[0]}
-        third.append(f"{name:18}" + "".join(f"{took[key]:16.0f}" for key in ("steps", "sampled", "trained"))
-                     + f"{took['seconds'] / 60 or float('nan'):16.1f}")
-    return "\n".join([*first, *second, *third,
-                      f"{tasks} tasks, {base[0].n} samples each, means over {len(base)} seeds"
-                      "; env steps with replays; new, lost: tasks solved that the base never solves, and back"])
 
 
 def main(args: list[str]) -> None:

@@ -23,20 +23,22 @@ import time
 from collections import Counter, deque
 from dataclasses import replace
 from functools import lru_cache, partial
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig,
                           LlamaConfig, Qwen2Config)
-from transformers.utils import logging
 
 from envs import ROOMS, Env, Outcome, UserError
 from eval import make_engine, make_worlds, pick_tasks
 from leafe import (Branch, Tree, Turn, episode, explore, length, read_trees, rows_of, segments, stage1_figures,
                    targets)
-from model import Chat, Job, Segment, pack, packed_nll
+from model import Chat, Job
+from packing import Segment, pack, packed_nll
 from run import SHIPPED, Config, Jsonl, guarded, load_config, nearest, read_jsonl, write_aside
 from train import loss_weights, recomputing
 from weights import add_lora, load_model, lora_layers, lora_parameters
@@ -110,7 +112,7 @@ def policy(name: str, load_in_4bit: bool | None, context: int) -> tuple[Any, Cha
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         for key, tensor in empty.named_parameters():
-            parts.setdefault(".".join(key.split(".")[:3]), {})[key] = tensor               # a file a layer
+            parts.setdefault(".".join(key.split(".")[:3]), {})[key] = tensor              # a file a layer
         noise = torch.randn(2**22 + 1, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.05
         for n, part in enumerate(parts.values()):
             file = f"model-{n:05}.safetensors"
@@ -182,7 +184,7 @@ def left_padded(model, chat: Chat, asks: list) -> list[list[int]]:
 
 def paged(model, chat: Chat, cfg: Config, count: int, asks: list) -> list[list[int]]:
     """c: transformers' continuous batching, its blocks shared among prompts, and kept from turn to turn."""
-    logging.set_verbosity_error()
+    getLogger("ContinuousBatchingLogger").setLevel("ERROR")
     pages = ContinuousBatchingConfig(page_size=32, num_blocks=count * -(-cfg.context // 32), max_batch_tokens=1024)
     found = model.generate_batch([ask.context for ask in asks], GenerationConfig(
         do_sample=False, max_new_tokens=asks[0].max_new, eos_token_id=sorted(chat.stop), pad_token_id=0),
@@ -246,7 +248,7 @@ def rollout(cfg: Config, own: dict) -> dict:
         if name == "d" and rows[-1]["equal"] < 1 and next(model.parameters()).dtype == torch.float32:
             raise UserError("the engine's greedy replies are not generate's: nothing is timed")
     for _ in range(own["repetitions"]):
-        for row in rows:
+        for row in tqdm(rows, unit="contender", leave=False):
             todo = part if row["name"] == "a" else attempts
             work = partial(ways[row["name"]][1], play, todo)
             row["seconds"].append(seconds(lambda: row.update(peak_mb=peak(work))) * len(attempts) / len(todo))
@@ -258,19 +260,31 @@ def rollout(cfg: Config, own: dict) -> dict:
     return found
 
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "scaled_dot_product")
-
-
 def limit(model, work: Callable[[], Any]) -> dict[str, float]:
     """`limit_s`: what the hardware needs at least for the forwards of `work`, if each reads all weights once at the
     measured bandwidth or multiplies at the measured rate, whichever takes longer (keys, values and attention are not
-    counted). `products_s`: the seconds that `work` spends in matrix products and attention (CPU)."""
+    counted). `products_s`: the seconds that `work` spends in matrix products and attention (on a CPU; a GPU works on
+    while Python goes ahead)."""
     shapes: list[torch.Size] = []
-    handle = model.get_decoder().register_forward_pre_hook(
-        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
-    with torch.profiler.profile() as profile:
+    spent, began, attention = [], [], torch.nn.functional.scaled_dot_product_attention
+
+    def timed(*args, **kwargs) -> torch.Tensor:
+        start = time.perf_counter()
+        out = attention(*args, **kwargs)
+        spent.append(time.perf_counter() - start)
+        return out
+    hooks = [model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)]
+    for module in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+        hooks += [module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter())),
+                  module.register_forward_hook(lambda *_: spent.append(time.perf_counter() - began.pop()))]
+    torch.nn.functional.scaled_dot_product_attention = timed
+    try:
         work()
-    handle.remove()
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = attention
+        for hook in hooks:
+            hook.remove()
     here, least = machine(), 0.0
     head = model.get_output_embeddings().weight.numel()
     body = sum(m.in_features * m.out_features for m in model.get_decoder().layers.modules()
@@ -278,8 +292,6 @@ def limit(model, work: Callable[[], Any]) -> dict[str, float]:
     size = sum(p.nbytes for p in [*model.get_decoder().layers.parameters(), model.get_output_embeddings().weight])
     for rows, tokens in shapes:
         least += max(size / here["gb_a_second"], 2 * rows * (body * tokens + head) / here["gflop_a_second"]) / 1e9
-    spent = [event.self_cpu_time_total / 1e6 for event in profile.key_averages()
-             if event.key.removeprefix("aten::").lstrip("_").startswith(PRODUCTS)]
     return dict(limit_s=least, products_s=sum(spent), forwards=len(shapes))
 
 
@@ -358,7 +370,7 @@ def training(cfg: Config, own: dict) -> dict:
         if off > 1e-3:
             raise UserError(f"the gradient of {way} is not a's (off by {off:.1e}): nothing is timed")
     for _ in range(own["repetitions"]):
-        for row in table:
+        for row in tqdm(table, unit="layout", leave=False):
             row["seconds"].append(seconds(lambda: gradient(row["name"])))
     bound = sum(length(segments(tree, mine)) for tree, mine in zip(trees, weights) if mine)
     return dict(pairs=len(pairs), tokens_at_least=bound, contenders=table)
@@ -370,10 +382,11 @@ def scaling(cfg: Config, own: dict) -> dict:
     """d against the number of tasks, samples, turns and rollbacks on rollbacks; then 100,000 stored turns."""
     model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
     table = []
-    for what, first in (("tasks", 32), ("samples", 4), ("turns", 4), ("depth", 2)):
-        for size in (first, 2 * first, 4 * first):
-            shape = dict(tasks=32, samples=4, turns=8, depth=0) | {what: size}
-            table.append(dict(of=what, size=size, **conversations(model, chat, cfg, **shape)))
+    sizes = [(what, times * first) for what, first in (("tasks", 32), ("samples", 4), ("turns", 4), ("depth", 2))
+             for times in (1, 2, 4)]
+    for what, size in tqdm(sizes, unit="size", leave=False):
+        shape = dict(tasks=32, samples=4, turns=8, depth=0) | {what: size}
+        table.append(dict(of=what, size=size, **conversations(model, chat, cfg, **shape)))
     return dict(table=table, stored=stored(cfg, chat, 100_000))
 
 

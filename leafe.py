@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import ranks
 from envs import Env, ReplayMismatch, UserError
-from model import Ask, Chat, Engine, Episode, Job, Segment
+from model import Ask, Chat, Engine, Episode, Job
+from packing import Segment
 from run import Config, Jsonl, guarded
 from workers import act, back
 

@@ -1,9 +1,8 @@
-"""The model side: tokens in, tokens out. Nothing here knows of environments or trees of turns. Three parts:
+"""The model side: tokens in, tokens out. Nothing here knows of environments or trees of turns. Two parts:
 
-    Chat                the ids around messages, found once in the chat template; from then on ids are appended and
-                        never rendered again: what the model generated is kept as it was
-    Engine              the forking engine: hundreds of conversations side by side in one KV cache
-    pack, packed_nll    training rows that hold whole token trees, shared prefixes computed once
+    Chat      the ids around messages, found once in the chat template; from then on ids are appended and never
+              rendered again: what the model generated is kept as it was
+    Engine    the forking engine: hundreds of conversations side by side in one KV cache
 """
 import random
 import sys
@@ -14,7 +13,6 @@ from functools import lru_cache
 from typing import Any, Generator, Iterator
 
 import torch
-from torch import nn
 
 from envs import UserError
 from weights import weights_version
@@ -117,10 +115,16 @@ class StaleSnapshot(Exception):
 class SlotCache:
     """`past_key_values` as transformers' decoders see it: they call update() and nothing else. Row i of each
     layer's (slots, H, capacity + 1, D) belongs to one conversation, left-aligned. Padding is written to the
-    last column, which no mask ever shows."""
+    last column, which no mask ever shows. There are as many rows as were live at once so far, at most `slots`."""
     def __init__(self, slots: int, capacity: int):
-        self.slots, self.capacity = slots, capacity
+        self.slots, self.capacity, self.held = slots, capacity, 0
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hold(self, rows: int) -> None:
+        if rows > self.held:
+            self.held = min(self.slots, max(rows, 2 * self.held))
+            self.layers = [tuple(torch.cat([old, old.new_zeros(self.held - len(old), *old.shape[1:])])
+                                 for old in layer) for layer in self.layers]
 
     def aim(self, rows: list[int], at: torch.Tensor, span: int) -> None:
         """Where the next forward writes, at (B, T) of rows (B,), and what it sees: columns 0..span-1."""
@@ -129,7 +133,7 @@ class SlotCache:
 
     def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.layers):                    # k (B, H, T, D)
-            shape = (self.slots, k.shape[1], self.capacity + 1, k.shape[3])
+            shape = (self.held, k.shape[1], self.capacity + 1, k.shape[3])
             self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
         seen = []
         for kept, new in zip(self.layers[layer], (k, v)):
@@ -163,7 +167,7 @@ class Engine:
     rows; the conversations that lost theirs wait for another, as they stand."""
     def __init__(self, model, stop: set[int], slots: int, context: int, temperature: float, snapshot_mb: int):
         self.model, self.decoder, self.head = model, model.get_decoder(), model.get_output_embeddings()
-        self.device = next(model.parameters()).device
+        self.device, self.dtype = self.head.weight.device, self.head.weight.dtype
         self.stop, self.slots, self.context, self.temperature = stop, slots, context, temperature
         self.budget = snapshot_mb * 2**20
         self.cache = SlotCache(slots, context)
@@ -172,6 +176,7 @@ class Engine:
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
         self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
         self.limit_tokens = 16384                        # of one prefill, padding included: bounds its memory
+        self.most = 0.75                                 # of the rows; where it lies changes speed alone
         self.close = 1e-4                                # far above fp32's rounding, below a token's share
         self.many_tokens = 8192                          # of a vocabulary: draws by _race, not _draw
 
@@ -200,8 +205,8 @@ class Engine:
         if not tail:                                     # all episodes have ended, or wait for their worlds
             wait([job.waits_for for job in self.live], return_when=FIRST_COMPLETED)
             return
-        # A ragged prefill costs more than a decode step: let it wait until half of the rows want one.
-        long = sum(n > 1 for n in tail.values()) * 2 >= len(tail)
+        # A ragged prefill costs more than a decode step: let it wait until most of the rows want one.
+        long = sum(n > 1 for n in tail.values()) >= self.most * len(tail)
         rows = [row for row, n in tail.items() if (n > 1) == long]
         self._forward(rows)
         yield from self._advance(rows)
@@ -235,6 +240,7 @@ class Engine:
             else:
                 yield job
         fresh = range(first, len(self.live))
+        self.cache.hold(len(self.live))
         # A prompt that fresh conversations share is computed once: its first owner feeds it, the rest fork it.
         leaders: dict[str, int] = {}
         for row in fresh:
@@ -292,12 +298,13 @@ class Engine:
 
     def _forward(self, rows: list[int], upto: int | None = None) -> None:
         """Feed the uncached tail of each row, in groups of bounded size, and append one sampled token to each; with
-        `upto` = -1 all but its last token, and sample nothing. Rows that a decode step does not feed get a dummy
-        token behind their end: masked, then overwritten; cheaper than a gather of keys and values."""
+        `upto` = -1 all but its last token, and sample nothing. Where few rows are not fed, and in a decode step,
+        they get a dummy token behind their end: masked, then overwritten; cheaper than to gather the others."""
         tails = {row: self.live[row].ids[self.live[row].cached:upto] for row in rows}
         decode = all(len(tail) == 1 for tail in tails.values()) and upto is None
         for part in [rows] if decode else self._groups(tails):
-            batch = list(range(len(self.live))) if decode else part
+            every = decode or upto is None and len(part) >= self.most * len(self.live)
+            batch = list(range(len(self.live))) if every else part
             hidden = self._hidden(batch, [tails.get(row, [0]) for row in batch])
             for row in part:
                 self.live[row].cached += len(tails[row])
@@ -330,12 +337,13 @@ class Engine:
         offset = torch.arange(longest)
         position = starts[:, None] + offset                                                      # (B, T)
         at = torch.where(offset < sizes[:, None], position, self.context)
-        span = int((starts + sizes).max())
-        mask = torch.arange(span) <= position[..., None]                                        # (B, T, span)
+        span, position = int((starts + sizes).max()), position.to(self.device)
         self.cache.aim(batch, at.to(self.device), span)
-        out = self.decoder(
-            input_ids=ids.to(self.device), position_ids=position.to(self.device), use_cache=True,
-            attention_mask=mask[:, None].to(self.device), past_key_values=self.cache).last_hidden_state
+        # to be added to scores: each layer would turn booleans into this anew
+        mask = torch.zeros(*position.shape, span, dtype=self.dtype, device=self.device).masked_fill_(
+            torch.arange(span, device=self.device) > position[..., None], -torch.inf)          # (B, T, span)
+        out = self.decoder(input_ids=ids.to(self.device), position_ids=position, attention_mask=mask[:, None],
+                           use_cache=True, past_key_values=self.cache).last_hidden_state
         return out[torch.arange(len(batch)), sizes - 1]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:
@@ -361,9 +369,12 @@ class Engine:
     def _race(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As _draw, by another rule: token i arrives at a time drawn from Exp(p_i), the first one wins (Gumbel-max).
         What lies close here are the first two alone, however many tokens there are. The uniform seeds the times."""
+        if not heat.any():                              # greedy: only the logits count
+            best = logits.float().topk(2)
+            return best.indices[:, 0], (best.values[:, 0] - best.values[:, 1]).double()
         chance = torch.stack([torch.rand(logits.shape[-1], generator=torch.Generator().manual_seed(
             int(u * 2**53))) for u in us[:, 0].tolist()]).to(logits.device)                           # (B, V)
-        late = heat.float() * chance.log_().neg_().log_()                       # greedy: only the logits count
+        late = heat.float() * chance.log_().neg_().log_()
         best = (logits.float() - late.nan_to_num(0.0)).topk(2)
         return best.indices[:, 0], (best.values[:, 0] - best.values[:, 1]).double()
 
@@ -423,86 +434,3 @@ class Engine:
         """Forget the snapshots of a family that is done, or all; to be called too when the weights change."""
         for name in [family] if family else list(self.kept):
             self.kept.pop(name, None)
-
-
-@dataclass
-class Segment:
-    """A run of tokens in a tree. Its context is the chain of parents."""
-    ids: list[int]
-    weights: list                       # per token: a number, or one for each loss (a tuple); 0: no loss
-    parent: int | None                  # index in the same list, earlier than this one
-
-
-@dataclass
-class Packed:
-    """One row of whole token trees."""
-    ids: torch.Tensor                   # (T,)
-    positions: torch.Tensor             # (T,) depth in its tree, in tokens
-    owner: torch.Tensor                 # (T,) the segment that a token is of
-    above: torch.Tensor                 # (S, S) bool: segment j is an ancestor of i, or i itself
-    targets: torch.Tensor               # (N,) tokens that bear loss
-    sources: torch.Tensor               # (N,) their predecessors in the tree
-    weights: torch.Tensor               # (N, C), one column a loss
-
-    def mask(self) -> torch.Tensor:
-        """(T, T) bool: token j is an ancestor of i, or i itself; ancestors come before their descendants. Made when
-        it is needed: kept for every row, it would be most of the memory."""
-        return self.above[self.owner][:, self.owner].tril()
-
-
-@dataclass
-class Batch:
-    """What one optimiser step sees."""
-    rows: list[Packed]
-    scale: float                        # of the rows' losses
-    lr: float                           # share of the peak learning rate
-    resume: int | None                  # what to go on from after this step; None: no checkpoint here
-
-
-def pack(trees: list[list[Segment]]) -> Packed:
-    """One row from whole trees, a shared prefix in it once. Exact: test_packed_equals_one_pair_at_a_time."""
-    above = torch.eye(sum(map(len, trees)), dtype=torch.bool)    # (S, S): segment j is an ancestor of i, or i
-    tokens, node = [], 0                                         # of each token: id, depth, weight, predecessor, i
-    for tree in trees:
-        base, ends = node, []
-        for segment in tree:
-            last, depth = -1, 0
-            if segment.parent is not None:
-                above[node] |= above[base + segment.parent]
-                last, depth = ends[segment.parent]
-            for token, weight in zip(segment.ids, segment.weights, strict=True):
-                tokens.append((token, depth, weight, last, node))
-                last, depth = len(tokens) - 1, depth + 1
-            ends.append((last, depth))
-            node += 1
-    ids, positions, weights, previous, owner = map(list, zip(*tokens))
-    weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)          # (T, C), (T,)
-    targets = ((weight != 0).any(1) & (before >= 0)).nonzero()[:, 0]
-    return Packed(torch.tensor(ids), torch.tensor(positions), torch.tensor(owner), above, targets, before[targets],
-                  weight[targets])
-
-
-def token_logp(model, rows: list[Packed]) -> torch.Tensor:
-    """log pi(token | its ancestors) of the rows' targets, one row after the other: (N,), with gradient.
-    Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor."""
-    device = next(model.parameters()).device
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty row
-    for b, row in enumerate(rows):
-        n = len(row.ids)
-        ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask()
-    hidden = model.get_decoder()(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False,
-                                 attention_mask=mask[:, None].to(device)).last_hidden_state      # (B, T, D)
-    picked = torch.cat([hidden[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
-    labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
-    head = model.get_output_embeddings()
-    return torch.cat([-nn.functional.cross_entropy(head(picked[part]).float(), labels[part], reduction="none")
-                      for part in torch.arange(len(labels)).split(4096)])
-
-
-def packed_nll(model, rows: list[Packed]) -> torch.Tensor:
-    """Weighted sums of -log pi(token | its ancestors) over the rows' targets: (C,), one a loss, with gradient."""
-    logp = token_logp(model, rows)
-    return -logp @ torch.cat([row.weights for row in rows]).to(logp.device)

@@ -1,8 +1,10 @@
 """Runs to look at, made from their files without a model.
 
-    python report.py page out/quest               out/quest/report.html anew, as train.py writes it at the end
+    python report.py page out/quest               out/quest/report.html anew, as train.py writes it at the end (of a
+                                                  comparison, too)
     python report.py passk passk.svg out/quest:base out/quest     Pass@k curves with 95 % bands
     python report.py passk passk.svg out/compare                  of all methods of a comparison, means over its seeds
+    python report.py tree tree.svg out/quest [task]               a rollback tree
     python report.py reward reward.svg out/compare/grpo-*         GRPO: success of the training rollouts, wave by wave
 """
 import json
@@ -11,10 +13,12 @@ import re
 from html import escape
 from itertools import cycle
 from pathlib import Path
+from urllib.parse import quote
 
-from baselines import over_seeds, read_runs
+import torch
+
 from envs import UserError
-from eval import Samples, compare, pick_tasks, read_policies, read_samples, spread
+from eval import Samples, comparison, over_seeds, pick_tasks, read_policies, read_runs, read_samples, spread
 from leafe import Tree, read_trees
 from run import Config, guarded, load_config, read_jsonl, spent, write_aside
 
@@ -56,13 +60,17 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def ended(folder: Path) -> tuple[dict[str, list[Samples]], Config]:
+    """Every method of a comparison that has ended on all its seeds: name -> one policy a seed."""
+    runs, cfg = read_runs(folder), load_config([str(next(folder.glob("leafe-*/config.yaml")))])
+    return {name: [samples for samples, _ in found.values()] for name, found in runs.items()
+            if set(found) == set(runs["base"])}, cfg
+
+
 def passk(names: list[str]) -> str:
-    """Of the policies named, or of every method that has ended on all seeds of a comparison."""
+    """Of the policies named, or of all methods of a comparison."""
     if len(names) == 1 and list(Path(names[0]).glob("leafe-*")):
-        runs = read_runs(Path(names[0]))
-        cfg = load_config([str(next(Path(names[0]).glob("leafe-*/config.yaml")))])
-        policies = {name: [samples for samples, _ in found.values()] for name, found in runs.items()
-                    if set(found) == set(runs["base"])}
+        policies, cfg = ended(Path(names[0]))
     else:
         cfg = load_config([str(Path(names[0].partition(":")[0]) / "config.yaml")])
         policies = {name: [read_samples(name)] for name in names}
@@ -90,6 +98,44 @@ def reward(names: list[str]) -> str:
     return chart(series, [str(i + 1) for i in range(longest)], "wave of rollouts", max(0.04, 1.1 * top))
 
 
+def tree(names: list[str]) -> str:
+    """One rollback tree of a run: the task named, or the smallest tree that more than one rollback won. An attempt a
+    line, turn t in column t; a branch hangs on the turn that it replaces, its experience beside the arrow."""
+    folder, cfg = Path(names[0]), load_config([str(Path(names[0]) / "config.yaml")])
+    found = {tree.task: tree for tree in read_trees(list(read_jsonl(folder / "trees.jsonl")), 1, pick_tasks(cfg, "train"))}
+    won = [one for one in found.values() if any(b.success and b.name.count(".") > 1 for b in one.branches)]
+    if names[1:] and names[1] not in found or not names[1:] and not won:
+        raise UserError(f"{folder}: no tree of task {names[1]}" if names[1:] else
+                        f"{folder}: no tree was won after two rollbacks; name a task")
+    one = found[names[1]] if names[1:] else min(won, key=lambda one: len(one.branches))
+    column, lane, left = 104, 64, 16
+    width = left + column * max(branch.tau + len(branch.turns) for branch in one.branches) + 60
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {lane * len(one.branches) + 30}" '
+             f'font-family="sans-serif" font-size="12">', '<rect width="100%" height="100%" fill="white"/>']
+
+    def say(x: float, y: float, text: str, colour: str, anchor: str = "start") -> None:
+        parts.append(f'<text x="{x}" y="{y}" fill="{colour}" text-anchor="{anchor}">{escape(text)}</text>')
+    for n, branch in enumerate(one.branches):
+        x, y = left + column // 2 + column * (branch.tau - 1), 40 + lane * n
+        holder = next(k for k in range(n, -1, -1) if branch.name.startswith(one.branches[k].name + ".")
+                      and one.branches[k].tau <= branch.tau) if n else 0
+        if n:
+            parts.append(f'<path d="M{x} {50 + lane * holder} V{y - 12} m-4 -6 l4 6 l4 -6" fill="none" '
+                         f'stroke="#8250df" stroke-width="1.5"/>')
+            say(x + 8, y - 16, f"turn {branch.tau} again: “{branch.experience}”", "#8250df")
+        parts.append(f'<path d="M{x} {y} h{column * max(0, len(branch.turns) - 1)}" stroke="#57606a"/>')
+        for i, turn in enumerate(branch.turns):
+            at, colour = x + column * i, "#1a7f37" if turn.success else "#57606a" if turn.valid else "#b35900"
+            parts.append(f'<circle cx="{at}" cy="{y}" r="7" fill="{colour if turn.success else "white"}" '
+                         f'stroke="{colour}" stroke-width="2"/>')
+            say(at, y + 22, turn.action[:17] + "…" * (len(turn.action) > 17), colour, "middle")
+            if not turn.valid:
+                say(at, y + 4, "×", colour, "middle")
+        say(x + column * max(0, len(branch.turns) - 1) + 14, y - 8, branch.end,
+            "#1a7f37" if branch.success else "#b35900")
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
 # ------------------------------------------------------------------------------------------- the page of a run
 
 SHOWN = 40                                          # trees that a page holds whole
@@ -97,10 +143,9 @@ WORDS = 4000                                        # characters of one text tha
 
 
 def page(folder: Path) -> str:
-    """report.html: one file that needs nothing else. Raises UserError where the run has no samples."""
+    """report.html of a run: one file that needs nothing else. Raises UserError where the run has no samples."""
     cfg = load_config([str(folder / "config.yaml")])
     policies = read_policies(folder, pick_tasks(cfg, "test"))
-    last = policies[-1].label
     parts = [("Pass@k", curves(policies, cfg)), ("Success by difficulty", difficulties(policies))]
     if (folder / "metrics.jsonl").exists():
         parts.append(("Training", training(folder)))
@@ -112,11 +157,29 @@ def page(folder: Path) -> str:
         parts.append(("Rollback trees", f'<p>{says}</p><div id="list"></div>'))
     parts.append(("Settings", "<details><summary>config.yaml</summary><pre>"
                   + escape((folder / "config.yaml").read_text(encoding="utf-8")) + "</pre></details>"))
+    return framed(f"{cfg.method} on {cfg.env}, {cfg.model}: {folder}",
+                  verdict({one.label: [one] for one in policies}, policies[-1].label, policies[0].label, cfg), parts,
+                  trees)
+
+
+def comparison_page(folder: Path) -> str:
+    """report.html of a comparison: all methods' curves, the tables with what each took, and where their runs lie."""
+    policies, cfg = ended(folder)
+    best = max((name for name in policies if name != "leafe"),
+               key=lambda name: over_seeds(policies[name], [1], "Pass@1")(torch.arange(len(policies[name][0].by_task))))
+    runs = sorted(path.parent.name for path in folder.glob("*-*/report.html"))
+    picture = f'<figure role="img" aria-label="Pass@k curves of all methods">{passk([str(folder)])}</figure>'
+    links = "".join(f'<li><a href="{escape(quote(name))}/report.html">{escape(name)}</a></li>' for name in runs)
+    parts = [("Pass@k", picture), ("The runs", f"<ul>{links}</ul>"),
+             ("Figures, differences, budgets", f'<pre class="wide">{escape(comparison(folder))}</pre>')]
+    return framed(f"methods on {cfg.env}, {cfg.model}: {folder}", verdict(policies, "leafe", best, cfg), parts, [])
+
+
+def framed(title: str, verdict: str, parts: list[tuple[str, str]], trees: list[dict]) -> str:
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     body = "\n".join(f"<section><h2>{title}</h2>{text}</section>" for title, text in parts)
     data = json.dumps(trees, separators=(",", ":")).replace("<", "\\u003c")         # ends no script, opens no comment
-    whole = dict(TITLE=escape(f"{cfg.method} on {cfg.env}, {cfg.model}: {folder}"), BODY=body, TREES=data,
-                 VERDICT=verdict(policies, cfg, last))
+    whole = dict(TITLE=escape(title), BODY=body, TREES=data, VERDICT=verdict)
     return re.sub("@(TITLE|BODY|TREES|VERDICT)@", lambda mark: whole[mark[1]], html)
 
 
@@ -124,17 +187,17 @@ def percent(figure: tuple[float, float, float], sign: str = "") -> str:
     return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(100 * v for v in figure), s=sign)
 
 
-def verdict(policies: list[Samples], cfg: Config, last: str) -> str:
-    """What came out, in a sentence, with its interval."""
-    first, tasks = policies[0], len(policies[0].by_task)
-    one = percent(policies[-1].figures([1], cfg.resamples)["Pass@1"])
-    text = f"<b>{escape(last)}</b> wins {one} % of its rollouts"
-    if len(policies) > 1:
-        gap = compare(first, policies[-1], [1], cfg.resamples)["Pass@1"]
+def verdict(policies: dict[str, list[Samples]], last: str, other: str, cfg: Config) -> str:
+    """What came out, in a sentence, with its interval; means over the seeds of a policy."""
+    a, b = (over_seeds(policies[name], [1], "Pass@1") for name in (last, other))
+    tasks, seeds = len(policies[last][0].by_task), len(policies[last])
+    own, others, gap = (spread(estimate, tasks, cfg.resamples) for estimate in (a, b, lambda i: a(i) - b(i)))
+    text = f"<b>{escape(last)}</b> wins {percent(own)} % of its rollouts"
+    if last != other:
         noise = "" if gap[1] > 0 or gap[2] < 0 else ", which cannot be told from noise"
-        text += (f", <b>{escape(first.label)}</b> {percent(first.figures([1], cfg.resamples)['Pass@1'])} %: a "
-                 f"difference of {percent(gap, '+')} points{noise}")
-    return text + f" ({tasks} tasks, {first.n} samples each; 95 % intervals over tasks)."
+        text += (f", <b>{escape(other)}</b> {percent(others)} %: a difference of {percent(gap, '+')} points{noise}")
+    return text + (f" ({tasks} tasks, {policies[last][0].n} samples each{f', {seeds} seeds' if seeds > 1 else ''}; "
+                   f"95 % intervals over tasks).")
 
 
 def rows(head: list[str], lines: list[list[str]]) -> str:
@@ -226,12 +289,13 @@ def drawing(tree: Tree, seen: dict[tuple[str, int], tuple[float, float]]) -> dic
 
 
 def main(args: list[str]) -> None:
-    kinds = {"passk": passk, "reward": reward}
+    kinds = {"passk": passk, "reward": reward, "tree": tree}
     if len(args) == 2 and args[0] == "page":
-        write_aside(Path(args[1]) / "report.html", page(Path(args[1])))
+        folder = Path(args[1])
+        write_aside(folder / "report.html", (comparison_page if list(folder.glob("leafe-*")) else page)(folder))
         return
     if len(args) < 3 or args[0] not in kinds or not args[1].endswith(".svg"):
-        raise UserError("usage: python report.py page out/run, or passk|reward picture.svg out/run ...")
+        raise UserError("usage: python report.py page out/run, or passk|reward|tree picture.svg out/run ...")
     if not Path(args[1]).parent.is_dir():
         raise UserError(f"{args[1]}: there is no folder {Path(args[1]).parent}")
     write_aside(Path(args[1]), kinds[args[0]](args[2:]))

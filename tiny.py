@@ -33,7 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from envs import JUNK, NEEDS, ROOMS, TREASURES, Env, Quest
 from leafe import HINT, REFLECT, REFLECTION, TURN
-from model import Chat, Packed, Segment, pack, packed_nll
+from model import Chat
+from packing import Packed, Segment, pack, packed_nll
 
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")

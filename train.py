@@ -32,11 +32,12 @@ import baselines
 import ranks
 import warm_start
 from envs import UserError
-from eval import make_engine, make_worlds, open_policy, pick_tasks, report, sample
+from eval import comparison, make_engine, make_worlds, open_policy, pick_tasks, report, sample
 from leafe import (Targets, Tree, chat_pairs, explore, read_trees, reflection_figures, rows_of, stage1_figures,
                    targets)
-from model import Batch, Chat, Packed, pack, packed_nll, token_logp
-from report import page
+from model import Chat
+from packing import Batch, Packed, pack, packed_nll, token_logp
+from report import comparison_page, page
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, refuse, write_aside
 from weights import add_lora, load_adapter, lora_parameters, save_adapter
 COMPARED = ("leafe", "rft", "early_experience", "grpo", "grpo+leafe", "ace")
@@ -292,7 +293,9 @@ def compare(args: list[str], cfg: Config) -> None:
             print(f"\n{name}, seed {seed}")
             run(load_config([*args, *(f"{key}={'null' if value is None else value}" for key, value in own.items())]))
             gc.collect()                               # a model may be large: it goes before the next one comes
-    print(baselines.comparison(Path(cfg.out)))
+    print(comparison(Path(cfg.out)))
+    write_aside(Path(cfg.out) / "report.html", comparison_page(Path(cfg.out)))
+    print(f"results: {cfg.out}/report.html")
 
 
 def main(args: list[str]) -> None:

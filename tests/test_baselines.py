@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import baselines
-from baselines import (CONTENDERS, ace, advantages, alternatives, budget, comparison, contend, early_experience,
+from baselines import (CONTENDERS, ace, advantages, alternatives, budget, contend, early_experience,
                        foreseen, grpo_loss, reasoned, rft, rollouts, run_contenders, successes, table, taken, with_old)
 from envs import Quest, UserError
+from eval import comparison
 from leafe import Branch, Tree, Turn, rows_of
-from model import Job, Segment, pack, packed_nll, token_logp
+from model import Job
+from packing import Segment, pack, packed_nll, token_logp
 from report import passk, reward
 from run import Jsonl, RunFolder, spent
 from weights import add_lora, lora_parameters

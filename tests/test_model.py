@@ -9,7 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from conftest import family, shake
 from envs import Quest, UserError
 from leafe import TURN, episode, targets
-from model import Ask, Chat, Engine, Job, Segment, StaleSnapshot, pack, packed_nll
+from model import Ask, Chat, Engine, Job, StaleSnapshot
+from packing import Segment, pack, packed_nll
 from weights import add_lora, adapter_off, lora_parameters
 
 

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 from collections import Counter
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
+from envs import UserError
 from eval import make_engine, make_worlds, sample
 from leafe import explore
-from report import SHOWN, page
+from report import SHOWN, page, tree
 from run import RunFolder, read_jsonl
 
 HOSTILE = '</script><script>document.title = "owned"</script><img src=x onerror=\'document.title = "owned"\'>'
@@ -96,6 +98,20 @@ def test_a_page_holds_verdict_curves_budget_training_difficulties_and_trees(expl
     seen = [turn["seen"] for tree in trees for attempt in tree["attempts"] for turn in attempt["turns"]
             if "seen" in turn]
     assert seen == ["13.53% before distillation, 77.88% after"] * 3
+
+
+def test_a_tree_is_drawn_with_all_its_attempts_turns_and_experiences(explored):
+    records = list(read_jsonl(explored[0] / "trees.jsonl"))
+    task = max(Counter(record["task"] for record in records).items(), key=lambda found: found[1])[0]
+    own = [record for record in records if record["task"] == task]
+    drawn = ElementTree.fromstring(tree([str(explored[0]), task]))
+    texts = [node.text for node in drawn if node.tag.endswith("text")]
+    assert sum(node.tag.endswith("circle") for node in drawn) == sum(len(record["turns"]) for record in own)
+    assert sorted(text for text in texts if text.startswith("turn ")) == sorted(
+        f"turn {record['tau']} again: “{record['experience']}”" for record in own if record["experience"])
+    assert texts.count("×") == sum(not turn["valid"] for record in own for turn in record["turns"]) > 0
+    with pytest.raises(UserError, match="no tree of task nowhere"):
+        tree([str(explored[0]), "nowhere"])
 
 
 def test_a_page_needs_nothing_from_elsewhere(explored):

@@ -37,7 +37,7 @@ def config_text(**changes):
     (["row_tokens=100"], "row_tokens is 100, but must be at least context"),
     (["lr=0"], "lr must be above 0"), (["lr=nan"], "lr is 'nan'"), (["lr=.nan"], "lr is nan"),
     (["steps=["], "cannot be read as a value"),
-    (["preset=smok"], "has smoke, sokoban, smollm2, smollm2-mbpp, qwen7b, llama8b, qwen3; did you mean 'smoke'?"),
+    (["preset=smok"], "has smoke, class, sokoban, smollm2, smollm2-mbpp, qwen7b, llama8b, qwen3; did you mean 'smoke'?"),
     (["env_steps=9"], "env_steps=9 is a baseline's budget"), (["method=rft", "rounds=2"], "rounds=2 is for leafe"),
     (["experiences=a", "trees=b"], "experiences=a is for leafe when it explores"),
     (["method=grpo", "grpo_group=1"], "grpo_group=1 must be 2 or more"),

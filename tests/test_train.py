@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from baselines import comparison, packed_rows
+from baselines import packed_rows
 from conftest import ROOT
 from envs import Quest, UserError
+from eval import comparison
 from leafe import chat_pairs, rows_of, targets
-from model import Chat, Segment, pack
+from model import Chat
+from packing import Segment, pack
 from run import Jsonl, spent
 from test_leafe import grow, tree_by_hand
 from train import COMPARED, epoch, fit, loss_weights, optimise, sft_batches
@@ -201,8 +203,12 @@ def compared(tmp_path_factory):
 @pytest.mark.slow
 def test_a_comparison_runs_every_method_within_leafes_steps_and_shows_one_table(compared):
     out, shown = compared
-    assert {path.name for path in out.iterdir()} == {f"{name}-0" for name in COMPARED}
-    lines = shown[shown.rindex("%  "):].splitlines()
+    assert {path.name for path in out.iterdir()} == {f"{name}-0" for name in COMPARED} | {"report.html"}
+    *lines, where = shown[shown.rindex("%  "):].splitlines()
+    html = (out / "report.html").read_text()
+    assert where == f"results: {out}/report.html" and html.count("<polyline") == len(COMPARED) + 1
+    assert re.search(r"<b>leafe</b> wins .*: a difference of", html) and escape(lines[-1]) in html
+    assert all((out / link).exists() for link in re.findall('href="([^"]*)"', html)) and html.count("<li>") == 6
     assert [line.split()[0] for line in lines[1:len(COMPARED) + 2]] == ["base", *sorted(COMPARED)]
     allowed = spent(out / "leafe-0")["steps"]
     for name in COMPARED:

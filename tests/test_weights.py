@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from conftest import ROOT, family, shake
 from envs import UserError
-from model import Segment, pack, packed_nll
+from packing import Segment, pack, packed_nll
 from weights import (LoRA, adapter_off, add_lora, check_attention, linear_4bit, load_adapter, load_model,
                      lora_layers, lora_parameters, projections, save_adapter, weights_version)
 

@@ -1,0 +1,89 @@
+"""Training rows that hold whole token trees: what turns share is computed once, and the loss of each token is the
+same as if its history stood before it alone (DFS order, positions by depth, a mask of ancestors)."""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Segment:
+    """A run of tokens in a tree. Its context is the chain of parents."""
+    ids: list[int]
+    weights: list                       # per token: a number, or one for each loss (a tuple); 0: no loss
+    parent: int | None                  # index in the same list, earlier than this one
+
+
+@dataclass
+class Packed:
+    """One row of whole token trees."""
+    ids: torch.Tensor                   # (T,)
+    positions: torch.Tensor             # (T,) depth in its tree, in tokens
+    owner: torch.Tensor                 # (T,) the segment that a token is of
+    above: torch.Tensor                 # (S, S) bool: segment j is an ancestor of i, or i itself
+    targets: torch.Tensor               # (N,) tokens that bear loss
+    sources: torch.Tensor               # (N,) their predecessors in the tree
+    weights: torch.Tensor               # (N, C), one column a loss
+
+    def mask(self) -> torch.Tensor:
+        """(T, T) bool: token j is an ancestor of i, or i itself; ancestors come before their descendants. Made when
+        it is needed: kept for every row, it would be most of the memory."""
+        return self.above[self.owner][:, self.owner].tril()
+
+
+@dataclass
+class Batch:
+    """What one optimiser step sees."""
+    rows: list[Packed]
+    scale: float                        # of the rows' losses
+    lr: float                           # share of the peak learning rate
+    resume: int | None                  # what to go on from after this step; None: no checkpoint here
+
+
+def pack(trees: list[list[Segment]]) -> Packed:
+    """One row from whole trees, a shared prefix in it once. Exact: test_packed_equals_one_pair_at_a_time."""
+    above = torch.eye(sum(map(len, trees)), dtype=torch.bool)    # (S, S): segment j is an ancestor of i, or i
+    tokens, node = [], 0                                         # of each token: id, depth, weight, predecessor, i
+    for tree in trees:
+        base, ends = node, []
+        for segment in tree:
+            last, depth = -1, 0
+            if segment.parent is not None:
+                above[node] |= above[base + segment.parent]
+                last, depth = ends[segment.parent]
+            for token, weight in zip(segment.ids, segment.weights, strict=True):
+                tokens.append((token, depth, weight, last, node))
+                last, depth = len(tokens) - 1, depth + 1
+            ends.append((last, depth))
+            node += 1
+    ids, positions, weights, previous, owner = map(list, zip(*tokens))
+    weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)          # (T, C), (T,)
+    targets = ((weight != 0).any(1) & (before >= 0)).nonzero()[:, 0]
+    return Packed(torch.tensor(ids), torch.tensor(positions), torch.tensor(owner), above, targets, before[targets],
+                  weight[targets])
+
+
+def token_logp(model, rows: list[Packed]) -> torch.Tensor:
+    """log pi(token | its ancestors) of the rows' targets, one row after the other: (N,), with gradient.
+    Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor."""
+    device = next(model.parameters()).device
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty row
+    for b, row in enumerate(rows):
+        n = len(row.ids)
+        ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask()
+    hidden = model.get_decoder()(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False,
+                                 attention_mask=mask[:, None].to(device)).last_hidden_state      # (B, T, D)
+    picked = torch.cat([hidden[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
+    labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
+    head = model.get_output_embeddings()
+    return torch.cat([-nn.functional.cross_entropy(head(picked[part]).float(), labels[part], reduction="none")
+                      for part in torch.arange(len(labels)).split(4096)])
+
+
+def packed_nll(model, rows: list[Packed]) -> torch.Tensor:
+    """Weighted sums of -log pi(token | its ancestors) over the rows' targets: (C,), one a loss, with gradient."""
+    logp = token_logp(model, rows)
+    return -logp @ torch.cat([row.weights for row in rows]).to(logp.device)
