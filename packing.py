@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 @dataclass
@@ -24,6 +27,7 @@ class Packed:
     targets: torch.Tensor               # (N,) tokens that bear loss
     sources: torch.Tensor               # (N,) their predecessors in the tree
     weights: torch.Tensor               # (N, C), one column a loss
+    sizes: list[int]                    # tokens of each tree
 
     def mask(self) -> torch.Tensor:
         """(T, T) bool: token j is an ancestor of i, or i itself; ancestors come before their descendants. Made when
@@ -60,7 +64,22 @@ def pack(trees: list[list[Segment]]) -> Packed:
     weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)          # (T, C), (T,)
     targets = ((weight != 0).any(1) & (before >= 0)).nonzero()[:, 0]
     return Packed(torch.tensor(ids), torch.tensor(positions), torch.tensor(owner), above, targets, before[targets],
-                  weight[targets])
+                  weight[targets], [sum(len(segment.ids) for segment in tree) for tree in trees])
+
+
+def by_tree(module, query, key, value, mask, sizes=None, **kwargs):
+    """transformers' sdpa attention, in a packed row for each tree alone, (B, H, T, D) each: no token sees another
+    tree, so a row costs the squares of its trees' lengths and not that of its own."""
+    if sizes is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    parts = [slice(end - size, end) for end, size in zip(ends, sizes)]
+    return torch.cat([sdpa_attention_forward(module, query[:, :, at], key[:, :, at], value[:, :, at],
+                                             mask[..., at, at], **kwargs)[0] for at in parts], 1), None
+
+
+AttentionInterface.register("by_tree", by_tree)
+AttentionMaskInterface.register("by_tree", sdpa_mask)
 
 
 def token_logp(model, rows: list[Packed]) -> torch.Tensor:
@@ -74,8 +93,12 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     for b, row in enumerate(rows):
         n = len(row.ids)
         ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask()
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("by_tree")         # and stays: gradient checkpointing comes this way again
+    alone = len(rows) == 1 and model.config._attn_implementation == "by_tree"
     hidden = model.get_decoder()(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False,
-                                 attention_mask=mask[:, None].to(device)).last_hidden_state      # (B, T, D)
+                                 attention_mask=mask[:, None].to(device),
+                                 **(dict(sizes=rows[0].sizes) if alone else {})).last_hidden_state     # (B, T, D)
     picked = torch.cat([hidden[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
     labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
     head = model.get_output_embeddings()
