@@ -17,7 +17,7 @@ import random
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,7 @@ import ranks
 from envs import Env, ReplayMismatch, UserError
 from eval import cell, make_engine, make_worlds, open_policy, pick_tasks, spread
 from leafe import PLAYBOOK, TURN, Branch, Tree, episode, explore, fill, length, read_trees, rows_of
-from model import Ask, Chat, Engine, Job
+from model import Ask, Chat, Job
 from packing import Batch, Packed, Segment, pack, token_logp
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, spent
 from weights import adapter_off
@@ -42,14 +42,14 @@ def budget(cfg: Config) -> int:
                         f"many as that run's trees took")
     if not cfg.env_steps and not (Path(cfg.trees) / "adapter").exists():
         raise UserError(f"trees: {cfg.trees} has not ended, so what its trees took is not known yet; finish that run")
-    return cfg.env_steps or spent(Path(cfg.trees))["steps"]
+    return cfg.env_steps or int(spent(Path(cfg.trees))["steps"])
 
 
 def taken(store: Jsonl, upto: int) -> int:
     return sum(r["steps"] + r["replayed"] for r in store.records if r["round"] <= upto)
 
 
-def waves(engine: Callable[[], Engine], chat: Chat, make: Callable[[], Env], cfg: Config, tasks: list[str],
+def waves(engine: Callable[[], Any], chat: Chat, make: Callable[[], Env], cfg: Config, tasks: list[str],
           store: Jsonl, steps: int, size: int, first: int = 1, reflect: bool = False) -> Iterator[list[Tree]]:
     """Waves of cfg.roots plain rollouts of up to `size` tasks, drawn anew each wave, until another episode of full
     length could go over `steps` environment steps. Wave `first` comes first; waves that `store` holds are read."""
@@ -139,7 +139,7 @@ def alternatives(env: Env, chat: Chat, cfg: Config, task: str, turn: int, path: 
                 replayed=(len(tried) - 1) * (t - 1), tokens=tokens + len(why))
 
 
-def live_through(engine: Engine, chat: Chat, cfg: Config, make: Callable[[], Env], trees: list[Tree],
+def live_through(engine: Any, chat: Chat, cfg: Config, make: Callable[[], Env], trees: list[Tree],
                  weights: Weights, store: Jsonl, steps: int) -> list[dict]:
     """Alternatives at the demonstrated states, drawn at random, as many as are sure to fit into `steps`."""
     states = sorted((k, i) for k, found in enumerate(weights) for i in found)
@@ -335,7 +335,7 @@ def contend(chat: Chat, cfg: Config, make: Callable[[], Env], method: str, task:
     return dict(method=method, task=task, solved=wins > 0, wins=wins, attempts=attempts, steps=steps, tokens=tokens)
 
 
-def run_contenders(engine: Engine, chat: Chat, cfg: Config, trees: list[Tree], store: Jsonl) -> None:
+def run_contenders(engine: Any, chat: Chat, cfg: Config, trees: list[Tree], store: Jsonl) -> None:
     done = {(r["method"], r["task"]) for r in store.records}
     mean = math.ceil(sum(b.steps + b.replayed for tree in trees for b in tree.branches) / len(trees))
     queue = deque(Job(contend(chat, cfg, make_worlds(cfg), method, tree.task, mean),

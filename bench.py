@@ -92,7 +92,7 @@ def peak(work: Callable[[], Any]) -> float:
     def line(name: str) -> int:
         return next(int(row.split()[1]) for row in open("/proc/self/status") if row.startswith(name))
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)                           # what the work before it freed is not free for this one
+    ctypes.CDLL(None).malloc_trim(0)                           # what work before it freed is not there to be used
     Path("/proc/self/clear_refs").write_text("5")              # the high-water mark starts anew
     before = line("VmRSS")
     work()
@@ -348,9 +348,10 @@ def training(cfg: Config, own: dict) -> dict:
             if found := {i: left.pop(i) for i in tree.branch_path(n) if i in left}:
                 paths.append(line(tree, found))
     rows = [pack(group) for group in rows_of(trees, weights, cfg.row_tokens)]
-    ways = dict(a=("one (history, action) pair a row, padded", padded_nll, padded(pairs)),
-                b=("one trajectory a row, padded", padded_nll, padded(paths)),
-                c=("whole trees, packed", lambda model, row: packed_nll(model, [row]), rows))
+    ways: dict[str, tuple[str, Callable, list]] = dict(
+        a=("one (history, action) pair a row, padded", padded_nll, padded(pairs)),
+        b=("one trajectory a row, padded", padded_nll, padded(paths)),
+        c=("whole trees, packed", lambda model, row: packed_nll(model, [row]), rows))
     computed = dict(c=sum(len(row.ids) for row in rows),
                     **{way: sum(ids.numel() for ids, _, _ in ways[way][2]) for way in "ab"})
 
@@ -525,7 +526,8 @@ def main(args: list[str]) -> None:
     what = [arg for arg in args if "=" not in arg]
     if len(what) > 1 or set(what) - set(JOBS):
         raise UserError(f"usage: python bench.py [{'|'.join(JOBS)}] [key=value ...]{nearest(what[-1], JOBS)}")
-    own, rest = dict(OWN), []
+    own: dict[str, Any] = dict(OWN)
+    rest = []
     for arg in args:
         key, equals, value = arg.partition("=")
         if key in OWN:

@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from envs import Env, Outcome, UserError
 from sandbox import Limits, Result, SandboxError, pair, run
@@ -94,7 +95,7 @@ def records(path: Path) -> list[dict]:
         except ImportError:
             raise UserError(f"data: {path} is a Parquet file; pip install pyarrow, or give a .jsonl file") from None
         return pyarrow.parquet.read_table(path).to_pylist()
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "rt", encoding="utf-8") as file:
         text = file.read()
     try:

@@ -25,7 +25,7 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Protocol, Sequence
+from typing import Any, Protocol, Sequence
 
 
 class UserError(Exception):
@@ -253,7 +253,7 @@ ENVS = {"quest": "envs:Quest", "sokoban": "sokoban:Sokoban", "sokoban-words": "s
 
 
 @lru_cache
-def env_class(name: str) -> type:
+def env_class(name: str) -> type[Any]:
     """A world by its name in config.yaml, or as `path/to/file.py:Class`. Raises UserError with what there is."""
     path, _, kind = ENVS.get(name, name).rpartition(":")
     if name not in ENVS and not path.endswith(".py"):

@@ -18,7 +18,7 @@ import shutil
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from tqdm import tqdm
@@ -33,8 +33,9 @@ from serving import Server
 from weights import adapter_off, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
 
 
-def make_engine(model, chat: Chat, cfg: Config) -> Engine | Server:
-    """What samples from the policy as it is now: the forking engine, or with cfg.engine a server that can."""
+def make_engine(model, chat: Chat, cfg: Config) -> Any:
+    """What samples from the policy as it is now: the forking engine (model.Engine), or with cfg.engine a server that
+    answers as it does (serving.Server)."""
     slots = min(cfg.slots, cfg.workers or os.cpu_count()) if env_class(cfg.env).apart else cfg.slots
     engine = Engine(model, chat.stop, slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
     if not cfg.engine:
@@ -199,7 +200,7 @@ def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
     columns = [p.figures(ks, resamples) for p in policies]
     heads = [p.label for p in policies]
     if len(policies) == 2:
-        columns.append(compare(*policies, ks, resamples))
+        columns.append(compare(policies[0], policies[1], ks, resamples))
         heads.append("difference")
     wide = max(24, *(len(head) + 2 for head in heads))
     lines = [f"{'%':10}" + "".join(f"{head:>{wide}}" for head in heads)]
@@ -270,8 +271,8 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
         raise UserError(f"{folder}: no leafe-<seed>/ that has ended; run train.py method=compare out={folder} first")
     expected = next(iter(runs["base"].values()))[0]
     for name, by_seed in runs.items():
-        for seed, (own, _) in by_seed.items():
-            if (list(own.by_task), own.n) != (list(expected.by_task), expected.n):
+        for seed, (samples, _) in by_seed.items():
+            if (list(samples.by_task), samples.n) != (list(expected.by_task), expected.n):
                 raise UserError(f"{folder}/{name}-{seed} was not sampled on the same tasks, as often; run train.py "
                                 f"with its out= again (same split=, test_tasks=, samples=), or move it away")
     return runs
@@ -280,7 +281,7 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
 def over_seeds(policies: list[Samples], ks: list[int], figure: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """A figure's mean over the policies of several seeds, as a function of task indices (R, tasks)."""
     known = [policy.estimates(ks)[figure] for policy in policies]
-    return lambda index: sum(estimate(index) for estimate in known) / len(known)
+    return lambda index: torch.stack([estimate(index) for estimate in known]).mean(0)
 
 
 def comparison(folder: Path) -> str:
@@ -308,12 +309,12 @@ def comparison(folder: Path) -> str:
         first.append(f"{name:18}" + "".join(f"{shown:>24}" for shown in cells))
         cells = [f"{name:18}"]
         for (_, figure), (more, less) in zip(gaps, ((own, base), (leafe, own), (leafe, own))):
-            a, b = (over_seeds(policies, cfg.ks, figure) for policies in (more, less))
-            gap = cell(spread(lambda index: a(index) - b(index), tasks, cfg.resamples), "+") if more != less else ""
+            high, low = (over_seeds(policies, cfg.ks, figure) for policies in (more, less))
+            gap = cell(spread(lambda index: high(index) - low(index), tasks, cfg.resamples), "+") if more != less else ""
             cells.append(f"{gap:>28}")
         for a, b in ((own, base), (base, own)):
-            more = [int(((x.passes(x.n) > 0) & (y.passes(y.n) == 0)).sum()) for x, y in zip(a, b)]
-            cells.append(f"{sum(more) / len(base):6.1f}")
+            only = [int(((x.passes(x.n) > 0) & (y.passes(y.n) == 0)).sum()) for x, y in zip(a, b)]
+            cells.append(f"{sum(only) / len(base):6.1f}")
         second.append("".join(cells))
         took = {key: sum(meter[key] for meter in meters) / len(base) for key in meters[0]}
         third.append(f"{name:18}" + "".join(f"{took[key]:16.0f}" for key in ("steps", "sampled", "trained"))

@@ -123,8 +123,9 @@ class SlotCache:
     def hold(self, rows: int) -> None:
         if rows > self.held:
             self.held = min(self.slots, max(rows, 2 * self.held))
-            self.layers = [tuple(torch.cat([old, old.new_zeros(self.held - len(old), *old.shape[1:])])
-                                 for old in layer) for layer in self.layers]
+            more = [[old.new_zeros(self.held - len(old), *old.shape[1:]) for old in layer] for layer in self.layers]
+            self.layers = [(torch.cat([k, new_k]), torch.cat([v, new_v]))
+                           for (k, v), (new_k, new_v) in zip(self.layers, more)]
 
     def aim(self, rows: list[int], at: torch.Tensor, span: int) -> None:
         """Where the next forward writes, at (B, T) of rows (B,), and what it sees: columns 0..span-1."""

@@ -13,6 +13,7 @@ import re
 from html import escape
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -102,14 +103,15 @@ def tree(names: list[str]) -> str:
     """One rollback tree of a run: the task named, or the smallest tree that more than one rollback won. An attempt a
     line, turn t in column t; a branch hangs on the turn that it replaces, its experience beside the arrow."""
     folder, cfg = Path(names[0]), load_config([str(Path(names[0]) / "config.yaml")])
-    found = {tree.task: tree for tree in read_trees(list(read_jsonl(folder / "trees.jsonl")), 1, pick_tasks(cfg, "train"))}
+    trees = read_trees(list(read_jsonl(folder / "trees.jsonl")), 1, pick_tasks(cfg, "train"))
+    found = {tree.task: tree for tree in trees}
     won = [one for one in found.values() if any(b.success and b.name.count(".") > 1 for b in one.branches)]
     if names[1:] and names[1] not in found or not names[1:] and not won:
         raise UserError(f"{folder}: no tree of task {names[1]}" if names[1:] else
                         f"{folder}: no tree was won after two rollbacks; name a task")
     one = found[names[1]] if names[1:] else min(won, key=lambda one: len(one.branches))
     column, lane, left = 104, 64, 16
-    width = left + column * max(branch.tau + len(branch.turns) for branch in one.branches) + 60
+    width = left + column * max(branch.tau + len(branch.turns) - 1 for branch in one.branches) + 60
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {lane * len(one.branches) + 30}" '
              f'font-family="sans-serif" font-size="12">', '<rect width="100%" height="100%" fill="white"/>']
 
@@ -120,7 +122,7 @@ def tree(names: list[str]) -> str:
         holder = next(k for k in range(n, -1, -1) if branch.name.startswith(one.branches[k].name + ".")
                       and one.branches[k].tau <= branch.tau) if n else 0
         if n:
-            parts.append(f'<path d="M{x} {50 + lane * holder} V{y - 12} m-4 -6 l4 6 l4 -6" fill="none" '
+            parts.append(f'<path d="M{x} {67 + lane * holder} V{y - 11} m-4 -6 l4 6 l4 -6" fill="none" '
                          f'stroke="#8250df" stroke-width="1.5"/>')
             say(x + 8, y - 16, f"turn {branch.tau} again: “{branch.experience}”", "#8250df")
         parts.append(f'<path d="M{x} {y} h{column * max(0, len(branch.turns) - 1)}" stroke="#57606a"/>')
@@ -131,7 +133,7 @@ def tree(names: list[str]) -> str:
             say(at, y + 22, turn.action[:17] + "…" * (len(turn.action) > 17), colour, "middle")
             if not turn.valid:
                 say(at, y + 4, "×", colour, "middle")
-        say(x + column * max(0, len(branch.turns) - 1) + 14, y - 8, branch.end,
+        say(x + column * max(0, len(branch.turns) - 1) + 14, y + 4, branch.end,
             "#1a7f37" if branch.success else "#b35900")
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -165,8 +167,9 @@ def page(folder: Path) -> str:
 def comparison_page(folder: Path) -> str:
     """report.html of a comparison: all methods' curves, the tables with what each took, and where their runs lie."""
     policies, cfg = ended(folder)
+    tasks = torch.arange(len(policies["leafe"][0].by_task))
     best = max((name for name in policies if name != "leafe"),
-               key=lambda name: over_seeds(policies[name], [1], "Pass@1")(torch.arange(len(policies[name][0].by_task))))
+               key=lambda name: over_seeds(policies[name], [1], "Pass@1")(tasks))
     runs = sorted(path.parent.name for path in folder.glob("*-*/report.html"))
     picture = f'<figure role="img" aria-label="Pass@k curves of all methods">{passk([str(folder)])}</figure>'
     links = "".join(f'<li><a href="{escape(quote(name))}/report.html">{escape(name)}</a></li>' for name in runs)
@@ -175,11 +178,11 @@ def comparison_page(folder: Path) -> str:
     return framed(f"methods on {cfg.env}, {cfg.model}: {folder}", verdict(policies, "leafe", best, cfg), parts, [])
 
 
-def framed(title: str, verdict: str, parts: list[tuple[str, str]], trees: list[dict]) -> str:
+def framed(title: str, verdict_: str, parts: list[tuple[str, str]], trees: list[dict]) -> str:
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     body = "\n".join(f"<section><h2>{title}</h2>{text}</section>" for title, text in parts)
     data = json.dumps(trees, separators=(",", ":")).replace("<", "\\u003c")         # ends no script, opens no comment
-    whole = dict(TITLE=escape(title), BODY=body, TREES=data, VERDICT=verdict)
+    whole = dict(TITLE=escape(title), BODY=body, TREES=data, VERDICT=verdict_)
     return re.sub("@(TITLE|BODY|TREES|VERDICT)@", lambda mark: whole[mark[1]], html)
 
 
@@ -248,7 +251,7 @@ def training(folder: Path) -> str:
 def chosen(trees: list[Tree], folder: Path, round_: int) -> tuple[list[dict], str]:
     """The trees to draw, at most SHOWN, and a sentence on which they are."""
     path = folder / "distilled.json"
-    pairs = json.loads(path.read_text()) if path.exists() else dict(round=0)
+    pairs: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(round=0)
     seen = {(task, turn): both for task, turn, *both in pairs["pairs"]} if pairs["round"] == round_ else {}
     solved = [any(branch.success for branch in tree.branches) for tree in trees]
     grown = [k for k, tree in enumerate(trees) if solved[k] and not tree.branches[0].success]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, TextIO
 
 import yaml
 
@@ -113,7 +113,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     *[(key, lambda v: v >= 0, "must be 0 or more") for key in
       ("snapshot_mb", "temperature", "reflect_temperature", "max_depth", "beta", "warmup", "seed",
        "grpo_kl", "grpo_refusal", "playbook_tokens", "warm_start", "engine_patience")],
-    ("engine", lambda v: not v or re.match("https?://", v),
+    ("engine", lambda v: not v or bool(re.match("https?://", v)),
      "must be a server's address, like http://localhost:8000/v1"),
     *[(key, lambda v: 0 < v < float("inf"), "must be above 0") for key in
       ("lora_alpha", "lr", "clip", "grpo_clip", "engine_timeout")],
@@ -128,9 +128,9 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("seeds", lambda v: v and all(seed >= 0 for seed in v), "must be a list of numbers of 0 or more, like [0, 1]"),
     ("corrections", lambda v: v in ("all", "improved", "successful"), "must be all, improved or successful"),
     ("correct", lambda v: v in ("branch", "first"), "must be branch or first"),
-    ("train_split", lambda v: re.fullmatch("train(-[a-z]+)?", v),
+    ("train_split", lambda v: bool(re.fullmatch("train(-[a-z]+)?", v)),
      "must be train, or a part of it, like train-shallow"),
-    ("split", lambda v: re.fullmatch("(train|valid|test)(-[a-z]+)?", v),
+    ("split", lambda v: bool(re.fullmatch("(train|valid|test)(-[a-z]+)?", v)),
      "must be train, valid or test, or a part of one, like test-deep"),
     ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
     ("out", lambda v: bool(v.strip()), "must name a folder"),
@@ -279,7 +279,8 @@ class Jsonl:
     """Append-only records; the file comes with the first. A half-written last line (process killed) is cut off.
     Of several ranks, rank 0 writes to the file, the others to parts of it until `gather` (or nothing, if `alone`)."""
     def __init__(self, path: Path, alone: bool = False):
-        self.path, self.file = path, None
+        self.path = path
+        self.file: TextIO | None = None                  # opened when it is first written to
         self.own = path.with_name(f"{path.name}.{ranks.rank()}.part") if ranks.rank() else path
         self.silent = alone and ranks.rank() > 0
         self.records = list(read_jsonl(path, repair=ranks.rank() == 0)) if path.exists() else []
@@ -424,6 +425,10 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
             print(usage)
         else:
             main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:                             # "| head" has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from launcher import ARCHES, SandboxError, remove
 
@@ -126,7 +127,7 @@ def finish(program: Program) -> tuple[int, str]:
         text = file.read()
     if not text and program.process.returncode == -signal.SIGTERM:       # stopped before it listened
         return -signal.SIGKILL, "stopped"
-    said = marshal.loads(text) if text else dict(error="the launcher was killed")
+    said: dict[str, Any] = marshal.loads(text) if text else dict(error="the launcher was killed")
     if "error" in said:
         return 0, said["error"]
     if said["weak"] and not warned:
@@ -140,7 +141,8 @@ def collect(programs: list[Program], limits: Limits) -> list[Result]:
     """What programs print to the pipes that they were given, until they end; when the last of them has closed its
     own, the others are stopped."""
     pipes = [[pipe for pipe in (program.process.stdout, program.process.stderr) if pipe] for program in programs]
-    got, over, last = {pipe: b"" for own in pipes for pipe in own}, set(), programs[-1]
+    got: dict[Any, bytes] = {pipe: b"" for own in pipes for pipe in own}
+    over, last = set(), programs[-1]
     try:
         with selectors.DefaultSelector() as waiting:
             for n, own in enumerate(pipes):

@@ -90,7 +90,7 @@ class Server:
                 if body is None or error.code < 500 and error.code not in (408, 429):
                     raise Refused(why) from None
             except (OSError, http.client.HTTPException, ValueError) as error:     # gone, or cut off in between
-                why = getattr(error, "reason", error)
+                why = str(getattr(error, "reason", error))
             until = until or time.monotonic() + self.cfg.engine_patience          # from the first failure on
             if self.closed or time.monotonic() >= until:
                 raise UserError(f"engine: {self.url} does not answer ({why}); nothing is lost: start the server "

@@ -10,12 +10,12 @@ import os
 import random
 import sys
 from collections import deque
-from typing import Any, Iterator
+from typing import Any
 
 from envs import Env, Outcome, UserError, open_env
 from eval import make_engine, make_worlds, open_policy
 from leafe import Branch, Tree, episode, grow, read_reflection
-from model import Ask, Chat, Job
+from model import Ask, Chat, Episode, Job
 from run import load_config
 
 COLOURS = dict(dim=2, bad=33, good=32, jump=35, bold=1)
@@ -59,7 +59,7 @@ class Watched(Env):
         pass                                             # the next attempt plays in it
 
 
-def listening(attempt: Iterator, chat: Chat) -> Iterator:
+def listening(attempt: Episode, chat: Chat) -> Episode:
     """The episode; what the policy says when it looks back is said aloud."""
     reply = None
     while True:

@@ -405,8 +405,10 @@ def main() -> None:
         loss = packed_nll(model, rows).sum() / sum(row.weights.sum() for row in rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
         model.zero_grad()
         tokens += sum(len(row.ids) for row in rows)
         if step % 200 == 199 or step + 1 == args.steps:

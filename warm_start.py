@@ -51,7 +51,8 @@ class Shown:
     def mistake(self, task: str, other: str, turns: int, rng: random.Random) -> None:
         """Half of the actions are any that is admissible; where there is no list of those (programs), all are another
         task's answer. Then as the docstring above."""
-        obs, done, path, parents, refused, before = self.env.reset(task), False, [], [None], [], len(self.segments)
+        obs, done, path, refused, before = self.env.reset(task), False, [], [], len(self.segments)
+        parents: list[int | None] = [None]
         while len(path) < turns and not done:
             known = [action for action in self.env.actions() if "..." not in action]
             reply = self.env.next_best() if known and rng.random() < 0.5 else rng.choice(known) if known else other

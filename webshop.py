@@ -20,7 +20,7 @@ import sqlite3
 from functools import lru_cache
 from itertools import product as combinations
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 from tqdm import tqdm
 
@@ -278,7 +278,8 @@ class WebShop(Env):
         return self._page()
 
     def _go(self, place: str) -> None:
-        self.place, self.item, self.chosen, self.found, self.number = place, None, {}, [], 1
+        self.place, self.chosen, self.found, self.number = place, {}, [], 1
+        self.item: Any = None
 
     def _search(self, text: str) -> list[str]:
         words = [f'"{word}"' for word in re.findall(r"\w+", text) if word not in STOP_WORDS]

@@ -48,7 +48,8 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
         if load_in_4bit if load_in_4bit is not None else device == "cuda":
             model = load_4bit(path, config, dtype, device)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+            nn.Module.to(model, device)
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"model: cannot load {name}: {first} (a local folder works offline; "
@@ -116,7 +117,7 @@ def linear_4bit(linear: nn.Linear, weight: torch.Tensor, device: str) -> nn.Modu
     return four
 
 
-def projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+def projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     """(parent, attribute, linear) of all seven projections in every layer; QLoRA adapts them all."""
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
              if name in PROJECTIONS and isinstance(child, nn.Linear)]
@@ -127,7 +128,7 @@ def projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 class LoRA(nn.Module):
     """y = W x + (alpha / r) B A x, for nn.Linear and Linear4bit. A (r, in), B (out, r), B = 0 at start."""
-    def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scale, self.on, self.loads = base, alpha / rank, True, 0
         bound = 1 / math.sqrt(base.in_features)

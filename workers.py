@@ -28,7 +28,9 @@ class Remote(Env):
     about: dict[tuple[str, str], tuple[str, int]] = {}
 
     def __init__(self, name: str, data: str):
-        self.key, self.process, self.thread = (name, data), None, None
+        self.key = name, data
+        self.process: subprocess.Popen | None = None
+        self.thread: ThreadPoolExecutor | None = None
         if self.key not in Remote.about:
             Remote.about[self.key] = self.submit("about").result()
             self.close()
@@ -107,6 +109,7 @@ def serve(name: str, data: str) -> None:
             break
         try:
             env = env or open_env(name, data)
+            answer: Any
             if what == "about":
                 answer = env.rules, env.max_turns
             elif what == "rollback":
