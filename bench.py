@@ -3,7 +3,7 @@
     python bench.py                          rollout and train, on tiny/ and on the shape of a 135M model
     python bench.py rollout model=135m       the same episodes by four ways of sampling
     python bench.py train                    the same D_cf and D_reh by three ways of laying them out
-    python bench.py scaling                  cost against tasks, samples, turns, depth; 100,000 stored turns
+    python bench.py memory                   time and memory against tasks, samples, turns, depth; 100,000 stored turns
     python bench.py gpu                      for a GPU: equality in fp32 and nf4, then the shape of a 7B model
 
 episodes=, repetitions= and contenders= (abcd) are its own keys; any other is config.yaml's: model=, load_in_4bit=,
@@ -292,7 +292,8 @@ def limit(model, work: Callable[[], Any]) -> dict[str, float]:
     size = sum(p.nbytes for p in [*model.get_decoder().layers.parameters(), model.get_output_embeddings().weight])
     for rows, tokens in shapes:
         least += max(size / here["gb_a_second"], 2 * rows * (body * tokens + head) / here["gflop_a_second"]) / 1e9
-    return dict(limit_s=least, products_s=sum(spent), forwards=len(shapes))
+    return dict(limit_s=least, products_s=sum(spent), forwards=len(shapes), mb_a_forward=size / 1e6,
+                mflop_a_token=2 * (body + head) / 1e6)
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -377,9 +378,9 @@ def training(cfg: Config, own: dict) -> dict:
     return dict(pairs=len(pairs), tokens_at_least=bound, contenders=table)
 
 
-# -------------------------------------------------------------------------------------------------------- scaling
+# --------------------------------------------------------------------------------------------------------- memory
 
-def scaling(cfg: Config, own: dict) -> dict:
+def memory(cfg: Config, own: dict) -> dict:
     """d against the number of tasks, samples, turns and rollbacks on rollbacks; then 100,000 stored turns."""
     model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
     table = []
@@ -393,7 +394,7 @@ def scaling(cfg: Config, own: dict) -> dict:
 
 def conversations(model, chat: Chat, cfg: Config, tasks: int, samples: int, turns: int, depth: int) -> dict:
     """Plain rollouts, and a chain of `depth` branches on each task's first one, each at the middle of the last."""
-    engine, pasts, kept, ended, memory = make_engine(model, chat, cfg), {}, [0], [0], []
+    engine, pasts, kept, ended, peaks = make_engine(model, chat, cfg), {}, [0], [0], []
 
     def job(task: str, name: str, past: list[Turn]) -> Job:
         pasts[task] = past
@@ -410,8 +411,8 @@ def conversations(model, chat: Chat, cfg: Config, tasks: int, samples: int, turn
                 queue.append(job(branch.task, branch.name + ".0", path[:len(path) // 2 + 1]))
             elif branch.task.endswith("/0"):
                 engine.drop(done.family)
-    took = seconds(lambda: memory.append(peak(work)))
-    return dict(turns=ended[0], seconds=took, milliseconds_a_turn=1000 * took / ended[0], peak_mb=memory[0],
+    took = seconds(lambda: peaks.append(peak(work)))
+    return dict(turns=ended[0], seconds=took, milliseconds_a_turn=1000 * took / ended[0], peak_mb=peaks[0],
                 snapshots_mb=kept[0] / 2**20)
 
 
@@ -487,8 +488,8 @@ def step(cfg: Config, tokens: int) -> dict:
 # --------------------------------------------------------------------------------------------------------- tables
 
 def show(what: str, found: dict) -> str:
-    """Contenders: medians, and how many times as fast the last one is. Scaling, GPU: every figure as it is."""
-    if what == "scaling":
+    """Contenders: medians, and how many times as fast the last one is. Memory, GPU: every figure as it is."""
+    if what == "memory":
         keys = list(found["table"][0])
         lines = ["".join(f"{key:>20}" for key in keys)]
         lines += ["".join(f"{v:20.1f}" if isinstance(v, float) else f"{v:>20}" for v in row.values())
@@ -507,7 +508,8 @@ def show(what: str, found: dict) -> str:
     if "limit_s" in found:
         lines.append("episodes equal to a's: " + ", ".join(f"{row['name']} {row['equal']:.1%}" for row in rows)
                      + f"\nd: {found['cached']:.1%} of prompt tokens from the cache, {found['sampled'] / last:.0f} "
-                     f"sampled tokens/s; the hardware's limit is {found['limit_s']:.2f} s, "
+                     f"sampled tokens/s\na forward reads {found['mb_a_forward']:.1f} MB of weights, a sampled token "
+                     f"needs {found['mflop_a_token']:.1f} MFLOP; the hardware's limit is {found['limit_s']:.2f} s, "
                      f"{found['limit_s'] / last:.0%} of it reached; {found['products_s'] / last:.0%} of the time in "
                      f"matrix products and attention")
     if "tokens_at_least" in found:
@@ -517,8 +519,8 @@ def show(what: str, found: dict) -> str:
     return "\n".join(lines)
 
 
-JOBS = dict(rollout=rollout, train=training, scaling=scaling, gpu=gpu)
-DEFAULTS = dict(rollout=["temperature=0"], train=["train_tasks=64"], scaling=["slots=128"],
+JOBS = dict(rollout=rollout, train=training, memory=memory, gpu=gpu)
+DEFAULTS = dict(rollout=["temperature=0"], train=["train_tasks=64"], memory=["slots=128"],
                 gpu=["model=7b", "temperature=0", "slots=32", "lora_rank=16", "snapshot_mb=8192"])
 
 
