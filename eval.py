@@ -185,7 +185,8 @@ def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, 
     """b minus a: estimate and paired 95 % interval of each figure. UserError if their tasks differ."""
     if list(a.by_task) != list(b.by_task):
         raise UserError(f"{a.label} and {b.label} were not sampled on the same tasks "
-                        f"({len(a.by_task)} and {len(b.by_task)})")
+                        f"({len(a.by_task)} and {len(b.by_task)}); run both with the same split= and test_tasks=, "
+                        f"to the end")
     fa, fb = a.estimates(ks), b.estimates(ks)
     return {name: spread(lambda index, name=name: fb[name](index) - fa[name](index), len(a.by_task), resamples)
             for name in fa if name in fb}
@@ -268,7 +269,8 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
         if name == "leafe" and own.evaluate_base:
             runs["base"][seed] = read_samples(f"{run}:base"), dict.fromkeys(took, 0)
     if not runs["base"]:
-        raise UserError(f"{folder}: no leafe-<seed>/ that has ended; run train.py method=compare out={folder} first")
+        raise UserError(f"{folder}: no leafe-<seed>/ that has ended; name a comparison's folder (train.py "
+                        f"method=compare out=...), or two runs")
     expected = next(iter(runs["base"].values()))[0]
     for name, by_seed in runs.items():
         for seed, (samples, _) in by_seed.items():

@@ -296,12 +296,14 @@ def main(args: list[str]) -> None:
     if len(args) == 2 and args[0] == "page":
         folder = Path(args[1])
         write_aside(folder / "report.html", (comparison_page if list(folder.glob("leafe-*")) else page)(folder))
+        print(f"results: {folder}/report.html")
         return
     if len(args) < 3 or args[0] not in kinds or not args[1].endswith(".svg"):
         raise UserError("usage: python report.py page out/run, or passk|reward|tree picture.svg out/run ...")
     if not Path(args[1]).parent.is_dir():
         raise UserError(f"{args[1]}: there is no folder {Path(args[1]).parent}")
     write_aside(Path(args[1]), kinds[args[0]](args[2:]))
+    print(f"results: {args[1]}")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,9 @@ def load_config(args: list[str]) -> Config:
     try:
         settings = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; config.yaml comes with the project") from None
+        fix = ("config.yaml comes with the project" if Path(path).parent.is_dir() else
+               f"there is no run {Path(path).parent}; its folder is what out= named")
+        raise UserError(f"{path}: there is no such file; {fix}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):

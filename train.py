@@ -5,6 +5,7 @@
     python train.py config.yaml method=grpo trees=out/quest out=out/grpo   a baseline, with that run's budget of steps
     python train.py config.yaml method=compare out=out/compare             all methods, on all cfg.seeds
 
+Any key of config.yaml goes on the command line as key=value; each is explained there, and so are the presets.
 Stage 2, experience distillation, is here: plain next-token SFT of
 
     L = L_cf + beta * L_reh

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+import packing
 from conftest import family, shake
 from envs import Quest, UserError
 from leafe import TURN, episode, targets
@@ -300,6 +301,17 @@ def test_packed_rows_in_fp32_are_within_1e_5_of_one_at_a_time(tiny):
     both = packed_nll(model, [one, two])[0].item()               # padded side by side
     assert both == pytest.approx(
         packed_nll(model, [one])[0].item() + packed_nll(model, [two])[0].item(), rel=1e-5)
+
+
+def test_the_trees_of_a_packed_row_attend_each_by_itself(tiny, monkeypatch):
+    """What it costs, and not only what comes out, is the trees' own."""
+    plain, lengths = packing.sdpa_attention_forward, []
+    monkeypatch.setattr(packing, "sdpa_attention_forward", lambda module, query, *args, **more: (
+        lengths.append(query.shape[2]), plain(module, query, *args, **more))[1])
+    trees = [[Segment([7] * n, [1.0] * n, None)] for n in (5, 9, 3)]
+    whole = packed_nll(tiny[0], [pack(trees)])[0].item()
+    assert lengths == [5, 9, 3] * tiny[0].config.num_hidden_layers
+    assert whole == pytest.approx(sum(packed_nll(tiny[0], [pack([tree])])[0].item() for tree in trees), rel=1e-5)
 
 
 # chat tokens
