@@ -25,9 +25,9 @@ from tqdm import tqdm
 import ranks
 from envs import Env, ReplayMismatch, UserError
 from eval import cell, make_engine, make_worlds, open_policy, pick_tasks, spread
-from leafe import PLAYBOOK, TURN, Branch, Tree, episode, explore, fill, length, read_trees, rows_of
+from leafe import PLAYBOOK, TURN, Branch, Tree, episode, explore, fill, read_trees, rows_of
 from model import Ask, Chat, Job
-from packing import Batch, Packed, Segment, pack, token_logp
+from packing import Batch, Packed, Segment, length, pack, token_logp
 from run import Config, Jsonl, RunFolder, guarded, load_config, read_jsonl, spent
 from weights import adapter_off
 from workers import act, back

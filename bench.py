@@ -35,10 +35,10 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchin
 
 from envs import ROOMS, Env, Outcome, UserError
 from eval import make_engine, make_worlds, pick_tasks
-from leafe import (Branch, Tree, Turn, episode, explore, length, read_trees, rows_of, segments, stage1_figures,
+from leafe import (Branch, Tree, Turn, episode, explore, read_trees, rows_of, segments, stage1_figures,
                    targets)
 from model import Chat, Job
-from packing import Segment, pack, packed_nll
+from packing import Segment, length, pack, packed_nll
 from run import SHIPPED, Config, Jsonl, guarded, load_config, nearest, read_jsonl, write_aside
 from train import loss_weights, recomputing
 from weights import add_lora, load_model, lora_layers, lora_parameters

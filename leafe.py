@@ -22,7 +22,7 @@ from tqdm import tqdm
 import ranks
 from envs import Env, ReplayMismatch, UserError
 from model import Ask, Chat, Engine, Episode, Job
-from packing import Segment
+from packing import Segment, length
 from run import Config, Jsonl, guarded
 from workers import act, back
 
@@ -355,10 +355,6 @@ def segments(tree: Tree, weights: dict[int, tuple]) -> list[Segment]:
         loss = [none] * len(turn.obs_ids) + [weights.get(i, none)] * len(turn.action_ids)
         found.append(Segment(turn.ids, loss, place.get(turn.parent)))
     return found
-
-
-def length(piece: list[Segment]) -> int:
-    return sum(len(segment.ids) for segment in piece)
 
 
 def fill(pieces: list[list[Segment]], row_tokens: int) -> list[list[list[Segment]]]:

@@ -304,7 +304,7 @@ class Engine:
         tails = {row: self.live[row].ids[self.live[row].cached:upto] for row in rows}
         decode = all(len(tail) == 1 for tail in tails.values()) and upto is None
         for part in [rows] if decode else self._groups(tails):
-            every = decode or upto is None and len(part) >= self.most * len(self.live)
+            every = decode or len(part) >= self.most * len(self.live)
             batch = list(range(len(self.live))) if every else part
             hidden = self._hidden(batch, [tails.get(row, [0]) for row in batch])
             for row in part:

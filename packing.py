@@ -44,6 +44,10 @@ class Batch:
     resume: int | None                  # what to go on from after this step; None: no checkpoint here
 
 
+def length(tree: list[Segment]) -> int:
+    return sum(len(segment.ids) for segment in tree)
+
+
 def pack(trees: list[list[Segment]]) -> Packed:
     """One row from whole trees, a shared prefix in it once. Exact: test_packed_equals_one_pair_at_a_time."""
     above = torch.eye(sum(map(len, trees)), dtype=torch.bool)    # (S, S): segment j is an ancestor of i, or i
@@ -64,7 +68,7 @@ def pack(trees: list[list[Segment]]) -> Packed:
     weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)          # (T, C), (T,)
     targets = ((weight != 0).any(1) & (before >= 0)).nonzero()[:, 0]
     return Packed(torch.tensor(ids), torch.tensor(positions), torch.tensor(owner), above, targets, before[targets],
-                  weight[targets], [sum(len(segment.ids) for segment in tree) for tree in trees])
+                  weight[targets], list(map(length, trees)))
 
 
 def by_tree(module, query, key, value, mask, sizes=None, **kwargs):

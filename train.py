@@ -6,6 +6,7 @@
     python train.py config.yaml method=compare out=out/compare             all methods, on all cfg.seeds
 
 Any key of config.yaml goes on the command line as key=value; each is explained there, and so are the presets.
+
 Stage 2, experience distillation, is here: plain next-token SFT of
 
     L = L_cf + beta * L_reh
@@ -295,7 +296,8 @@ def compare(args: list[str], cfg: Config) -> None:
             run(load_config([*args, *(f"{key}={'null' if value is None else value}" for key, value in own.items())]))
             gc.collect()                               # a model may be large: it goes before the next one comes
     print(comparison(Path(cfg.out)))
-    write_aside(Path(cfg.out) / "report.html", comparison_page(Path(cfg.out)))
+    if ranks.rank() == 0:
+        write_aside(Path(cfg.out) / "report.html", comparison_page(Path(cfg.out)))
     print(f"results: {cfg.out}/report.html")
 
 

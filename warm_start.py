@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 import ranks
 from envs import Env, UserError, env_class, make_env, open_env
-from leafe import HINT, REFLECT, REFLECTION, TURN, fill, length
+from leafe import HINT, REFLECT, REFLECTION, TURN, fill
 from model import Chat
-from packing import Packed, Segment, pack
+from packing import Packed, Segment, length, pack
 from run import Config
 
 LONGEST = 160                          # characters of a refusal that a lesson repeats
