@@ -3,7 +3,7 @@
     python bench.py                          rollout and train, on tiny/ and on the shape of a 135M model
     python bench.py rollout model=135m       the same episodes by four ways of sampling
     python bench.py train                    the same D_cf and D_reh by three ways of laying them out
-    python bench.py memory                   time and memory against tasks, samples, turns, depth; 100,000 stored turns
+    python bench.py memory                   time and memory against tasks, samples, turns; 100,000 stored turns
     python bench.py gpu                      for a GPU: equality in fp32 and nf4, then the shape of a 7B model
 
 episodes=, repetitions= and contenders= (abcd) are its own keys; any other is config.yaml's: model=, load_in_4bit=,
