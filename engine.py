@@ -2,7 +2,8 @@
 
     Chat      the ids around messages, found once in the chat template; from then on ids are appended and never
               rendered again: what the model generated is kept as it was
-    Engine    the forking engine: hundreds of conversations side by side in one KV cache
+    Engine    the forking engine: hundreds of conversations side by side in one KV cache; run(queue) is its loop,
+              _step a turn of it: admit waiting episodes, forward, sample, hand out what is finished
 """
 import random
 import sys
@@ -14,8 +15,9 @@ from typing import Any, Generator, Iterator
 
 import torch
 
-from envs import UserError
-from weights import weights_version
+import ranks
+from config import Config, UserError
+from lora import weights_version
 
 
 class Chat:
@@ -41,8 +43,8 @@ class Chat:
         ends = [start + len(mark) for start, mark in zip(at, marks)]
         self.head, self.system_to_user = text[:at[0]], text[ends[0]:at[1]]
         self.reply_to_user, self.user_to_reply = text[ends[2]:at[3]], text[ends[3]:]
-        # the same observations come again and again
-        self.ids = lru_cache(maxsize=1 << 16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        self.told_of_unknown = tokenizer.unk_token_id is None
+        self.ids = lru_cache(maxsize=1 << 16)(self._encode)       # the same observations come again and again
         if not self.ids(self.reply_to_user):
             raise UserError(f"model: the chat template of {tokenizer.name_or_path} does not mark a reply's end")
         self.end = self.ids(self.reply_to_user)[0]       # of a reply
@@ -54,6 +56,34 @@ class Chat:
                                                       enable_thinking=self.thinking)      # for those that know it
         except Exception:                               # a template's own jinja errors for a missing role
             return None
+
+    def _encode(self, text: str) -> list[int]:
+        text = text.encode("utf-8", "replace").decode()           # half of a surrogate pair is no text
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if not self.told_of_unknown and self.tokenizer.unk_token_id in ids and self.tokenizer.unk_token not in text:
+            self.told_of_unknown = True
+            self._tell_of_unknown(text)
+        return ids
+
+    def _tell_of_unknown(self, text: str) -> None:
+        """Once a run: a small vocabulary drops what it has no token for."""
+        example = ""
+        if self.tokenizer.is_fast and ranks.rank() == 0:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            at = found["input_ids"].index(self.tokenizer.unk_token_id)
+            start, end = found["offset_mapping"][at]
+            example = f", like {text[start:end].strip() or text[start:end]!r}"
+        if ranks.rank() == 0:
+            print(f"note: the model's vocabulary lacks words that are said here{example}: it does not see them",
+                  file=sys.stderr)
+
+    def glimpse(self, obs: str, limit: int) -> str:
+        """An observation of more than `limit` tokens as the policy sees it: its head and its tail."""
+        ids = self.ids(obs)
+        if len(ids) <= limit:
+            return obs
+        half = limit // 2
+        return f"{self.text(ids[:half])}\n...\n{self.text(ids[-half:])}".replace("\ufffd", "")
 
     def text(self, ids: list[int]) -> str:
         """What a reply says, for people and parsers; the ids stay the truth."""
@@ -94,7 +124,7 @@ class Job:
     max_new: int = 0
     temperature: float = 1.0
     u: float | None = None              # the next token's uniform, once drawn
-    waits_for: Future | None = None     # its world is at work (workers.Remote); the others go on
+    waits_for: Future | None = None     # its world is at work (scale/apart.py); the others go on
 
 
 @dataclass
@@ -166,12 +196,12 @@ class Engine:
     episode does (a hint that was in view simply is not part of a common prefix). Over the budget of `snapshot_mb`
     the least recently used snapshots go, and their prefix is fed again. Out of memory, it goes on with half of the
     rows; the conversations that lost theirs wait for another, as they stand."""
-    def __init__(self, model, stop: set[int], slots: int, context: int, temperature: float, snapshot_mb: int):
+    def __init__(self, model, stop: set[int], cfg: Config):
         self.model, self.decoder, self.head = model, model.get_decoder(), model.get_output_embeddings()
         self.device, self.dtype = self.head.weight.device, self.head.weight.dtype
-        self.stop, self.slots, self.context, self.temperature = stop, slots, context, temperature
-        self.budget = snapshot_mb * 2**20
-        self.cache = SlotCache(slots, context)
+        self.stop, self.slots, self.context, self.temperature = stop, cfg.slots, cfg.context, cfg.temperature
+        self.budget = cfg.snapshot_mb * 2**20
+        self.cache = SlotCache(cfg.slots, cfg.context)
         self.live: list[Job] = []
         self.parked: deque[Job] = deque()                # begun, and without a row since memory ran out
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
@@ -199,17 +229,21 @@ class Engine:
             self.live, self.parked = [], deque()
 
     def _step(self, queue: deque[Job]) -> Iterator[Job]:
+        # waiting episodes take the free rows; each forks the longest prefix that a snapshot of its family holds
         yield from self._admit(queue)
-        yield from self._advance([row for row, job in enumerate(self.live)
-                                  if job.waits_for and job.waits_for.done()])
+        # worlds that were at work and have answered: their episodes go on
+        answered = [row for row, job in enumerate(self.live) if job.waits_for and job.waits_for.done()]
+        yield from self._advance(answered)
         tail = {row: len(job.ids) - job.cached for row, job in enumerate(self.live) if not job.waits_for}
         if not tail:                                     # all episodes have ended, or wait for their worlds
             wait([job.waits_for for job in self.live], return_when=FIRST_COMPLETED)
             return
-        # A ragged prefill costs more than a decode step: let it wait until most of the rows want one.
+        # a ragged prefill costs more than a decode step: let it wait until most of the rows want one
         long = sum(n > 1 for n in tail.values()) >= self.most * len(tail)
         rows = [row for row, n in tail.items() if (n > 1) == long]
+        # append: feed what these rows have not in their cache yet, and sample one token for each
         self._forward(rows)
+        # replies that are whole go to their episodes, which act in their worlds and ask anew, or end
         yield from self._advance(rows)
 
     def _shrink(self) -> Iterator[Job]:

@@ -1,35 +1,33 @@
-"""Text worlds behind one small protocol: text in, text out. Nothing here knows of models or tokens.
+"""Text worlds behind one small base class: text in, text out. Nothing here knows of models or tokens.
 
     python envs.py                          what there is, and whether it is ready here
     python envs.py quest                    play by hand: `undo` is a rollback by replay, `hint` lists actions
     python envs.py sokoban test-1-0003      play that task
     python envs.py sokoban data=levels.txt  play level files in Boxoban's format
     python envs.py my/world.py:World        a world of your own
-    python envs.py measure quest            its splits, whether it replays, steps a second, memory
 
-    quest, sokoban, sokoban-words           here; sokoban also plays Boxoban's files
-    webshop                                 webshop.py: a small catalogue made there, or data= the public one
-    code                                    coding.py: data= CodeContests, MBPP or HumanEval
-    scienceworld                            worlds.py: pip install scienceworld, and Java
-    alfworld                                worlds.py: pip install alfworld, data= its games
+    quest                                   here; every other world is a file of worlds/, found by its name
+    sokoban, sokoban-words                  rooms made from the task id; sokoban also plays Boxoban's files
+    webshop                                 a small catalogue made there, or data= the public one
+    code                                    data= CodeContests, MBPP or HumanEval
+    scienceworld                            pip install scienceworld, and Java
+    alfworld                                pip install alfworld, data= its games
 
 A world must be deterministic: `reset(task)` and the same actions give the same observations, always. That is all
 that backtracking needs, and `rollback` checks it at every turn. Quest is the embedded default, made so that no
-fixed habit solves it: one must read the refusals and act on them. Other worlds have files of their own.
+fixed habit solves it: one must read the refusals and act on them.
 """
 import random
 import re
 import sys
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol, Sequence
+from typing import Any, Generator, Sequence
 
-
-class UserError(Exception):
-    """A mistake of the user's: shown as one line, without a traceback."""
+from config import ROOT, UserError, blame, guarded, load_file, nearest
 
 
 class ReplayMismatch(Exception):
@@ -46,41 +44,149 @@ class Outcome:
     valid: bool = True        # False: the world refused the action
 
 
-class Env(Protocol):
+class Env:
+    """A world. It must have `rules`, `max_turns`, tasks, reset and step; all else has a default that does.
+    step, reset and rollback may answer with a Future (scale/apart.py): the episode goes on when its result is there."""
     rules: str                # system prompt: the world, and how an action is written
     max_turns: int            # horizon T
     apart: bool = False       # True: slow, or cannot run beside another: each episode in a process of its own
 
-    def tasks(self, split: str) -> list[str]: ...      # stable ids; the splits (train, valid, test) are disjoint
-    def reset(self, task: str) -> str: ...             # o_1, the task q stated in it; a pure function of task
-    def step(self, action: str) -> Outcome: ...
+    def tasks(self, split: str) -> list[str]:
+        """Stable ids; the splits (train, valid, test) are disjoint."""
+        raise NotImplementedError
+
+    def reset(self, task: str) -> str:
+        """o_1, the task q stated in it; a pure function of the task's id."""
+        raise NotImplementedError
+
+    def step(self, action: str) -> Outcome:
+        raise NotImplementedError
 
     def action(self, reply: str) -> str:
         """What a model's reply asks for, its thoughts left out: what stands in its last <action>...</action> (one cut
         off needs no end), or else its last line."""
         return re.sub(r"</action>.*", "", reply.rpartition("<action>")[2], flags=re.S).strip().rpartition("\n")[2]
 
-    def actions(self) -> list[str]: ...                # admissible actions, for people and tests
-    def next_best(self) -> str: ...                    # a reply that helps to solve it; warm_start= alone asks for it
-    def difficulty(self, task: str) -> str: ...        # a group for the tables
-    def close(self) -> None: ...                       # a world with something to free overrides it
+    def actions(self) -> list[str]:
+        """Admissible actions, for people and tests."""
+        return []
 
+    def next_best(self) -> str:
+        """A reply that helps to solve it; '' if none is known. warm_start= alone asks for it."""
+        return ""
 
-def rollback(env: Env, task: str, turns: Sequence) -> str:
-    """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack): len(turns) - 1 environment steps.
-    `turns` are those before and including tau (anything with .obs and .action); the action of the last is not
-    replayed. Returns o_tau. Raises ReplayMismatch if any observation differs from the recorded one."""
-    obs = env.reset(task)
-    for i, turn in enumerate(turns, 1):
-        if obs != turn.obs:
-            raise ReplayMismatch(f"{task}: turn {i} read {turn.obs!r} and now reads {obs!r}")
-        if i < len(turns):
-            outcome = env.step(turn.action)
+    def difficulty(self, task: str) -> str:
+        """A group for the tables."""
+        return "all"
+
+    def close(self) -> None:
+        """For a world with something to free."""
+
+    def rollback(self, task: str, turns: Sequence) -> str:
+        """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack): len(turns) - 1 environment steps.
+        `turns` are those before and including tau (anything with .obs and .action); the action of the last is not
+        replayed; without turns it is a reset. Returns o_tau. Raises ReplayMismatch if any observation differs from
+        the recorded one."""
+        obs = self.reset(task)
+        for t, turn in enumerate(turns, 1):
+            if obs != turn.obs:
+                raise ReplayMismatch(f"{task}: turn {t} read {turn.obs!r} and now reads {obs!r}")
+            if t == len(turns):
+                break
+            outcome = self.step(turn.action)
             obs = outcome.obs
-            if outcome.done and i + 1 < len(turns):
-                raise ReplayMismatch(f"{task}: the replay ended at turn {i} of {len(turns)}")
-    return obs
+            if outcome.done and t + 1 < len(turns):
+                raise ReplayMismatch(f"{task}: the replay ended at turn {t} of {len(turns)}")
+        return obs
 
+    def examine(self, split: str) -> list[str]:
+        """See `examine` below; a world in another process is examined there."""
+        return examine(self, split)
+
+
+def ask(env: Env, what: str, *args: Any) -> Any:
+    """env.what(*args). What a world raises is told in two lines: what was asked of it, and its own file and line."""
+    try:
+        return getattr(env, what)(*args)
+    except (UserError, ReplayMismatch):
+        raise
+    except Exception as error:
+        shown = repr(args[0])[:80] if args else ""
+        raise UserError(blame(error, file_of(type(env)), f"env: {type(env).__name__} failed in {what}({shown})")
+                        ) from None
+
+
+def visit(env: Env, what: str, *args: Any) -> Generator[Future, Any, Any]:
+    """`ask` in an episode: where the world answers with a Future, yield it, and go on with its result."""
+    answer = ask(env, what, *args)
+    return (yield answer) if isinstance(answer, Future) else answer
+
+
+def file_of(kind: type) -> str:
+    return getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+
+
+# ------------------------------------------------------------------------------------------- a world is examined
+
+def examine(env: Env, split: str) -> list[str]:
+    """Before anything is sampled: has the world all that it must have, of the right shape? Raises UserError with
+    the file, the class, and what it must be. Returns what is not wrong but will be regretted."""
+    where = f"env: {file_of(type(env))}, class {type(env).__name__}"
+
+    def must(holds: bool, what: str) -> None:
+        if not holds:
+            raise UserError(f"{where}: {what}")
+    rules, turns = getattr(env, "rules", None), getattr(env, "max_turns", None)
+    must(isinstance(rules, str), f"rules must be text, the system prompt, not {rules!r}")
+    must(type(turns) is int and turns > 0,
+         f"max_turns must be the number of turns that an episode may have, like max_turns = 20, not {turns!r}")
+    for name, form in (("tasks", "tasks(self, split)"), ("reset", "reset(self, task)"), ("step", "step(self, action)")):
+        must(getattr(type(env), name) is not getattr(Env, name), f"it has no method {form}")
+
+    tasks = ask(env, "tasks", split)
+    must(isinstance(tasks, (list, tuple)) and all(isinstance(task, str) for task in tasks),
+         f"tasks({split!r}) must return a list of ids, which are text, not {described(tasks)}")
+    if not tasks:
+        return []
+    obs = ask(env, "reset", tasks[0])
+    pair = "; Gymnasium's pair is (obs, info): return obs alone" if isinstance(obs, tuple) and len(obs) == 2 else ""
+    must(isinstance(obs, str), f"reset(task) must return the first observation, which is text, not "
+                               f"{described(obs)}{pair}")
+    group = ask(env, "difficulty", tasks[0])
+    must(isinstance(group, str), f"difficulty(task) must return the name of a group, which is text, not "
+                                 f"{described(group)}")
+    action = next(iter(ask(env, "actions")), "look")
+    outcome = ask(env, "step", action)
+    five = ("; Gymnasium's five are (obs, reward, terminated, truncated, info): return Outcome(obs, score=reward, "
+            "done=terminated or truncated, success=reward == 1)") if isinstance(outcome, tuple) else ""
+    must(isinstance(outcome, Outcome), f"step(action) must return an Outcome(obs, score, done, success, valid), not "
+                                       f"{described(outcome)}{five}")
+    must(isinstance(outcome.obs, str), f"the obs of an Outcome must be text, not {described(outcome.obs)}")
+    must(isinstance(outcome.score, (int, float)), f"the score of an Outcome must be a number of 0..1, not "
+                                                  f"{described(outcome.score)}; write float(...)")
+    for name in ("done", "success", "valid"):
+        value = getattr(outcome, name)
+        must(isinstance(value, bool), f"{name} of an Outcome must be True or False, not {described(value)}; "
+                                      f"write bool(...)")
+
+    found = []
+    again, after = ask(env, "reset", tasks[0]), ask(env, "step", action).obs
+    if (again, after) != (obs, outcome.obs):
+        found.append(f"{where}: the same actions do not give the same observations, once {obs[:60]!r} and then "
+                     f"{outcome.obs[:60]!r}, once {again[:60]!r} and then {after[:60]!r}: branches will be dropped")
+    for other in {"train", "test"} - {split.partition("-")[0]}:
+        if shared := sorted(set(tasks) & set(ask(env, "tasks", other))):
+            found.append(f"{where}: {len(shared)} tasks of {split}, like {shared[0]}, are in {other}, too")
+    return found
+
+
+def described(value: Any) -> str:
+    """A value for an error's line: its kind, and how it looks."""
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:60] + '...'}"
+
+
+# ------------------------------------------------------------------------------------------------------------ Quest
 
 ROOMS = "attic cellar chapel garden island kitchen library stable study tower vault workshop".split()
 TREASURES = "crown goblet harp mirror ring violin".split()
@@ -247,62 +353,69 @@ class Quest(Env):
         return True, True, room not in self.bars
 
 
-ENVS = {"quest": "envs:Quest", "sokoban": "sokoban:Sokoban", "sokoban-words": "sokoban:InWords",       # module:class
-        "scienceworld": "worlds:ScienceWorld", "alfworld": "worlds:ALFWorld", "webshop": "webshop:WebShop",
-        "code": "coding:Code"}
+# ------------------------------------------------------------------------------------------- the door of the worlds
+
+def world_names() -> list[str]:
+    files = sorted((ROOT / "worlds").glob("*.py"))
+    return ["quest", *(file.stem.replace("_", "-") for file in files if "def reset(" in file.read_text())]
 
 
 @lru_cache
-def env_class(name: str) -> type[Any]:
-    """A world by its name in config.yaml, or as `path/to/file.py:Class`. Raises UserError with what there is."""
-    path, _, kind = ENVS.get(name, name).rpartition(":")
-    if name not in ENVS and not path.endswith(".py"):
-        raise UserError(f"env: there is no {name!r}; there are {', '.join(ENVS)}, and path/to/file.py:Class")
-    if name not in ENVS and not Path(path).is_file():
-        raise UserError(f"env: there is no file {path}")
-    if name not in ENVS:
-        sys.path.insert(0, str(Path(path).resolve().parent))
-    module = import_module(Path(path).stem)
-    if Env not in getattr(getattr(module, kind, None), "__mro__", ()):
-        raise UserError(f"env: {path} has no class {kind}(Env)")
-    return getattr(module, kind)
+def env_class(name: str) -> type[Env]:
+    """A world by its name, which is a file of worlds/, or `path/to/file.py:Class`. UserError says what there is."""
+    if name == "quest":
+        return Quest
+    path, suffix, kind = name.partition(".py")
+    if not suffix and name not in world_names():
+        raise UserError(f"env: there is no {name!r}; there are {', '.join(world_names())}, and "
+                        f"path/to/file.py:Class{nearest(name, world_names())}")
+    module = load_file(path + suffix, "env") if suffix else import_module("worlds." + name.replace("-", "_"))
+    own = {key: value for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Env)
+           and (value.__module__ == module.__name__ or key == kind[1:])}
+    if kind and kind[1:] not in own:
+        raise UserError(f"env: {path}{suffix} has no class {kind[1:]}(Env)")
+    if not kind and len(own) != 1:
+        raise UserError(f"env: {path}{suffix} has {len(own)} classes derived from Env ({', '.join(own)}); name one: "
+                        f"env={path}{suffix}:Class")
+    return own[kind[1:]] if kind else next(iter(own.values()))
 
 
-def open_env(name: str, data: str) -> Env:
-    return env_class(name)(data) if data else env_class(name)()
+def open_env(name: str, data: str = "") -> Env:
+    """The world in this process."""
+    kind = env_class(name)
+    try:
+        return kind(data) if data else kind()          # type: ignore[call-arg]
+    except UserError:
+        raise
+    except Exception as error:
+        happened = f"env: {kind.__name__} failed in __init__({data!r})"
+        raise UserError(blame(error, file_of(kind), happened)) from None
 
 
 def make_env(name: str, data: str = "") -> Env:
     """The environment; where it asks for it by `apart`, in a process of its own."""
     if env_class(name).apart:
-        return import_module("workers").Remote(name, data)
+        from scale.apart import Remote
+        return Remote(name, data)
     return open_env(name, data)
 
+
+# ---------------------------------------------------------------------------------------------------- play by hand
 
 def play(env: Env, task: str) -> None:
     """A person's episode; `undo` is the very rollback that LEAFE uses."""
     print(f"{env.rules}\n\ntask {task}. `hint`: admissible actions, `undo`: one turn back, `quit`.\n")
     turns = [SimpleNamespace(obs=env.reset(task), action="")]
     print(turns[-1].obs)
-    while True:
-        try:
-            typed = input(f"{len(turns)}> ").strip()
-            while typed.startswith("```") and typed.count("```") == 1:
-                typed += "\n" + input()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if not sys.stdin.isatty():
-            print(typed)                            # piped in: a transcript, whole
-        if typed == "quit":
-            return
+    while (typed := read_action(len(turns))) != "quit":
         if typed == "hint":
             print(", ".join(env.actions()))
         elif typed == "undo":
             turns = turns[:-1] or turns
-            print(rollback(env, task, turns))
+            print(env.rollback(task, turns))
         elif typed:
-            typed = env.action(typed)
-            turns[-1].action, outcome = typed, env.step(typed)
+            turns[-1].action = env.action(typed)
+            outcome = env.step(turns[-1].action)
             turns.append(SimpleNamespace(obs=outcome.obs, action=""))
             print(outcome.obs if outcome.valid else f"(refused) {outcome.obs}")
             if outcome.done:
@@ -310,29 +423,44 @@ def play(env: Env, task: str) -> None:
                 return
 
 
+def read_action(turn: int) -> str:
+    """What is typed; a program goes on over several lines, to the end of its block."""
+    try:
+        typed = input(f"{turn}> ").strip()
+        while typed.startswith("```") and typed.count("```") == 1:
+            typed += "\n" + input()
+    except (EOFError, KeyboardInterrupt):
+        return "quit"
+    if not sys.stdin.isatty():
+        print(typed)                                   # piped in: a transcript, whole
+    return typed
+
+
+def ready(name: str, data: str) -> str:
+    """One line on a world: its splits, or what it lacks."""
+    try:
+        env = make_env(name, data)
+        sizes = ", ".join(f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
+        env.close()
+        return f"{name:14}ready: {sizes} tasks"
+    except UserError as error:
+        return f"{name:14}not ready: {error}"
+
+
 def main(args: list[str]) -> None:
     options = dict(arg.split("=", 1) for arg in args if "=" in arg)
     words = [arg for arg in args if "=" not in arg]
-    if not words or words[0] in ("-h", "--help") or set(options) - {"data"}:
+    if not words or set(words) & {"-h", "--help"} or set(options) - {"data"}:
         print(__doc__)
-        for name in ENVS:
-            try:
-                env = make_env(name, options.get("data", ""))
-                sizes = (f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
-                print(f"{name:14}ready: " + ", ".join(sizes) + " tasks")
-                env.close()
-            except UserError as error:
-                print(f"{name:14}not ready: {error}")
+        for name in world_names():
+            print(ready(name, options.get("data", "")))
         return
-    if words[0] == "measure" and len(words) == 2:
-        print(import_module("workers").measure(words[1], options.get("data", "")))
-        return
-    env = make_env(words[0], options.get("data", ""))
+    env = open_env(words[0], options.get("data", ""))
     tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]
     play(env, words[1] if len(words) > 1 else tasks[0])
+    env.close()
 
 
 if __name__ == "__main__":
-    import envs                                    # not this second copy of it: worlds raise envs.UserError
-    from run import guarded
+    import envs                                        # not this second copy of it: worlds derive from envs.Env
     guarded(envs.main)

@@ -10,103 +10,52 @@ reflection, no rollback, no hint.
 n samples a task, c successes: pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021), mean over tasks. Intervals are
 95 % percentile bootstraps over tasks; a difference is bootstrapped over the tasks that both have (paired).
 """
-import hashlib
 import json
-import os
 import random
-import shutil
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import torch
+import yaml
 from tqdm import tqdm
 
 import ranks
-from envs import Env, UserError, env_class, make_env
-from leafe import PLAYBOOK, REACT, episode
-from model import Chat, Engine, Job
-from run import (STARTS, Config, Jsonl, RunFolder, guarded, load_config, policy_name, read_jsonl, refuse, spent,
-                 write_aside)
-from serving import Server
-from weights import adapter_off, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
+from config import Config, UserError, guarded, load_config, refuse
+from engine import Job
+from leafe import Attempt, episode
+from run import Run, open_run, pick_tasks, read_jsonl, write_aside
+
+STARTS = ("base", "warm_start")                    # policies that a run starts from
 
 
-def make_engine(model, chat: Chat, cfg: Config) -> Any:
-    """What samples from the policy as it is now: the forking engine (model.Engine), or with cfg.engine a server that
-    answers as it does (serving.Server)."""
-    slots = min(cfg.slots, cfg.workers or os.cpu_count()) if env_class(cfg.env).apart else cfg.slots
-    engine = Engine(model, chat.stop, slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
-    if not cfg.engine:
-        return engine
-    if not any(layer.on and layer.lora_B.any() for layer in lora_layers(model).values()):
-        return Server(cfg, chat, engine)
-    served = Path(cfg.out) / "served" / f"leafe-{fingerprint(model, '')}"
-    for older in served.parent.glob("leafe-*"):
-        if older != served and ranks.rank() == 0:
-            shutil.rmtree(older)
-    save_adapter(model, served, cfg.model)
-    return Server(cfg, chat, engine, served)
-
-
-def make_worlds(cfg: Config) -> Callable[[], Env]:
-    """A function that makes an environment; behind its rules, with cfg.react, how to answer, and cfg.playbook."""
-    if cfg.playbook and not Path(cfg.playbook).is_file():
-        raise UserError(f"playbook: there is no file {cfg.playbook}; train.py method=ace writes one")
-    lessons = Path(cfg.playbook).read_text(encoding="utf-8").strip() if cfg.playbook else ""
-
-    def make() -> Env:
-        env = make_env(cfg.env, cfg.data)
-        env.rules += (REACT if cfg.react else "") + (PLAYBOOK + lessons if lessons else "")
-        return env
-    return make
-
-
-def pick_tasks(cfg: Config, use: str) -> list[str]:
-    """The tasks to `train` or to `test` on. Raises UserError if the world has too few."""
-    split, count = (cfg.train_split, cfg.train_tasks) if use == "train" else (cfg.split, cfg.test_tasks)
-    tasks = make_env(cfg.env, cfg.data).tasks(split)
-    if len(tasks) < count:
-        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks) or 'no'} tasks in "
-                        f"its split {split}, not {count}; lower {use}_tasks, or give another split or other data")
-    return tasks[:count]
-
-
-def fingerprint(model, rules: str) -> str:
-    """Names the policy that samples were drawn from, so that a resumed run never mixes two."""
-    digest = hashlib.sha256(rules.encode())
-    for parameter in lora_parameters(model):
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: list[str]) -> None:
-    """Draw what is missing of cfg.samples episodes for each task; `policy`: base (adapter off), warm_start, or the
-    method."""
-    make = make_worlds(replace(cfg, playbook="") if policy in STARTS else cfg)
-    weights = "base" if policy == "base" else fingerprint(model, make().rules if cfg.playbook else "")
+def sample(run: Run, policy: str, round_: int = 0) -> None:
+    """Draw what is missing of cfg.samples episodes for each test task; `policy`: base (adapter off), warm_start, or
+    the method. What came out goes into metrics.jsonl, too."""
+    run = replace(run, playbook="") if policy in STARTS else run
+    cfg, store, world = run.cfg, run.store("samples.jsonl"), run.world()
+    weights = "base" if policy == "base" else run.policy.fingerprint(world.rules if run.playbook else "")
     held = [record for record in store.records if record["policy"] == policy]
     if others := {record["weights"] for record in held} - {weights}:
         raise UserError(f"{store.path} holds {policy} samples of another policy "
                         f"({others.pop()}, not {weights}); choose another out=")
     done = {(record["task"], record["sample"]) for record in held}
-    world = make()
 
     def plain(task: str, i: int):
-        branch = yield from episode(make(), chat, cfg, task, [], "", str(i), reflect=False)
+        branch = yield from episode(run, run.world(), Attempt(task, str(i)), reflect=False)
         return dict(policy=policy, weights=weights, task=task, sample=i, difficulty=world.difficulty(task),
                     success=branch.success, score=branch.turns[-1].score if branch.turns else 0.0,
                     turns=branch.steps, refused=sum(not turn.valid for turn in branch.turns),
                     tokens=branch.tokens, end=branch.end)
 
+    missing = [(task, i) for task in run.test_tasks for i in range(cfg.samples) if (task, i) not in done]
     queue = deque(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task)
-                  for task in tasks for i in range(cfg.samples) if (task, i) not in done)
-    queue = deque(ranks.share(queue))
-    bar, successes = tqdm(total=len(queue), desc=f"sample {policy}", unit="episode",
-                          disable=not queue or ranks.rank() > 0), 0
-    with adapter_off(model, policy == "base"):
-        engine = make_engine(model, chat, cfg)
+                  for task, i in ranks.share(missing))
+    bar = tqdm(total=len(queue), desc=f"sample {policy}", unit="episode", disable=not queue or ranks.rank() > 0)
+    successes = 0
+    with run.policy.off(policy == "base"):
+        engine = run.policy.engine()
         for n, job in enumerate(engine.run(queue), 1):
             store.append(job.result)
             successes += job.result["success"]
@@ -115,6 +64,11 @@ def sample(model, chat: Chat, cfg: Config, store: Jsonl, policy: str, tasks: lis
                                 refresh=False)
     bar.close()
     store.gather()
+    tasks = set(run.test_tasks)
+    found = Samples([r for r in store.records if r["policy"] == policy and r["task"] in tasks], policy)
+    record = dict(round=round_, policy=policy, **found.means(cfg.ks))
+    if record not in run.metrics.records:
+        run.metrics.append(record)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -167,6 +121,11 @@ class Samples:
         counts = self.recovery()
         found["recovery"] = lambda index: counts[index][..., 0].sum(-1) / counts[index][..., 1].sum(-1)
         return found
+
+    def means(self, ks: list[int]) -> dict[str, float]:
+        """The figures without their intervals."""
+        everything = torch.arange(len(self.by_task))[None]
+        return {name: round(float(estimate(everything)), 6) for name, estimate in self.estimates(ks).items()}
 
     def figures(self, ks: list[int], resamples: int) -> dict[str, tuple[float, float, float]]:
         return {name: spread(f, len(self.by_task), resamples) for name, f in self.estimates(ks).items()}
@@ -227,20 +186,22 @@ def read_samples(name: str, policy: str | None = None, tasks: list[str] | None =
     if not path.is_file():
         raise UserError(f"{folder}: there is no samples.jsonl; run train.py or eval.py with out={folder} first")
     records = list(read_jsonl(path))
-    tasks = tasks or pick_tasks(load_config([f"{folder}/config.yaml"]), "test")
-    trained = next((r["policy"] for r in records if r["policy"] not in STARTS), records[0]["policy"])
-    wanted = wanted or policy or trained
+    cfg = load_config([f"{folder}/config.yaml"])
+    tasks = tasks or pick_tasks(cfg, "test")
+    there = {record["policy"]: None for record in records}                     # in order, each once
+    trained = [name for name in there if name not in STARTS] or list(there)
+    wanted = wanted or policy or (cfg.method if cfg.method in there else trained[0])
     chosen = [r for r in records if r["policy"] == wanted and r["task"] in set(tasks)]
     return Samples(chosen, f"{folder}:{wanted}" if policy is None else wanted)
 
 
 def read_policies(folder: Path, tasks: list[str]) -> list[Samples]:
-    """All policies that a run's samples.jsonl holds, where it started from first."""
+    """All policies that a run's samples.jsonl holds: where it started from, after each round, in the end."""
     there = {r["policy"] for r in read_jsonl(folder / "samples.jsonl") if r["task"] in set(tasks)}
     if not there:
         raise UserError(f"{folder}: samples.jsonl has no sample of these tasks")
-    return [read_samples(str(folder), policy, tasks)
-            for policy in sorted(there, key=lambda name: (name not in STARTS, name))]
+    order = sorted(there, key=lambda name: (name not in STARTS, "-" not in name, name))
+    return [read_samples(str(folder), policy, tasks) for policy in order]
 
 
 def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
@@ -253,88 +214,41 @@ def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
     return table(found, cfg.ks, cfg.resamples)
 
 
-def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
-    """The ended runs of a folder, <name>-<seed>/ each: name -> seed -> (samples, what training took). The base's
-    samples are those of leafe-<seed>/. Raises UserError if they were not sampled on the same tasks."""
-    runs: dict[str, dict[str, tuple[Samples, dict]]] = {"base": {}}
-    for run in sorted(path.parent for path in folder.glob("*-*/passk.json")):
-        (name, _, seed), own = run.name.rpartition("-"), load_config([str(run / "config.yaml")])
-        took = spent(run)
-        for start in [Path(own.init)] if own.init else []:                # what its start took counts too
-            start = start if start.name == "warm_start" else start.parent
-            took = {key: value + spent(start)[key] for key, value in took.items()}
-        if own.trees and own.method == "leafe":                           # and so do trees that it reused
-            took |= {key: took[key] + spent(Path(own.trees))[key] for key in ("steps", "sampled")}
-        runs.setdefault(name, {})[seed] = read_samples(str(run)), took
-        if name == "leafe" and own.evaluate_base:
-            runs["base"][seed] = read_samples(f"{run}:base"), dict.fromkeys(took, 0)
-    if not runs["base"]:
-        raise UserError(f"{folder}: no leafe-<seed>/ that has ended; name a comparison's folder (train.py "
-                        f"method=compare out=...), or two runs")
-    expected = next(iter(runs["base"].values()))[0]
-    for name, by_seed in runs.items():
-        for seed, (samples, _) in by_seed.items():
-            if (list(samples.by_task), samples.n) != (list(expected.by_task), expected.n):
-                raise UserError(f"{folder}/{name}-{seed} was not sampled on the same tasks, as often; run train.py "
-                                f"with its out= again (same split=, test_tasks=, samples=), or move it away")
-    return runs
-
-
-def over_seeds(policies: list[Samples], ks: list[int], figure: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A figure's mean over the policies of several seeds, as a function of task indices (R, tasks)."""
-    known = [policy.estimates(ks)[figure] for policy in policies]
-    return lambda index: torch.stack([estimate(index) for estimate in known]).mean(0)
-
-
 def comparison(folder: Path) -> str:
-    """The runs of a folder side by side. Figures are means over seeds, intervals are over tasks, differences are
-    paired. new: tasks that the policy solves in any of its samples and the base of that seed in none; lost: the
-    other way round."""
-    runs = read_runs(folder)
-    cfg, seeds = load_config([str(next(folder.glob("leafe-*/config.yaml")))]), list(runs["base"])
-    base, leafe = ([runs[name][seed][0] for seed in seeds] for name in ("base", "leafe"))
-    tasks, last = len(base[0].by_task), f"Pass@{cfg.ks[-1]}"
-    figures = [f"Pass@{k}" for k in sorted({cfg.ks[0], cfg.ks[len(cfg.ks) // 2], cfg.ks[-1]})] + ["recovery"]
-
-    gaps = [(f"{last} minus base", last), (f"leafe minus this, {figures[0]}", figures[0]),
-            (f"leafe minus this, {last}", last)]
-    first = [f"{'%':18}" + "".join(f"{name:>24}" for name in figures)]
-    second = [f"{'':18}" + "".join(f"{title:>28}" for title, _ in gaps) + f"{'new':>6}{'lost':>6}"]
-    third = [f"{'training took':18}" + "".join(
-        f"{name:>16}" for name in ("env steps", "sampled tokens", "trained tokens", "minutes"))]
-    for name, found in sorted(runs.items(), key=lambda item: (item[0] != "base", item[0])):
-        if missing := set(seeds) - set(found):
-            first.append(f"{name:18}{len(base) - len(missing)} of {len(base)} seeds so far")
-            continue
-        own, meters = [found[seed][0] for seed in seeds], [found[seed][1] for seed in seeds]
-        cells = [cell(spread(over_seeds(own, cfg.ks, figure), tasks, cfg.resamples)) for figure in figures]
-        first.append(f"{name:18}" + "".join(f"{shown:>24}" for shown in cells))
-        cells = [f"{name:18}"]
-        for (_, figure), (more, less) in zip(gaps, ((own, base), (leafe, own), (leafe, own))):
-            high, low = (over_seeds(policies, cfg.ks, figure) for policies in (more, less))
-            gap = cell(spread(lambda index: high(index) - low(index), tasks, cfg.resamples), "+") if more != less else ""
-            cells.append(f"{gap:>28}")
-        for a, b in ((own, base), (base, own)):
-            only = [int(((x.passes(x.n) > 0) & (y.passes(y.n) == 0)).sum()) for x, y in zip(a, b)]
-            cells.append(f"{sum(only) / len(base):6.1f}")
-        second.append("".join(cells))
-        took = {key: sum(meter[key] for meter in meters) / len(base) for key in meters[0]}
-        third.append(f"{name:18}" + "".join(f"{took[key]:16.0f}" for key in ("steps", "sampled", "trained"))
-                     + f"{took['seconds'] / 60 or float('nan'):16.1f}")
-    return "\n".join([*first, *second, *third,
-                      f"{tasks} tasks, {base[0].n} samples each, means over {len(base)} seeds"
-                      "; env steps with replays; new, lost: tasks solved that the base never solves, and back"])
+    """The door of the tables of several runs, and of the page that shows them."""
+    from tools import compare as several
+    tables = several.comparison(folder)
+    if ranks.rank() == 0:
+        write_aside(folder / "report.html", several.page(folder))
+    return tables
 
 
-def open_policy(cfg: Config, adapter: str):
-    model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
-    if adapter:
-        load_adapter(model, Path(adapter))
-    return model, Chat(tokenizer, cfg.thinking)
+def policy_name(cfg: Config) -> str:
+    """What eval.py's samples are called: the method of the run that the adapter or the playbook came from."""
+    made = Path(cfg.playbook or cfg.adapter).parent / "config.yaml"
+    if Path(cfg.adapter).name == "warm_start" and not cfg.playbook:
+        return "warm_start"
+    if not (cfg.adapter or cfg.playbook):
+        return "base"
+    return yaml.safe_load(made.read_text()).get("method", "trained") if made.is_file() else "trained"
+
+
+def evaluate(args: list[str]) -> None:
+    ranks.join()
+    cfg = load_config(args)
+    refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=",
+           warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
+    run = open_run(cfg, cfg.adapter, training=False)
+    sample(run, policy_name(cfg))
+    run.folder.close()
+    print(report(run.folder.path, cfg, run.test_tasks))
+    print(f"results: {run.folder.path}/samples.jsonl, {run.folder.path}/passk.json")
 
 
 def main(args: list[str]) -> None:
-    if args[0] == "table" and len(args) == 2:
+    if args[0] not in ("table", "compare"):
+        evaluate(args)
+    elif args[0] == "table" and len(args) == 2:
         cfg = load_config([str(Path(args[1]) / "config.yaml")])
         print(report(Path(args[1]), cfg, pick_tasks(cfg, "test")))
     elif args[0] == "compare" and len(args) == 2:
@@ -342,21 +256,10 @@ def main(args: list[str]) -> None:
     elif args[0] == "compare" and len(args) == 3:
         cfg = load_config([str(Path(args[-1].partition(":")[0]) / "config.yaml")])
         print(table([read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples))
-    elif args[0] in ("table", "compare"):
-        raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
     else:
-        ranks.join()
-        cfg = load_config(args)
-        refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=",
-               warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
-        tasks, folder = pick_tasks(cfg, "test"), RunFolder(cfg)
-        model, chat = open_policy(cfg, cfg.adapter)
-        store = folder.jsonl("samples.jsonl")
-        sample(model, chat, cfg, store, policy_name(cfg), tasks)
-        store.close()
-        print(report(folder.path, cfg, tasks))
-        print(f"results: {folder.path}/samples.jsonl, {folder.path}/passk.json")
+        raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
 
 
 if __name__ == "__main__":
-    guarded(main, __doc__)
+    import eval                                        # not this second copy of it
+    guarded(eval.main, __doc__)

@@ -8,33 +8,32 @@
 
 An episode is a Python generator: it yields a context and receives the reply's ids, so that Algorithm 1 reads as
 straight code, one conversation at a time, while the engine runs hundreds side by side.
+
+    python leafe.py config.yaml pause=true      watch it on one task
 """
+import json
 import random
 import re
 from collections import Counter, deque
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Generator, Iterable, Iterator
 
 from tqdm import tqdm
 
 import ranks
-from envs import Env, ReplayMismatch, UserError
-from model import Ask, Chat, Engine, Episode, Job
-from packing import Segment, length
-from run import Config, Jsonl, guarded
-from workers import act, back
+from config import Config, UserError, guarded
+from engine import Ask, Chat, Episode, Job
+from envs import Env, ReplayMismatch, visit
+from run import Run, read_jsonl
 
-# The prompts: all the text that a policy ever reads, besides the environment's own rules and observations.
+# All that the policy reads in Stage 1, besides the world's rules and observations.
 TURN = "step {t}: {obs}"                          # a user message: turn t's observation
 HINT = "\nexperience: {e}"                        # behind the observation at tau, in a branch only
 REFLECT = ("\nlook back: what should have been known, and from which step on? answer:\n"
            "experience: ...\nstep: N")            # behind the observation that followed the last action
-REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
-         "<action>one action</action>")          # behind the rules, with react: true
-PLAYBOOK = "\nwhat earlier episodes taught:\n"       # behind the rules, then a lesson a line (baselines.ace)
-REFLECTION = "experience: {e}\nstep: {tau}"       # what a well-formed answer looks like (tiny.py teaches it)
+REFLECTION = "experience: {e}\nstep: {tau}"       # what a well-formed answer looks like (tools/tiny.py teaches it)
 
 
 @dataclass
@@ -64,22 +63,42 @@ class Reflection:
     e: str = ""
     flaw: str = ""                     # why the answer could not be used
     final: bool = False                # asked because the episode had failed
+    ids: list[int] = field(default_factory=list)     # as sampled
+
+
+@dataclass
+class Attempt:
+    """What is to be run: the first rollout of a tree (past = [], no e), or a branch: `past` is h_tau with the action
+    that went wrong at its end; backtrack to tau, sample a'_tau with e in view, go on."""
+    task: str
+    name: str                          # "0": the first rollout; then the parent's name and a number: "0.2.1"
+    past: list[Turn] = field(default_factory=list)
+    e: str = ""
+    parent: int | None = None          # the attempt whose reflection asked for it: index in Tree.branches
+    number: int = 0                    # its own index there: the order of birth
+
+    @property
+    def tau(self) -> int:
+        return max(1, len(self.past))
 
 
 @dataclass
 class Branch:
-    """One attempt: the first rollout of a tree (tau = 1, no e), or what grew from one rollback."""
+    """An attempt that has ended."""
     task: str
-    name: str                          # "0": the first rollout; then the parent's name and a number: "0.2.1"
+    name: str
     tau: int
     experience: str
-    turns: list[Turn]                  # from turn tau on; parents are set when the branch joins its tree
+    turns: list[Turn]                  # from turn tau on; their parents are set when the branch joins its tree
     last_obs: str                      # what followed the last action
     reflections: list[Reflection]
     end: str                           # success, failure, horizon, context (no room), mismatch (in replay)
     steps: int                         # environment steps
     replayed: int                      # environment steps of the backtracking, counted apart
     tokens: int                        # sampled
+    number: int = 0                    # as the attempt's
+    parent: int | None = None          # as the attempt's
+    clipped: int = 0                   # observations of which the policy saw head and tail (observation_tokens)
 
     @property
     def success(self) -> bool:
@@ -101,7 +120,7 @@ class Tree:
     """A task's rollback tree. Exploration grows it, distillation trains on it, the report draws it."""
     task: str
     turns: list[Turn] = field(default_factory=list)            # in order of birth: parents before children
-    branches: list[Branch] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)       # in order of birth
     starts: list[int] = field(default_factory=list)            # each branch's first turn, -1 if it has none
 
     def ancestors(self, index: int | None) -> list[int]:
@@ -116,8 +135,12 @@ class Tree:
         """h and a up to and including turn `index`."""
         return [self.turns[i] for i in self.ancestors(index)]
 
-    def join(self, branch: Branch, parent: int | None) -> None:
-        """Add a finished attempt below turn `parent` (the turn before tau)."""
+    def join(self, branch: Branch) -> None:
+        """Add the branch that was born next, below the turn before tau of its parent. Growing a tree and reading
+        it back both come this way, in whatever order it was explored."""
+        assert branch.number == len(self.branches), (branch.name, branch.number)
+        replaced = self.at_tau(branch)
+        parent = self.turns[replaced].parent if replaced is not None else None
         self.branches.append(branch)
         self.starts.append(len(self.turns) if branch.turns else -1)
         for turn in branch.turns:
@@ -125,17 +148,16 @@ class Tree:
             self.turns.append(turn)
 
     def branch_path(self, number: int) -> list[int]:
-        """Indices of all turns of attempt `number`, the part it shares with its ancestors included."""
+        """Indices of all turns of branch `number`, the part it shares with its ancestors included."""
         start = self.starts[number]
         return self.ancestors(start + len(self.branches[number].turns) - 1) if start >= 0 else []
 
     def at_tau(self, branch: Branch) -> int | None:
-        """The turn that a branch replaces: its parent attempt's at tau. None for a first rollout."""
-        parent = branch.name.rpartition(".")[0]
-        if not parent:
-            return None
-        return self.branch_path([b.name for b in self.branches].index(parent))[branch.tau - 1]
+        """The turn that a branch replaces: its parent's at tau. None for a first rollout."""
+        return None if branch.parent is None else self.branch_path(branch.parent)[branch.tau - 1]
 
+
+# ----------------------------------------------------------------------------------------------------- Algorithm 1
 
 def read_reflection(text: str, t: int) -> Reflection:
     """(tau, e) from the answer: a line `experience: ...` and a line `step: N` with N in 1..t (or none), in
@@ -163,18 +185,23 @@ def read_reflection(text: str, t: int) -> Reflection:
     return reflection
 
 
-def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: str, name: str,
-            reflect: bool) -> Episode:
-    """One attempt, as a generator for the engine; returns its Branch. past = [] is a plain rollout. Else `past` is
-    h_tau with the action that went wrong at its end, and this is a branch: backtrack to tau, sample a'_tau with e
-    in view, go on. Whether e stays in view is cfg.keep_experience; the turns are stored without it either way, and
-    unless it is kept, no key or value computed with e in view is used again."""
-    tau = max(1, len(past))
-    branch = Branch(task, name, tau, e, [], "", [], "horizon", 0, tau - 1, 0)
+def message(chat: Chat, env: Env, t: int, text: str, cut: bool) -> list[int]:
+    """A user message's ids; the rules stand before the first. cut: the reply before it lacks its end-of-turn token."""
+    return chat.first(env.rules, text) if t == 1 else chat.next(text, cut)
+
+
+def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
+    """One attempt, as a generator for the engine; returns its Branch. Whether e stays in view is cfg.keep_experience;
+    the turns are stored without it either way, and unless it is kept, no key or value computed with e in view is
+    used again."""
+    cfg, chat, past, tau = run.cfg, run.policy.chat, attempt.past, attempt.tau
+    branch = Branch(attempt.task, attempt.name, tau, attempt.e, turns=[], last_obs="", reflections=[], end="horizon",
+                    steps=0, replayed=tau - 1, tokens=0, number=attempt.number, parent=attempt.parent)
     horizon = min(env.max_turns, cfg.horizon or env.max_turns)
     with closing(env):
+        # backtrack: Reset(E), replay a_1 .. a_{tau-1}
         try:
-            obs = yield from back(env, task, past)                   # Reset(E), a_1 .. a_{tau-1}
+            obs = yield from visit(env, "rollback", attempt.task, past)
         except ReplayMismatch:
             branch.end = "mismatch"
             return branch
@@ -182,96 +209,122 @@ def episode(env: Env, chat: Chat, cfg: Config, task: str, past: list[Turn], e: s
         seen = h                                                     # what pi sees; not h if e is kept
         cut = bool(past[:-1]) and past[-2].action_ids[-1] not in chat.stop
         for t in range(tau, horizon + 1):
-            text = TURN.format(t=t, obs=obs)
-            message = partial(chat.first, env.rules) if t == 1 else partial(chat.next, cut=cut)
-            obs_ids = message(text)
-            seen_ids = message(text + HINT.format(e=e)) if e and t == tau else obs_ids
-            action_ids = yield Ask(seen + seen_ids, cfg.action_tokens)  # a_t ~ pi(. | h_t, q), at tau with e
+            shown = chat.glimpse(obs, cfg.observation_tokens)
+            branch.clipped += shown != obs
+            text = TURN.format(t=t, obs=shown)
+            obs_ids = seen_ids = message(chat, env, t, text, cut)
+            # branch: at tau, e stands behind the observation
+            if attempt.e and t == tau:
+                seen_ids = message(chat, env, t, text + HINT.format(e=attempt.e), cut)
+            # act: a_t ~ pi(. | h_t, q), at tau given e
+            action_ids = yield Ask(seen + seen_ids, cfg.action_tokens)
             if action_ids is None:
                 branch.end = "context"
                 break
             cut = action_ids[-1] not in chat.stop
             action = env.action(chat.text(action_ids))
-            outcome = yield from act(env, action)
+            outcome = yield from visit(env, "step", action)
             branch.steps += 1
             branch.tokens += len(action_ids)
-            branch.turns.append(Turn(obs, obs_ids, action, action_ids, None, e if t == tau else "",
+            branch.turns.append(Turn(obs, obs_ids, action, action_ids, None, attempt.e if t == tau else "",
                                      outcome.score, outcome.success, outcome.valid))
             h = h + obs_ids + action_ids
             seen = seen + seen_ids + action_ids if cfg.keep_experience else h
             obs = outcome.obs
             if outcome.done:
                 branch.end = "success" if outcome.success else "failure"
+            # reflect: every K turns, and when the episode has failed
             failed = not outcome.success and (outcome.done or t == horizon)
-            if reflect and (failed or (t % cfg.reflect_every == 0 and not outcome.done)):    # every K turns
-                answer = yield Ask(h + chat.next(TURN.format(t=t + 1, obs=obs) + REFLECT, cut),
-                                   cfg.reflect_tokens, cfg.reflect_temperature)
+            if reflect and (failed or (t % cfg.reflect_every == 0 and not outcome.done)):
+                shown = chat.glimpse(obs, cfg.observation_tokens)
+                question = chat.next(TURN.format(t=t + 1, obs=shown) + REFLECT, cut)
+                answer = yield Ask(h + question, cfg.reflect_tokens, cfg.reflect_temperature)
                 if answer is not None:
                     branch.tokens += len(answer)
-                    branch.reflections.append(read_reflection(chat.text(answer), t))
-                    branch.reflections[-1].final = failed
+                    reflection = read_reflection(chat.text(answer), t)
+                    reflection.final, reflection.ids = failed, answer
+                    branch.reflections.append(reflection)
             if outcome.done:
                 break
     branch.last_obs = obs
     return branch
 
 
-def grow(tree: Tree, cfg: Config, ended: dict[str, Branch],
-         lessons: dict[str, list[str]]) -> Iterator[list[tuple[str, list[Turn], str]]]:
-    """Grow a tree breadth first: yield the attempts of a level, as (name, past, e), and go on when all are in
-    `ended`. They run in any order; the requests for the next level are taken in the order of the attempts and of
-    their reflections. So the tree does not depend on the schedule, nor on whether the run was interrupted.
-    `lessons`: experiences by task; if there are any, a branch is given another task's in place of its own."""
-    level: list[tuple[str, list[Turn], str]] = [(str(i), [], "") for i in range(min(cfg.roots, cfg.attempts))]
-    left, depth, asked = cfg.attempts - len(level), 0, set()
-    while level:
-        yield level
-        depth, last, level = depth + 1, level, []
-        for name, past, _ in last:
-            tree.join(ended[name], past[-1].parent if past else None)
-            path = tree.branch_path(len(tree.branches) - 1)
-            for n, reflection in enumerate(ended[name].reflections):
-                if not reflection.tau or depth > cfg.max_depth or not left:
-                    continue
-                back, new = tree.path(path[reflection.tau - 1]), f"{name}.{n}"
-                rng, others = random.Random(f"{cfg.seed}/{tree.task}/{new}/e"), [t for t in lessons if t != tree.task]
-                e = rng.choice(lessons[rng.choice(others)]) if others else reflection.e
-                request = back[-1].parent, reflection.tau, e
-                if request not in asked:                 # the same lesson at the same place: the same prompt
-                    asked.add(request)
+Lessons = dict[str, list[str]]                     # experiences by task
+
+
+def grow(tree: Tree, cfg: Config, lessons: Lessons) -> Generator[list[Attempt], list[Branch], None]:
+    """Grow a tree: yield attempts that may run side by side, receive them ended, in the same order. What comes next
+    depends on what has joined the tree alone, not on the schedule, nor on whether the run was interrupted."""
+    waiting = [Attempt(tree.task, str(i)) for i in range(min(cfg.roots, cfg.attempts))]
+    left = cfg.attempts - len(waiting)
+    asked = set()
+    while waiting:
+        # breadth first: all that wait are next; another order takes some of them, and leaves the others waiting
+        level, waiting = waiting, []
+        for number, attempt in enumerate(level, len(tree.branches)):
+            attempt.number = number
+        for attempt, branch in zip(level, (yield level)):
+            branch.number, branch.parent = attempt.number, attempt.parent        # a file of before may lack them
+            tree.join(branch)
+            for request in requests(tree, branch, cfg, lessons):
+                place = request.past[-1].parent, request.tau, request.e
+                if left and place not in asked:     # the same lesson at the same place would be the same prompt
+                    asked.add(place)
                     left -= 1
-                    level.append((new, back, e))
+                    waiting.append(request)
 
 
-def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, tasks: list[str], store: Jsonl,
-            round_: int = 1, reflect: bool = True, lessons: dict | None = None) -> list[Tree]:
-    """Stage 1: a rollback tree for every task. Attempts that `store` already holds are not run again.
-    reflect=False: plain rollouts, cfg.roots of them a task. `lessons`: see grow."""
+def requests(tree: Tree, branch: Branch, cfg: Config, lessons: Lessons) -> Iterator[Attempt]:
+    """The branches that an attempt's reflections ask for. If there are any `lessons` (a control), each is given one
+    of another task in place of its own."""
+    if branch.name.count(".") >= cfg.max_depth:
+        return
+    path = tree.branch_path(branch.number)
+    for n, reflection in enumerate(branch.reflections):
+        if reflection.tau:
+            name, e = f"{branch.name}.{n}", reflection.e
+            others = [task for task in lessons if task != tree.task]
+            if others:
+                rng = random.Random(f"{cfg.seed}/{tree.task}/{name}/e")
+                e = rng.choice(lessons[rng.choice(others)])
+            yield Attempt(tree.task, name, tree.path(path[reflection.tau - 1]), e, branch.number)
+
+
+def explore(run: Run, tasks: list[str], round_: int = 1, reflect: bool = True,
+            lessons: Lessons | None = None) -> list[Tree]:
+    """Stage 1: a rollback tree for every task. Attempts that trees.jsonl already holds are not run again.
+    reflect=False: plain rollouts, cfg.roots of them a task. `lessons`: see requests."""
+    cfg, store, engine = run.cfg, run.store("trees.jsonl"), run.policy.engine()
     trees = {task: Tree(task) for task in tasks}
-    done = [Branch.read(record) for record in store.records if record["round"] == round_]
-    ended = {task: {branch.name: branch for branch in done if branch.task == task} for task in tasks}
-    growing = {task: grow(tree, cfg, ended[task], lessons or {}) for task, tree in trees.items()}
-    levels = {task: [] for task in tasks}                # the level that each tree waits for
+    ended: dict[str, dict[str, Branch]] = {task: {} for task in tasks}
+    for record in store.records:
+        if record["round"] == round_ and record["task"] in ended:
+            ended[record["task"]][record["name"]] = Branch.read(record)
+    growing = {task: grow(tree, cfg, lessons or {}) for task, tree in trees.items()}
+    levels: dict[str, list[Attempt]] = {task: [] for task in tasks}      # the attempts that each tree waits for
     queue: deque[Job] = deque()
     mine = ranks.share(tasks)
     bar = tqdm(total=len(mine), desc=f"explore, round {round_}", unit="tree", disable=ranks.rank() > 0)
 
     def advance(task: str) -> None:
-        """Queue the tree's next level if this one has ended; levels that are on disk already join at once."""
-        while all(name in ended[task] for name, _, _ in levels[task]):
-            levels[task] = next(growing[task], [])
-            if not levels[task]:
+        """Queue the tree's next attempts if the last have ended; those that are on disk already join at once."""
+        while all(attempt.name in ended[task] for attempt in levels[task]):
+            joining = [ended[task][attempt.name] for attempt in levels[task]]
+            try:
+                levels[task] = growing[task].send(joining or None)
+            except StopIteration:
                 engine.drop(task)
                 bar.update()
                 return
-            for name, past, e in levels[task]:
-                if name not in ended[task]:
-                    attempt = episode(make(), chat, cfg, task, past, e, name, reflect)
-                    rng = random.Random(f"{cfg.seed}/{round_}/{task}/{name}")
-                    queue.append(Job(attempt, rng, task, snapshot=True))
+            for attempt in levels[task]:
+                if attempt.name not in ended[task]:
+                    rng = random.Random(f"{cfg.seed}/{round_}/{task}/{attempt.name}")
+                    queue.append(Job(episode(run, run.world(), attempt, reflect), rng, task, snapshot=True))
 
     for task in mine:
         advance(task)
+    # the engine runs hundreds of attempts side by side; each that ends may let its tree grow on
     for job in engine.run(queue):
         branch: Branch = job.result
         store.append(branch.record(round_))
@@ -283,6 +336,47 @@ def explore(engine: Engine, chat: Chat, make: Callable[[], Env], cfg: Config, ta
     store.gather()
     return list(trees.values()) if ranks.world() == 1 else read_trees(store.records, round_, tasks)
 
+
+def read_trees(records: Iterable[dict], round_: int, tasks: list[str]) -> list[Tree]:
+    """The trees of a trees.jsonl, branches in the order of their birth."""
+    branches: dict[str, list[Branch]] = {task: [] for task in tasks}
+    for record in records:
+        if record["round"] == round_ and record["task"] in branches:
+            branches[record["task"]].append(Branch.read(record))
+            if "number" not in record:
+                branches[record["task"]][-1].number = -1
+    trees = [Tree(task) for task in tasks]
+    for tree in trees:
+        if any(branch.number < 0 for branch in branches[tree.task]):
+            number_by_name(branches[tree.task])
+        for branch in sorted(branches[tree.task], key=lambda branch: branch.number):
+            tree.join(branch)
+    if not all(tree.branches for tree in trees):
+        raise UserError(f"trees.jsonl has no tree for some of the {len(tasks)} tasks in round {round_}; "
+                        f"finish that run (train.py), or use its train_tasks= and train_split=")
+    return trees
+
+
+def number_by_name(branches: list[Branch]) -> None:
+    """For files from before branches stored their birth: they were explored breadth first, as their names say."""
+    branches.sort(key=lambda b: (b.name.count("."), [int(n) for n in b.name.split(".")]))
+    numbers = {branch.name: number for number, branch in enumerate(branches)}
+    for branch in branches:
+        branch.number, branch.parent = numbers[branch.name], numbers.get(branch.name.rpartition(".")[0])
+
+
+def read_lessons(folder: str) -> Lessons:
+    """The experiences that a run's reflections gave, by task; for the control that gives branches another task's."""
+    found: Lessons = {}
+    for record in read_jsonl(Path(folder) / "trees.jsonl"):
+        found.setdefault(record["task"], []).extend(r["e"] for r in record["reflections"] if r["tau"])
+    found = {task: lessons for task, lessons in found.items() if lessons}
+    if len(found) < 2:
+        raise UserError(f"experiences: {folder} has reflections of {len(found)} tasks; the control needs several")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ the targets
 
 def best_scores(tree: Tree) -> list[float]:
     """For each turn, the best score that anything from it on has reached."""
@@ -300,15 +394,18 @@ def corrections(tree: Tree, cfg: Config) -> Iterator[list[int]]:
     it corrects did ("improved") or succeeded ("successful"). A branch that repeats the action that it should
     replace corrects nothing: left out."""
     best = best_scores(tree)
-    got = {branch.name: max([t.score for t in branch.turns], default=0.0) for branch in tree.branches}
+    got = [max([turn.score for turn in branch.turns], default=0.0) for branch in tree.branches]
     for branch, start in zip(tree.branches, tree.starts):
-        if branch.experience and start >= 0 and tree.turns[start].action != tree.turns[tree.at_tau(branch)].action:
-            enough = dict(all=0.0, successful=1.0, improved=got[branch.name.rpartition(".")[0]])[cfg.corrections]
-            seen = len(branch.turns) if cfg.correct == "branch" and cfg.keep_experience else 1
-            counts = [i for i in range(start, start + seen)
-                      if best[i] > enough or (best[i] == enough and cfg.corrections != "improved")]
-            if start in counts:
-                yield counts
+        if not branch.experience or start < 0:
+            continue
+        if tree.turns[start].action == tree.turns[tree.at_tau(branch)].action:
+            continue
+        enough = dict(all=0.0, successful=1.0, improved=got[branch.parent])[cfg.corrections]
+        seen = len(branch.turns) if cfg.correct == "branch" and cfg.keep_experience else 1
+        counts = [i for i in range(start, start + seen)
+                  if best[i] > enough or (best[i] == enough and cfg.corrections != "improved")]
+        if start in counts:
+            yield counts
 
 
 @dataclass
@@ -321,121 +418,86 @@ class Targets:
 def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
     """D_cf: the improved actions, of at most cfg.corrections_per_task branches a task. D_reh: all turns of a random
     share of the successful paths, branches included (the paper: 20 %). An action that was cut off is no example."""
-    rng, whole = random.Random(f"targets/{cfg.seed}"), lambda turn: turn.action_ids[-1] in stop
-    D_cf, paths = [], []
+    rng = random.Random(f"targets/{cfg.seed}")
+    D_cf: list[tuple[int, int]] = []
+    paths: list[list[tuple[int, int]]] = []                # of the successful attempts
     for k, tree in enumerate(trees):
-        found = [turns for turns in corrections(tree, cfg) if whole(tree.turns[turns[0]])]
+        whole = [turn.action_ids[-1] in stop for turn in tree.turns]
+        found = [turns for turns in corrections(tree, cfg) if whole[turns[0]]]
         chosen = rng.sample(found, min(len(found), cfg.corrections_per_task))
-        D_cf += sorted((k, i) for turns in chosen for i in turns if whole(tree.turns[i]))
-        paths += [(k, tree.branch_path(n)) for n, branch in enumerate(tree.branches) if branch.success]
+        D_cf += sorted((k, i) for turns in chosen for i in turns if whole[i])
+        for branch in tree.branches:
+            if branch.success:
+                paths.append([(k, i) for i in tree.branch_path(branch.number) if whole[i]])
     count = max(1, round(cfg.rehearsal_share * len(paths))) if cfg.rehearsal_share and paths else 0
-    D_reh = sorted({(k, i) for k, path in rng.sample(paths, count) for i in path if whole(trees[k].turns[i])})
+    D_reh = sorted({pair for path in rng.sample(paths, count) for pair in path})
     return Targets(D_cf, D_reh)
 
 
-def chat_pairs(trees: list[Tree], pairs: Targets, chat: Chat, rules: str) -> Iterator[dict]:
-    """The targets as text, for other trainers (TRL: a conversational prompt and completion, loss on the latter)."""
+def chat_pairs(run: Run, trees: list[Tree], pairs: Targets) -> Iterator[str]:
+    """The targets as text, a line each, for other trainers (TRL: a conversational prompt and completion)."""
+    chat, rules = run.policy.chat, run.world().rules
     for part in ("D_cf", "D_reh"):
         for k, i in getattr(pairs, part):
             messages = [dict(role="system", content=rules)] if chat.system_role else []
             for t, turn in enumerate(trees[k].path(i), 1):
-                text = TURN.format(t=t, obs=turn.obs)
+                text = TURN.format(t=t, obs=chat.glimpse(turn.obs, run.cfg.observation_tokens))
                 messages.append(dict(role="user", content=text if messages else f"{rules}\n\n{text}"))
                 messages.append(dict(role="assistant", content=chat.text(turn.action_ids)))
-            yield dict(prompt=messages[:-1], completion=messages[-1:], part=part, task=trees[k].task)
+            yield json.dumps(dict(prompt=messages[:-1], completion=messages[-1:], part=part, task=trees[k].task)) + "\n"
 
 
-def segments(tree: Tree, weights: dict[int, tuple]) -> list[Segment]:
-    """The tree, pruned to the ancestors of the turns that bear loss. weights: turn -> its tokens' weights."""
-    kept = sorted({a for turn in weights for a in tree.ancestors(turn)})
-    place = {turn: n for n, turn in enumerate(kept)}
-    found, none = [], (0.0,) * len(next(iter(weights.values())))
-    for i in kept:
-        turn = tree.turns[i]
-        loss = [none] * len(turn.obs_ids) + [weights.get(i, none)] * len(turn.action_ids)
-        found.append(Segment(turn.ids, loss, place.get(turn.parent)))
-    return found
+# ------------------------------------------------------------------------------------------------------ the figures
 
-
-def fill(pieces: list[list[Segment]], row_tokens: int) -> list[list[list[Segment]]]:
-    """Token trees, none larger than row_tokens, in groups of at most that many tokens, in order."""
-    rows, room = [], 0
-    for piece in pieces:
-        size = length(piece)
-        if size > room:
-            rows.append([])
-            room = row_tokens
-        rows[-1].append(piece)
-        room -= size
-    return rows
-
-
-def rows_of(trees: list[Tree], weights: list[dict[int, tuple]], row_tokens: int) -> list[list[list[Segment]]]:
-    """Groups of pruned trees of at most row_tokens tokens each; a larger tree is split by its targets.
-    Raises UserError if one target with its history is too large."""
-    todo = [(tree, w) for tree, w in zip(trees, weights, strict=True) if w]
-    pieces = []
-    while todo:
-        tree, w = todo.pop(0)
-        pieces.append(segments(tree, w))
-        if length(pieces[-1]) > row_tokens and len(w) > 1:
-            pieces.pop()
-            turns = sorted(w)
-            halves = turns[:len(turns) // 2], turns[len(turns) // 2:]
-            todo[:0] = [(tree, {i: w[i] for i in half}) for half in halves]
-        elif length(pieces[-1]) > row_tokens:            # only where trees= come from a run with a larger context
-            raise UserError(f"row_tokens: {row_tokens} are too few for a turn and its history of "
-                            f"{length(pieces[-1])} tokens; raise it")
-    return fill(pieces, row_tokens)
-
-
-def read_trees(records: Iterable[dict], round_: int, tasks: list[str]) -> list[Tree]:
-    """The trees of a trees.jsonl, turns in the order in which exploration joined them."""
-    trees = {task: Tree(task) for task in tasks}
-    branches = [Branch.read(r) for r in records if r["round"] == round_ and r["task"] in trees]
-    for branch in sorted(branches, key=lambda b: (b.name.count("."), [int(n) for n in b.name.split(".")])):
-        tree = trees[branch.task]
-        at = tree.at_tau(branch)
-        tree.join(branch, tree.turns[at].parent if at is not None else None)
-    if not all(tree.branches for tree in trees.values()):
-        raise UserError(f"trees.jsonl has no tree for some of the {len(tasks)} tasks in round {round_}; "
-                        f"finish that run (train.py), or use its train_tasks= and train_split=")
-    return list(trees.values())
-
-
-def stage1_figures(trees: list[Tree], pairs: Targets) -> str:
-    """One line on what exploration cost and gave."""
+def stage1_figures(trees: list[Tree], pairs: Targets) -> dict[str, int]:
+    """What exploration cost and gave."""
     branches = [b for tree in trees for b in tree.branches]
-    solved = sum(any(b.success for b in tree.branches) for tree in trees)
-    first = sum(tree.branches[0].success for tree in trees)
     ends = Counter(b.end for b in branches)
-    return (f"stage 1: {solved} of {len(trees)} tasks solved ({first} by the first rollout), {len(branches)} "
-            f"attempts, {sum(b.steps for b in branches)} environment steps + {sum(b.replayed for b in branches)} "
-            f"replayed, {sum(b.tokens for b in branches)} sampled tokens; dropped: {ends['mismatch']} replays that "
-            f"differed, {ends['context']} out of context; |D_cf| = {len(pairs.D_cf)}, |D_reh| = {len(pairs.D_reh)}")
+    return dict(tasks=len(trees), solved=sum(any(b.success for b in tree.branches) for tree in trees),
+                solved_first=sum(tree.branches[0].success for tree in trees), attempts=len(branches),
+                env_steps=sum(b.steps for b in branches), replayed=sum(b.replayed for b in branches),
+                sampled=sum(b.tokens for b in branches), mismatch=ends["mismatch"], context=ends["context"],
+                clipped=sum(b.clipped for b in branches), D_cf=len(pairs.D_cf), D_reh=len(pairs.D_reh))
 
 
-def reflection_figures(trees: list[Tree], make: Callable[[], Env]) -> str:
+STAGE_1 = ("stage 1: {solved} of {tasks} tasks solved ({solved_first} by the first rollout), {attempts} attempts, "
+           "{env_steps} environment steps + {replayed} replayed, {sampled} sampled tokens; dropped: {mismatch} replays "
+           "that differed, {context} out of context; |D_cf| = {D_cf}, |D_reh| = {D_reh}")
+
+
+def reflection_figures(trees: list[Tree], env: Env) -> dict[str, int]:
     """How good the policy's reflections are, which bounds what Stage 1 can give; where the world can judge them
     (env.judge), of the failures whose transcript says what was missing."""
-    judge = getattr(make(), "judge", None)
-    asked = [(tree, number, r) for tree in trees for number, branch in enumerate(tree.branches)
-             for r in branch.reflections]
-    flaws = Counter(r.flaw for _, _, r in asked if r.flaw)
-    told = named = works = 0
-    for tree, number, r in asked:
-        if judge and r.final:
-            actions = [tree.turns[i].action for i in tree.branch_path(number)]
-            missing, right, fix = judge(tree.task, actions, r.tau, r.e)
-            told, named, works = told + missing, named + right, works + fix
-    line = f"reflections: {len(asked)}, not understood: {flaws.total()}"
-    line += f" ({', '.join(f'{flaw} {n}' for flaw, n in sorted(flaws.items()))})" if flaws else ""
-    if told:
-        line += (f"; of {told} failures that were told what was missing, {named / told:.1%} name the right "
-                 f"thing, {works / told:.1%} also a turn from which the fix works")
+    judge = getattr(env, "judge", None)
+    found = Counter(asked=0, told=0, named=0, works=0)
+    for tree in trees:
+        for branch in tree.branches:
+            for reflection in branch.reflections:
+                found["asked"] += 1
+                found[f"flaw {reflection.flaw}"] += bool(reflection.flaw)
+                if judge and reflection.final:
+                    actions = [tree.turns[i].action for i in tree.branch_path(branch.number)]
+                    verdict = judge(tree.task, actions, reflection.tau, reflection.e)
+                    found.update(dict(zip(("told", "named", "works"), map(int, verdict))))
+    return {key: count for key, count in sorted(found.items()) if count or not key.startswith("flaw")}
+
+
+def reflections_in_words(figures: dict[str, int]) -> str:
+    flaws = {key.removeprefix("flaw "): count for key, count in figures.items() if key.startswith("flaw")}
+    line = f"reflections: {figures['asked']}, not understood: {sum(flaws.values())}"
+    line += f" ({', '.join(f'{flaw} {count}' for flaw, count in flaws.items())})" if flaws else ""
+    if told := figures["told"]:
+        line += (f"; of {told} failures that were told what was missing, {figures['named'] / told:.1%} name the right "
+                 f"thing, {figures['works'] / told:.1%} also a turn from which the fix works")
     return line
 
 
-if __name__ == "__main__":                             # watch one task: show.py
-    import show
-    guarded(show.main, show.__doc__)
+def main(args: list[str]) -> None:
+    """The door of the film."""
+    from tools.show import main as show
+    show(args)
+
+
+if __name__ == "__main__":
+    import leafe                                       # not this second copy of it
+    guarded(leafe.main, __doc__)

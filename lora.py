@@ -18,18 +18,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
-from envs import UserError
+from config import ROOT, UserError, installed
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def find_model(name: str) -> str:
-    """A local folder (as given, or beside this file, as tiny/ is), smollm2, or a hub name."""
-    for folder in (Path(name), Path(__file__).parent / name):
+    """The door of the models: a local folder (as given, or one of models/, as tiny is), smollm2, or a hub name."""
+    for folder in (Path(name), ROOT / "models" / name):
         if (folder / "config.json").is_file():
             return str(folder)
     if name == "smollm2":
-        from smollm2 import unpacked
+        from tools.smollm2 import unpacked
         return str(unpacked())
     if Path(name).exists() or name.count("/") != 1:
         raise UserError(f"model: {name} is no folder with a config.json, and no hub name of the form owner/name")
@@ -108,7 +108,7 @@ def check_attention(name: str, config, context: int) -> None:
 
 def linear_4bit(linear: nn.Linear, weight: torch.Tensor, device: str) -> nn.Module:
     """bitsandbytes' 4-bit product (nf4, double quantised) of `weight`, with that layer's bias."""
-    import bitsandbytes as bnb
+    bnb = installed("bitsandbytes", "bitsandbytes", "load_in_4bit: 4 bits")
     four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype)
     four.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
     four.support_avx512bf16_for_cpu = False              # else a CPU that can repacks them at each switch, rounding

@@ -1,5 +1,9 @@
-"""Training rows that hold whole token trees: what turns share is computed once, and the loss of each token is the
-same as if its history stood before it alone (DFS order, positions by depth, a mask of ancestors)."""
+"""Trees as training rows: what turns share is computed once, and the loss of each token is the same as if its history
+stood before it alone (positions by depth, a mask of ancestors).
+
+    training_rows    trees and what their turns weigh -> rows; each tree pruned to the ancestors of what bears loss
+    token_logp       log pi of a row's targets, each given its ancestors; packed_nll weighs and sums them
+"""
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +11,11 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from config import UserError
+from leafe import Tree
+
+Weights = dict[int, tuple]              # turn -> what each of its action's tokens weighs: a number for each loss
 
 
 @dataclass
@@ -48,6 +57,58 @@ def length(tree: list[Segment]) -> int:
     return sum(len(segment.ids) for segment in tree)
 
 
+def segments(tree: Tree, weights: Weights) -> list[Segment]:
+    """The tree, pruned to the ancestors of the turns that bear loss. weights: turn -> its tokens' weights."""
+    kept = sorted({a for turn in weights for a in tree.ancestors(turn)})
+    place = {turn: n for n, turn in enumerate(kept)}
+    found = []
+    none = (0.0,) * len(next(iter(weights.values())))
+    for i in kept:
+        turn = tree.turns[i]
+        loss = [none] * len(turn.obs_ids) + [weights.get(i, none)] * len(turn.action_ids)
+        found.append(Segment(turn.ids, loss, place.get(turn.parent)))
+    return found
+
+
+def fill(pieces: list[list[Segment]], row_tokens: int) -> list[list[list[Segment]]]:
+    """Token trees, none larger than row_tokens, in groups of at most that many tokens, in order."""
+    rows, room = [], 0
+    for piece in pieces:
+        size = length(piece)
+        if size > room:
+            rows.append([])
+            room = row_tokens
+        rows[-1].append(piece)
+        room -= size
+    return rows
+
+
+def rows_of(trees: list[Tree], weights: list[Weights], row_tokens: int) -> list[list[list[Segment]]]:
+    """Groups of pruned trees of at most row_tokens tokens each; a larger tree is split by its targets.
+    Raises UserError if one target with its history is too large."""
+    todo = [(tree, w) for tree, w in zip(trees, weights, strict=True) if w]
+    pieces = []
+    while todo:
+        tree, w = todo.pop(0)
+        pieces.append(segments(tree, w))
+        if length(pieces[-1]) > row_tokens and len(w) > 1:
+            pieces.pop()
+            turns = sorted(w)
+            halves = turns[:len(turns) // 2], turns[len(turns) // 2:]
+            todo[:0] = [(tree, {i: w[i] for i in half}) for half in halves]
+        elif length(pieces[-1]) > row_tokens:            # only where trees= come from a run with a larger context
+            raise UserError(f"row_tokens: {row_tokens} are too few for a turn and its history of "
+                            f"{length(pieces[-1])} tokens; raise it")
+    return fill(pieces, row_tokens)
+
+
+def training_rows(trees: list[Tree], weights: list[Weights], row_tokens: int) -> list[Packed]:
+    """A method's data, packed. A policy without data stays as it is."""
+    if not any(weights):
+        print("no rollout succeeded: there is nothing to train on, and the policy stays as it is")
+    return [pack(group) for group in rows_of(trees, weights, row_tokens)]
+
+
 def pack(trees: list[list[Segment]]) -> Packed:
     """One row from whole trees, a shared prefix in it once. Exact: test_packed_equals_one_pair_at_a_time."""
     above = torch.eye(sum(map(len, trees)), dtype=torch.bool)    # (S, S): segment j is an ancestor of i, or i
@@ -71,9 +132,10 @@ def pack(trees: list[list[Segment]]) -> Packed:
                   weight[targets], list(map(length, trees)))
 
 
-def by_tree(module, query, key, value, mask, sizes=None, **kwargs):
+def by_tree(module, query, key, value, mask, **kwargs):
     """transformers' sdpa attention, in a packed row for each tree alone, (B, H, T, D) each: no token sees another
     tree, so a row costs the squares of its trees' lengths and not that of its own."""
+    sizes = kwargs.pop("sizes", None)
     if sizes is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     ends = torch.tensor(sizes).cumsum(0).tolist()

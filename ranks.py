@@ -15,10 +15,9 @@ from typing import Sequence, TypeVar
 import torch
 import torch.distributed as dist
 
-from envs import UserError
+from config import UserError
 
 T = TypeVar("T")
-LOSSES = 2                             # that a row has (model.Segment.weights)
 
 
 def join() -> None:
@@ -60,16 +59,19 @@ def take_gradients(parameters: Sequence[torch.nn.Parameter], losses: torch.Tenso
     return flat
 
 
-def give_gradients(parameters: Sequence[torch.nn.Parameter], mine: list[torch.Tensor], rows: int) -> torch.Tensor:
+def give_gradients(parameters: Sequence[torch.nn.Parameter], mine: list[torch.Tensor], rows: int,
+                   losses: int) -> torch.Tensor:
     """Add up what the rows of a batch gave, row k on rank k mod N, in the order in which one process would: it
     is the same sum to the last bit. Sets the gradients, returns the losses (C,)."""
     total, sizes = None, [p.numel() for p in parameters]
     for k in range(rows):
         owner = k % world()
-        flat = mine[k // world()] if owner == rank() else torch.empty(
-            LOSSES + sum(sizes), device=parameters[0].device)
+        if owner == rank():
+            flat = mine[k // world()]
+        else:
+            flat = torch.empty(losses + sum(sizes), device=parameters[0].device)
         dist.broadcast(flat, owner)
         total = flat if total is None else total + flat
-    for p, grad in zip(parameters, total[LOSSES:].split(sizes)):
+    for p, grad in zip(parameters, total[losses:].split(sizes)):
         p.grad = grad.view_as(p).clone()
-    return total[:LOSSES].cpu()
+    return total[:losses].cpu()

@@ -1,281 +1,169 @@
-"""What every script shares: the configuration, the run's folder, and JSONL that survives a kill -9.
+"""A run: its settings, policy, world, tasks and folder, in one object that travels; JSONL that survives a kill -9.
 
-A run is a folder, out/<name>/: config.yaml (resolved), {trees,samples,metrics}.jsonl, adapter/, passk.json.
-JSONL files are append-only, one key a line: whatever stopped a run, the same command goes on where it was.
+    Policy   pi: a model with its chat and its adapter; engine() samples from it as it is now
+    Run      what every function of the loop is handed: cfg, policy, tasks, folder; world() makes an environment
+    Jsonl    append-only records, one key a line: whatever stopped a run, the same command goes on where it was
+
+A run's folder is out/<name>/: config.yaml (resolved), run.json, {trees,samples,metrics}.jsonl, adapter/, passk.json.
 """
-import errno
 import fcntl
+import hashlib
 import json
 import os
-import re
+import platform
+import shlex
+import shutil
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Callable, Iterator, TextIO
+from typing import Any, ContextManager, Iterator, TextIO
 
+import torch
 import yaml
+from torch import nn
 
 import ranks
-from envs import UserError
+from config import ROOT, Config, UserError, keys_of, shipped
+from engine import Chat, Engine
+from envs import Env, env_class, make_env
+from lora import adapter_off, add_lora, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
 
-# ---------------------------------------------------------------------------------------------- configuration
+REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
+         "<action>one action</action>")          # behind the rules, with react: true
+PLAYBOOK = "\nwhat earlier episodes taught:\n"   # behind the rules, then a lesson a line (methods/ace.py)
+NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "slots", "workers", "snapshot_mb",
+                       "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds", "test_tasks",
+                       "samples", "split", "adapter", "playbook"}
 
+
+# ------------------------------------------------------------------------------------------------------- the policy
 
 @dataclass
-class Config:
-    """config.yaml, resolved; what each key means stands there. No value has a default here."""
-    model: str
-    engine: str
-    engine_patience: float
-    engine_timeout: float
-    load_in_4bit: bool | None
-    adapter: str
-    lora_rank: int
-    lora_alpha: float
-    context: int
-    slots: int
-    workers: int | None
-    snapshot_mb: int
-    temperature: float
-    env: str
-    data: str
-    train_tasks: int
-    test_tasks: int
-    train_split: str
-    split: str
-    horizon: int | None
-    seed: int
-    out: str
-    rounds: int
-    trees: str
-    env_steps: int | None
-    method: str
-    init: str
-    warm_start: int
-    warm_steps: int
-    seeds: list[int]
-    playbook: str
-    playbook_tokens: int
-    experiences: str
-    roots: int
-    reflect_every: int
-    max_depth: int
-    attempts: int
-    keep_experience: bool
-    react: bool
-    thinking: bool
-    action_tokens: int
-    reflect_tokens: int
-    reflect_temperature: float
-    corrections: str
-    correct: str
-    corrections_per_task: int
-    rehearsal_share: float
-    beta: float
-    steps: int
-    batch_tokens: int
-    row_tokens: int
-    lr: float
-    grpo_group: int
-    grpo_tasks: int
-    grpo_updates: int
-    grpo_clip: float
-    grpo_dual: float
-    grpo_kl: float
-    grpo_refusal: float
-    grpo_statistics: str
-    alternatives: int
-    alternatives_share: float
-    early_experience: str
-    warmup: int
-    clip: float
-    gradient_checkpointing: bool
-    checkpoint_every: int
-    samples: int
-    ks: list[int]
-    resamples: int
-    evaluate_base: bool
+class Policy:
+    """pi: the model with its chat. What learns is its adapter; the base stays as it is."""
+    model: Any
+    chat: Chat
+    cfg: Config
+
+    @staticmethod
+    def open(cfg: Config, adapter: str) -> "Policy":
+        model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
+        policy = Policy(model, Chat(tokenizer, cfg.thinking), cfg)
+        if adapter:
+            policy.load(Path(adapter))
+        return policy
+
+    def engine(self) -> Any:
+        """What samples from the policy as it is now: the forking engine, or, the door of the servers, with cfg.engine
+        one that answers as it does."""
+        cfg = self.cfg
+        slots = min(cfg.slots, cfg.workers or os.cpu_count()) if env_class(cfg.env).apart else cfg.slots
+        engine = Engine(self.model, self.chat.stop, cfg.but(slots=slots))
+        if not cfg.engine:
+            return engine
+        from scale.serving import Server
+        trained = any(layer.on and layer.lora_B.any() for layer in lora_layers(self.model).values())
+        return Server(cfg, self.chat, engine, self._served() if trained else None)
+
+    def _served(self) -> Path:
+        """A folder with the adapter as it is now, for a server to read; older ones go."""
+        served = Path(self.cfg.out) / "served" / f"leafe-{self.fingerprint()}"
+        for older in served.parent.glob("leafe-*"):
+            if older != served and ranks.rank() == 0:
+                shutil.rmtree(older)
+        self.save(served)
+        return served
+
+    def off(self, off: bool = True) -> ContextManager[None]:
+        """Inside, the policy is the base."""
+        return adapter_off(self.model, off)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained; a new adapter the first time, if none was loaded."""
+        if not lora_layers(self.model):
+            add_lora(self.model, self.cfg.lora_rank, self.cfg.lora_alpha, self.cfg.seed)
+        return lora_parameters(self.model)
+
+    def has_adapter(self) -> bool:
+        return bool(lora_layers(self.model))
+
+    def save(self, folder: Path) -> None:
+        save_adapter(self.model, folder, self.cfg.model)
+
+    def load(self, folder: Path) -> None:
+        load_adapter(self.model, folder)
+
+    def fingerprint(self, rules: str = "") -> str:
+        """Names the policy that samples were drawn from, so that a resumed run never mixes two."""
+        digest = hashlib.sha256(rules.encode())
+        for parameter in lora_parameters(self.model):
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
 
-STARTS = ("base", "warm_start")                    # policies that a run starts from
-SHIPPED = Path(__file__).with_name("config.yaml")
-METHODS = ("leafe", "rft", "early_experience", "grpo", "ace", "compare")
-RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
-    *[(key, lambda v: v >= 1, "must be 1 or more") for key in
-      ("lora_rank", "context", "slots", "train_tasks", "test_tasks", "rounds", "roots", "reflect_every",
-       "attempts", "action_tokens", "reflect_tokens", "corrections_per_task", "steps", "batch_tokens",
-       "row_tokens", "checkpoint_every", "samples", "resamples", "grpo_group", "grpo_tasks", "grpo_updates",
-       "alternatives", "warm_steps")],
-    *[(key, lambda v: v >= 0, "must be 0 or more") for key in
-      ("snapshot_mb", "temperature", "reflect_temperature", "max_depth", "beta", "warmup", "seed",
-       "grpo_kl", "grpo_refusal", "playbook_tokens", "warm_start", "engine_patience")],
-    ("engine", lambda v: not v or bool(re.match("https?://", v)),
-     "must be a server's address, like http://localhost:8000/v1"),
-    *[(key, lambda v: 0 < v < float("inf"), "must be above 0") for key in
-      ("lora_alpha", "lr", "clip", "grpo_clip", "engine_timeout")],
-    ("workers", lambda v: v is None or v >= 1, "must be 1 or more, or null for as many as there are processors"),
-    ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
-    *[(key, lambda v: 0 <= v <= 1, "must lie in 0..1") for key in ("rehearsal_share", "alternatives_share")],
-    ("env_steps", lambda v: v is None or v >= 1, "must be 1 or more, or null for what trees= took"),
-    ("grpo_dual", lambda v: v > 1, "must be above 1"),
-    ("grpo_statistics", lambda v: v in ("episodes", "steps"), "must be episodes or steps"),
-    ("early_experience", lambda v: v in ("world", "reflection"), "must be world or reflection"),
-    ("method", lambda v: v in METHODS, f"must be one of {', '.join(METHODS)}"),
-    ("seeds", lambda v: v and all(seed >= 0 for seed in v), "must be a list of numbers of 0 or more, like [0, 1]"),
-    ("corrections", lambda v: v in ("all", "improved", "successful"), "must be all, improved or successful"),
-    ("correct", lambda v: v in ("branch", "first"), "must be branch or first"),
-    ("train_split", lambda v: bool(re.fullmatch("train(-[a-z]+)?", v)),
-     "must be train, or a part of it, like train-shallow"),
-    ("split", lambda v: bool(re.fullmatch("(train|valid|test)(-[a-z]+)?", v)),
-     "must be train, valid or test, or a part of one, like test-deep"),
-    ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
-    ("out", lambda v: bool(v.strip()), "must name a folder"),
-]
-TOGETHER: list[tuple[str, Callable[[dict], bool], str]] = [
-    ("env_steps", lambda s: s["method"] != "leafe", "is a baseline's budget; leafe's is attempts= a task"),
-    ("rounds", lambda s: s["rounds"] == 1 or s["method"] in ("leafe", "compare"), "is for leafe; a baseline has one"),
-    ("experiences", lambda s: s["method"] == "leafe" and not s["trees"], "is for leafe when it explores (no trees=)"),
-    ("early_experience", lambda s: s["early_experience"] == "world" or s["method"] != "early_experience"
-     or s["action_tokens"] > s["reflect_tokens"],
-     "learns a reason before each action: raise action_tokens above reflect_tokens"),
-    ("warm_start", lambda s: not s["init"] and not s["react"] and s["method"] not in ("ace", "compare"),
-     "goes with neither init=, nor react=true, nor method=ace or compare"),
-    ("grpo_group", lambda s: s["grpo_group"] > 1, "must be 2 or more: a rollout is judged against its group"),
-]
-NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "slots", "workers", "snapshot_mb",
-                       "checkpoint_every", "ks", "resamples", "evaluate_base", "test_tasks", "samples", "split",
-                       "adapter", "playbook", "seeds"}
+# ---------------------------------------------------------------------------------------------------------- the run
+
+@dataclass
+class Run:
+    """Made once, in train.py or eval.py, and handed to all that takes part in it."""
+    cfg: Config
+    policy: Policy
+    folder: "RunFolder"
+    train_tasks: list[str] = field(default_factory=list)
+    test_tasks: list[str] = field(default_factory=list)
+    playbook: str = ""                     # lessons behind the rules, a line each
+
+    def world(self) -> Env:
+        """An environment; behind its rules, with cfg.react, how to answer, and the playbook."""
+        env = make_env(self.cfg.env, self.cfg.data)
+        env.rules += (REACT if self.cfg.react else "") + (PLAYBOOK + self.playbook if self.playbook else "")
+        return env
+
+    def but(self, **settings: Any) -> "Run":
+        """The same run under other settings."""
+        return replace(self, cfg=self.cfg.but(**settings))
+
+    def store(self, name: str) -> "Jsonl":
+        """trees.jsonl, samples.jsonl, ...: opened once, and the same for all who ask."""
+        return self.folder.store(name)
+
+    @property
+    def metrics(self) -> "Jsonl":
+        """Every figure that the run prints; written by rank 0 alone, since all ranks have the same."""
+        return self.folder.store("metrics.jsonl", alone=True)
 
 
-def fits(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return kind in (bool, bool | None)
-    if kind is float:
-        return isinstance(value, (int, float)) and value == value
-    if kind == list[int]:
-        return isinstance(value, list) and all(fits(v, int) for v in value)
-    return isinstance(value, kind)
+def open_run(cfg: Config, adapter: str, training: bool) -> Run:
+    """The world is examined and the tasks are picked before the folder is made and the model loaded."""
+    if cfg.playbook and not Path(cfg.playbook).is_file():
+        raise UserError(f"playbook: there is no file {cfg.playbook}; train.py method=ace writes one")
+    env = make_env(cfg.env, cfg.data)
+    for note in env.examine(cfg.train_split if training else cfg.split):
+        if ranks.rank() == 0:
+            print(f"note: {note}", file=sys.stderr)
+    env.close()
+    test_tasks = pick_tasks(cfg, "test")
+    train_tasks = pick_tasks(cfg, "train") if training else []
+    playbook = Path(cfg.playbook).read_text(encoding="utf-8").strip() if cfg.playbook else ""
+    folder = RunFolder(cfg)
+    return Run(cfg, Policy.open(cfg, adapter), folder, train_tasks, test_tasks, playbook)
 
 
-def says(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
-        kind, str(kind).replace("int", "whole number").replace("bool", "true, false")
-        .replace("None", "null").replace("|", "or"))
+def pick_tasks(cfg: Config, use: str) -> list[str]:
+    """The tasks to `train` or to `test` on. Raises UserError if the world has too few."""
+    split, count = (cfg.train_split, cfg.train_tasks) if use == "train" else (cfg.split, cfg.test_tasks)
+    tasks = make_env(cfg.env, cfg.data).tasks(split)
+    if len(tasks) < count:
+        raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks) or 'no'} tasks in "
+                        f"its split {split}, not {count}; lower {use}_tasks, or give another split or other data")
+    return list(tasks[:count])
 
 
-@lru_cache
-def shipped() -> dict[str, Any]:
-    """The values of the config.yaml that comes with the project: what another file leaves out, or is older than."""
-    settings = yaml.safe_load(SHIPPED.read_text())
-    return {key: value for key, value in settings.items() if key not in ("presets", "methods")}
-
-
-def load_config(args: list[str]) -> Config:
-    """`config.yaml [preset=NAME] [key=value ...]`. Raises UserError: one line with key, file and fix."""
-    path = next((arg for arg in args if "=" not in arg), "config.yaml")
-    extra = [arg for arg in args if "=" not in arg and arg != path]
-    if extra:
-        raise UserError(f"{extra[0]}: not understood; write options as key=value")
-    try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        fix = ("config.yaml comes with the project" if Path(path).parent.is_dir() else
-               f"there is no run {Path(path).parent}; its folder is what out= named")
-        raise UserError(f"{path}: there is no such file; {fix}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected lines of `key: value`")
-    presets, methods = settings.pop("presets", None) or {}, settings.pop("methods", None) or {}
-    kinds = {field.name: field.type for field in fields(Config)}
-    sources = {**dict.fromkeys(shipped(), str(SHIPPED)), **dict.fromkeys(settings, path)}
-    settings = {**shipped(), **settings}
-    options = [arg.split("=", 1) for arg in args if "=" in arg]
-    method = str(dict(options).get("method", settings.get("method")))
-    settings.update(methods.get(method) or {})
-    sources.update(dict.fromkeys(methods.get(method) or {}, f"{path}, method {method}"))
-    for key, text in sorted(options, key=lambda option: option[0] != "preset"):      # a preset first
-        if key == "preset":
-            if text not in presets:
-                raise UserError(f"preset={text}: {path} has {', '.join(presets) or 'no presets'}"
-                                f"{nearest(text, presets)}")
-            given, where = dict(presets[text]), f"{path}, preset {text}"
-            given.update((given.pop("methods", None) or {}).get(method) or {})
-        else:
-            try:
-                given = {key: text if kinds.get(key) is str else yaml.safe_load(text)}
-                where = "the command line"
-            except yaml.YAMLError:
-                raise UserError(f"{key}={text}: {text!r} cannot be read as a value") from None
-        settings.update(given)
-        sources.update(dict.fromkeys(given, where))
-    for key in settings:
-        settings[key] = number(settings[key])
-    check(settings, kinds, sources)
-    return Config(**settings)
-
-
-def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, str]) -> None:
-    """Raises UserError for the first key that is unknown, mistyped or impossible."""
-    for key, value in settings.items():
-        if key not in kinds:
-            raise UserError(f"{sources[key]}: there is no key {key!r}{nearest(key, kinds)}")
-        if not fits(value, kinds[key]):
-            raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {says(kinds[key])}")
-    for key, holds, message in RANGES:
-        if not holds(settings[key]):
-            raise UserError(f"{sources[key]}: {key} {message}, not {settings[key]!r}")
-    for key, holds, message in TOGETHER:
-        if settings[key] and not holds(settings):
-            raise UserError(f"{sources[key]}: {key}={settings[key]} {message}")
-    for key in ("seed", "trees", "init", "evaluate_base") if settings["method"] == "compare" else ():
-        if sources[key] == "the command line":
-            raise UserError(f"{key}: method=compare sets it for each of its runs{'; use seeds=' * (key == 'seed')}")
-    if max(settings["ks"]) > settings["samples"]:
-        raise UserError(f"{sources['ks']}: ks asks for Pass@{max(settings['ks'])}, but samples is "
-                        f"{settings['samples']}: k can be at most the number of samples")
-    if settings["row_tokens"] < settings["context"]:
-        raise UserError(f"{sources['row_tokens']}: row_tokens is {settings['row_tokens']}, but must be "
-                        f"at least context ({settings['context']}), so that every episode fits into a row")
-
-
-def refuse(cfg: Config, **reasons: str) -> None:
-    """Raise UserError if one of these keys is set: the script would not heed it."""
-    for key, reason in reasons.items():
-        if getattr(cfg, key):
-            raise UserError(f"{key}: {reason}")
-
-
-def policy_name(cfg: Config) -> str:
-    """What eval.py's samples are called: the method of the run that the adapter or the playbook came from."""
-    made = Path(cfg.playbook or cfg.adapter).parent / "config.yaml"
-    if Path(cfg.adapter).name == "warm_start" and not cfg.playbook:
-        return "warm_start"
-    if not (cfg.adapter or cfg.playbook):
-        return "base"
-    return yaml.safe_load(made.read_text()).get("method", "trained") if made.is_file() else "trained"
-
-
-def number(value: Any) -> Any:
-    """YAML reads 1e-3 as text; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c.isdigit() for c in value) and "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
-
-
-def nearest(word: str, words: Any) -> str:
-    close = get_close_matches(word, list(words), 1, 0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-# ------------------------------------------------------------------------------------------- the run's folder
+# ------------------------------------------------------------------------------------------------ the run's folder
 
 class Jsonl:
     """Append-only records; the file comes with the first. A half-written last line (process killed) is cut off.
@@ -315,14 +203,14 @@ def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
     """Every record of a file. Only the last line may be damaged: it is left out, and cut off if `repair`."""
     with open(path, "rb") as file:
         good = 0
-        for number_, line in enumerate(file, 1):
+        for number, line in enumerate(file, 1):
             try:
                 if not line.endswith(b"\n"):
                     raise ValueError
                 record = json.loads(line)
             except ValueError:
                 if file.read(1):
-                    raise UserError(f"{path}: line {number_} is damaged, and is not the last; "
+                    raise UserError(f"{path}: line {number} is damaged, and is not the last; "
                                     f"restore the file or delete it") from None
                 print(f"{path}: the last line was cut short (killed while writing?) and is dropped",
                       file=sys.stderr)
@@ -355,9 +243,11 @@ class RunFolder:
     """out/<name>/, held by one process at a time (of several ranks, by rank 0 for all)."""
     def __init__(self, config: Config):
         self.path = Path(config.out)
+        self.stores: dict[str, Jsonl] = {}
         if ranks.rank() == 0:
             self._hold(config)
             self._settle(config)
+            self._tell()
             for name in {part.name.split(".")[0] for part in self.path.glob("*.part")}:      # killed before
                 Jsonl(self.path / f"{name}.jsonl")                                           # repairs it
                 absorb(self.path / f"{name}.jsonl")
@@ -379,17 +269,32 @@ class RunFolder:
         """Keep config.yaml; refuse to mix results of two configurations in one folder."""
         kept, now = self.path / "config.yaml", dict(vars(config))
         if kept.exists():
-            before = {**shipped(), **(yaml.safe_load(kept.read_text()) or {})}
+            before = {**shipped(), **(yaml.safe_load(keys_of(config.method)) or {}),
+                      **(yaml.safe_load(kept.read_text()) or {})}
             odd = [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]
             if odd:
                 raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, "
                                 f"not {now[odd[0]]!r}; choose another out=, or delete that folder")
         write_aside(kept, yaml.safe_dump(now, sort_keys=False))
 
-    def jsonl(self, name: str, alone: bool = False) -> Jsonl:
-        store = Jsonl(self.path / name, alone)
-        ranks.wait_for_all()                           # as in Jsonl.gather: all ranks read the same
-        return store
+    def _tell(self) -> None:
+        """run.json: how this run was begun; the starts that went on with it are listed behind."""
+        path, now = self.path / "run.json", about()
+        told = json.loads(path.read_text()) | {} if path.exists() else now | {"continued": []}
+        if path.exists():
+            told["continued"].append({key: value for key, value in now.items()
+                                      if key == "date" or value != told.get(key)})
+        write_aside(path, json.dumps(told, indent=1) + "\n")
+
+    def store(self, name: str, alone: bool = False) -> Jsonl:
+        if name not in self.stores:
+            self.stores[name] = Jsonl(self.path / name, alone)
+            ranks.wait_for_all()                       # as in Jsonl.gather: all ranks read the same
+        return self.stores[name]
+
+    def close(self) -> None:
+        for store in self.stores.values():
+            store.close()
 
     @contextmanager
     def metered(self) -> Iterator[None]:
@@ -403,11 +308,37 @@ class RunFolder:
                 write_aside(path, json.dumps(round(before + time.time() - began, 1)))
 
 
+def about() -> dict[str, Any]:
+    """What this process is: its command, the project's state, versions, the machine."""
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        except OSError:                                # there is no git
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+    commit = git("rev-parse", "HEAD") if git("rev-parse", "--show-toplevel") == str(ROOT) else ""
+    names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(":")[2].strip() for line in names.splitlines() if line.startswith("model name")]
+    return dict(command=shlex.join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+                commit=commit or None, changed=bool(git("status", "--porcelain")) if commit else None,
+                python=platform.python_version(),
+                **{package: installed(package) for package in ("torch", "transformers", "bitsandbytes")},
+                processor=models[0] if models else platform.machine(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), processes=ranks.world(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+
+
 def spent(folder: Path) -> dict[str, float]:
     """What training took so far: environment steps (replayed ones included), sampled tokens, trained tokens, seconds;
     from the run's files. Of out/<run>/warm_start, its trained tokens (its seconds are not kept apart)."""
     if folder.name == "warm_start":
-        shown = [record["tokens"] for record in read_jsonl(folder.parent / "metrics.jsonl") if record["round"] == 0]
+        shown = [record["tokens"] for record in read_jsonl(folder.parent / "metrics.jsonl") if record.get("round") == 0 and "tokens" in record]
         return dict(steps=0, sampled=0, trained=max(shown), seconds=0.0)
     lived = [record for name in ("trees.jsonl", "alternatives.jsonl") if (folder / name).exists()
              for record in read_jsonl(folder / name)]
@@ -417,27 +348,3 @@ def spent(folder: Path) -> dict[str, float]:
     return dict(steps=sum(record["steps"] + record["replayed"] for record in lived),
                 sampled=sum(record["tokens"] for record in lived), trained=sum(trained.values()),
                 seconds=json.loads(seconds.read_text()) if seconds.exists() else 0.0)
-
-
-def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
-    """Run a script's main, or show `usage`, if given: the user's mistakes become one line, Ctrl-C loses nothing."""
-    args = sys.argv[1:]
-    try:
-        if usage and (not args or args[0] in ("-h", "--help")):
-            print(usage)
-        else:
-            main(args)
-        sys.stdout.flush()
-    except BrokenPipeError:                             # "| head" has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nstopped; nothing is lost: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        sys.exit(f"error: {error.filename or 'out'}: {error.strerror}; nothing is lost: "
-                 f"free the way and run the same command again")

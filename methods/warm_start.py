@@ -13,11 +13,12 @@ import random
 from tqdm import tqdm
 
 import ranks
-from envs import Env, UserError, env_class, make_env, open_env
-from leafe import HINT, REFLECT, REFLECTION, TURN, fill
-from model import Chat
-from packing import Packed, Segment, length, pack
-from run import Config
+from config import Config, UserError
+from engine import Chat
+from envs import Env, env_class, make_env, open_env
+from leafe import HINT, REFLECT, REFLECTION, TURN
+from packing import Packed, Segment, fill, length, pack
+from run import Run
 
 LONGEST = 160                          # characters of a refusal that a lesson repeats
 
@@ -84,8 +85,9 @@ def tasks(cfg: Config) -> list[str]:
     return found
 
 
-def rows(chat: Chat, cfg: Config) -> list[Packed]:
+def rows(run: Run) -> list[Packed]:
     """Training rows of cfg.warm_start tasks. Raises UserError as `tasks`, and if none fits into a row."""
+    cfg, chat = run.cfg, run.policy.chat
     env, rng = open_env(cfg.env, cfg.data), random.Random(f"warm start/{cfg.seed}")
     trees, shown, other = [], tasks(cfg), ""
     longest = min(env.max_turns, cfg.horizon or env.max_turns)

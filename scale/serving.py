@@ -1,4 +1,4 @@
-"""Sampling from a server in place of the engine in model.py: `engine=http://host:port/v1`. Any server with OpenAI's
+"""Sampling from a server in place of the engine in engine.py: `engine=http://host:port/v1`. Any server with OpenAI's
 completions will do: vLLM, SGLang, `transformers serve`. Episodes and trees are the same ones; only who draws the
 tokens differs. Training stays where train.py runs.
 
@@ -24,10 +24,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any, Iterator
 
-from envs import UserError
-from model import Ask, Chat, Engine, Job
-from run import Config
-from weights import find_model
+from config import Config, UserError
+from engine import Ask, Chat, Engine, Job
+from lora import find_model
 
 
 class Refused(Exception):
@@ -35,7 +34,7 @@ class Refused(Exception):
 
 
 class Server:
-    """The same three methods as model.Engine: run, drop, pace. `adapter`: a folder to hand over first, or None;
+    """The same three methods as engine.Engine: run, drop, pace. `adapter`: a folder to hand over first, or None;
     where the server takes none, the engine `here` runs the jobs. The server is first asked when there is a job."""
     def __init__(self, cfg: Config, chat: Chat, here: Engine, adapter: Path | None = None):
         self.url, self.cfg, self.chat = cfg.engine.rstrip("/"), cfg, chat

@@ -1,10 +1,10 @@
 """Speed, side by side with what one would otherwise pick: every figure is measured here, in one process, in turns.
 
-    python bench.py                          rollout and train, on tiny/ and on the shape of a 135M model
-    python bench.py rollout model=135m       the same episodes by four ways of sampling
-    python bench.py train                    the same D_cf and D_reh by three ways of laying them out
-    python bench.py memory                   time and memory against tasks, samples, turns; 100,000 stored turns
-    python bench.py gpu                      for a GPU: equality in fp32 and nf4, then the shape of a 7B model
+    python -m tools.bench                          rollout and train, on models/tiny and on the shape of a 135M model
+    python -m tools.bench rollout model=135m       the same episodes by four ways of sampling
+    python -m tools.bench train                    the same D_cf and D_reh by three ways of laying them out
+    python -m tools.bench memory                   time and memory against tasks, samples, turns; 100,000 stored turns
+    python -m tools.bench gpu                      for a GPU: equality in fp32 and nf4, then the shape of a 7B model
 
 episodes=, repetitions= and contenders= (abcd) are its own keys; any other is config.yaml's: model=, load_in_4bit=,
 slots=. model= may be a shape with random weights, 135m or 7b. Before a contender is timed, its (greedy) outputs are
@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from dataclasses import replace
 from functools import lru_cache, partial
 from logging import getLogger
 from pathlib import Path
@@ -33,15 +32,14 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig,
                           LlamaConfig, Qwen2Config)
 
-from envs import ROOMS, Env, Outcome, UserError
-from eval import make_engine, make_worlds, pick_tasks
-from leafe import (Branch, Tree, Turn, episode, explore, read_trees, rows_of, segments, stage1_figures,
-                   targets)
-from model import Chat, Job
-from packing import Segment, length, pack, packed_nll
-from run import SHIPPED, Config, Jsonl, guarded, load_config, nearest, read_jsonl, write_aside
+from config import ROOT, SHIPPED, Config, UserError, guarded, load_config, nearest
+from engine import Chat, Job
+from envs import ROOMS, Env, Outcome
+from leafe import Attempt, Branch, Tree, Turn, episode, explore, read_trees, stage1_figures, targets
+from lora import add_lora, load_model, lora_layers, lora_parameters
+from packing import Segment, length, pack, packed_nll, rows_of, segments
+from run import Jsonl, Policy, Run, RunFolder, pick_tasks, read_jsonl, write_aside
 from train import loss_weights, recomputing
-from weights import add_lora, load_model, lora_layers, lora_parameters
 
 OWN = dict(episodes=0, repetitions=3, contenders="")             # 0, "": what suits the model
 SHAPES = {                             # random weights: speed does not depend on what they are
@@ -108,7 +106,7 @@ def policy(name: str, load_in_4bit: bool | None, context: int) -> tuple[Any, Cha
     with tempfile.TemporaryDirectory() as folder:
         config, parts, index = SHAPES[name], {}, {}
         config.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(Path(__file__).parent / "tiny").save_pretrained(folder)
+        AutoTokenizer.from_pretrained(ROOT / "models" / "tiny").save_pretrained(folder)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         for key, tensor in empty.named_parameters():
@@ -147,9 +145,6 @@ class Talk(Env):
 
 def words(seed: str, count: int) -> str:
     return " ".join(random.Random(seed).choices(ROOMS, k=count))
-
-
-Attempt = tuple[str, str, list[Turn], str]              # task, name, past, e
 
 
 def lockstep(answer: Callable, play: Callable, attempts: list[Attempt]) -> list[Branch]:
@@ -192,19 +187,19 @@ def paged(model, chat: Chat, cfg: Config, count: int, asks: list) -> list[list[i
     return [answer.generated_tokens for answer in found.values()]
 
 
-def forking(model, chat: Chat, cfg: Config, counted: list, play: Callable, attempts: list[Attempt]) -> list[Branch]:
-    """d: the engine of model.py; a branch waits for the end of the rollout that it starts from (leafe.explore)."""
+def forking(run: Run, counted: list, play: Callable, attempts: list[Attempt]) -> list[Branch]:
+    """d: the engine of engine.py; a branch waits for the end of the rollout that it starts from (leafe.explore)."""
     later: dict[tuple[str, str], list[Attempt]] = {}
     for attempt in attempts:
-        if attempt[2]:
-            later.setdefault((attempt[0], attempt[1].rpartition(".")[0]), []).append(attempt)
+        if attempt.past:
+            later.setdefault((attempt.task, attempt.name.rpartition(".")[0]), []).append(attempt)
 
-    left = Counter(attempt[0].partition("/")[0] for attempt in attempts)
+    left = Counter(attempt.task.partition("/")[0] for attempt in attempts)
 
     def job(attempt: Attempt) -> Job:
-        return Job(play(attempt), random.Random(0), attempt[0].partition("/")[0], snapshot=True)
-    engine, ended = make_engine(model, chat, cfg), []
-    queue = deque(job(attempt) for attempt in attempts if not attempt[2])
+        return Job(play(attempt), random.Random(0), attempt.task.partition("/")[0], snapshot=True)
+    engine, ended = run.policy.engine(), []
+    queue = deque(job(attempt) for attempt in attempts if not attempt.past)
     for done in engine.run(queue):
         ended.append(done.result)
         queue.extend(job(branch) for branch in later.get((done.result.task, done.result.name), []))
@@ -221,22 +216,24 @@ def rollout(cfg: Config, own: dict) -> dict:
     model = model.float() if own.get("wide") else model
     count = own["episodes"] or (512 if cfg.model == "tiny" else 32)
 
+    run = Run(cfg, Policy(model, chat, cfg), folder=None)
+
     def play(attempt: Attempt):
-        task, name, past, e = attempt
-        return episode(Talk(), chat, cfg, task, past, e, name, reflect=False)
-    roots = [(f"{n // 4}/{n % 4}", "0", [], "") for n in range(-(-count * 3 // 4))]       # four samples a task
+        return episode(run, Talk(), attempt, reflect=False)
+    roots = [Attempt(f"{n // 4}/{n % 4}", "0") for n in range(-(-count * 3 // 4))]        # four samples a task
     counted: list[int] = []
-    engine = partial(forking, model, chat, cfg, counted)
+    engine = partial(forking, run, counted)
     rng, attempts = random.Random(0), list(roots)
     for root in rng.sample(engine(play, roots), count - len(roots)):          # branches at a random tau
-        attempts.append((root.task, "0.0", root.turns[:rng.randint(2, len(root.turns))], words(root.task, 8)))
+        past = root.turns[:rng.randint(2, len(root.turns))]
+        attempts.append(Attempt(root.task, "0.0", past, words(root.task, 8)))
     ways = dict(a=("generate, one episode at a time", partial(lockstep, partial(whole, model, chat))),
                 b=("generate, left-padded batches", partial(lockstep, partial(left_padded, model, chat))),
                 c=("generate_batch (continuous batching)",
                    partial(lockstep, partial(paged, model, chat, cfg, count))),
                 d=("the forking engine", engine))
     part = attempts[::8] if count >= 16 else attempts        # of a, which has no batches: the rest takes as long
-    keys = {(attempt[0], attempt[1]) for attempt in part}
+    keys = {(attempt.task, attempt.name) for attempt in part}
 
     def said(ended: list[Branch]) -> dict:
         return {(b.task, b.name): [turn.action_ids for turn in b.turns] for b in ended if (b.task, b.name) in keys}
@@ -328,14 +325,14 @@ def training(cfg: Config, own: dict) -> dict:
     """The gradient of L_cf + beta L_reh on a Quest exploration's own D_cf and D_reh (trees=, or explored here), the
     data laid out in three ways."""
     model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
-    make, tasks = make_worlds(cfg), pick_tasks(cfg, "train")
+    tasks = pick_tasks(cfg, "train")
     if cfg.trees:
         trees = read_trees(read_jsonl(Path(cfg.trees) / "trees.jsonl"), 1, tasks)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            store = Jsonl(Path(folder, "trees.jsonl"))
-            trees = explore(make_engine(model, chat, cfg), chat, make, cfg, tasks, store)
-            store.close()
+            run = Run(cfg, Policy(model, chat, cfg), RunFolder(cfg.but(out=folder)))
+            trees = explore(run, tasks)
+            run.folder.close()
     add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     parameters = lora_parameters(model)
     for p in parameters:                                 # B is 0 at first, and A has no gradient then
@@ -394,12 +391,13 @@ def memory(cfg: Config, own: dict) -> dict:
 
 def conversations(model, chat: Chat, cfg: Config, tasks: int, samples: int, turns: int, depth: int) -> dict:
     """Plain rollouts, and a chain of `depth` branches on each task's first one, each at the middle of the last."""
-    engine, pasts, kept, ended, peaks = make_engine(model, chat, cfg), {}, [0], [0], []
+    run = Run(cfg, Policy(model, chat, cfg), folder=None)
+    engine, pasts, kept, ended, peaks = run.policy.engine(), {}, [0], [0], []
 
     def job(task: str, name: str, past: list[Turn]) -> Job:
         pasts[task] = past
-        return Job(episode(Talk(turns), chat, cfg, task, past, words(name, 8) if past else "", name, reflect=False),
-                   random.Random(0), task.partition("/")[0], snapshot=depth > 0 and task.endswith("/0"))
+        attempt = Attempt(task, name, past, words(name, 8) if past else "")
+        return Job(episode(run, Talk(turns), attempt, reflect=False), random.Random(0), task.partition("/")[0], snapshot=depth > 0 and task.endswith("/0"))
     queue = deque(job(f"{n}/{i}", "0", []) for n in range(tasks) for i in range(samples))
 
     def work() -> None:
@@ -425,7 +423,7 @@ def stored(cfg: Config, chat: Chat, turns: int) -> dict:
                 made = [Turn(words(f"{t}", 20), ids, f"go {t}", [*ids[:4], chat.end], None, "it is", 1.0, True)
                         for t in range(10)]
                 branch = Branch(f"task-{n:05}", f"0.{b - 1}" if b else "0", 5 if b else 1, "it is" if b else "", made,
-                                "", [], "success", 10, 4 if b else 0, 50)
+                                "", [], "success", 10, 4 if b else 0, 50, b, 0 if b else None)
                 store.append(branch.record(1))
                 store.records.clear()
         store.close()
@@ -453,17 +451,17 @@ def gpu(cfg: Config, own: dict, slots: tuple = (1, 32, 128), rows: tuple = (4096
     several numbers of slots, and SFT steps on rows of 4,096 and of 2,048 tokens with gradient checkpointing."""
     found: dict[str, Any] = {}
     for bits in (False, True):                           # fp32: the model is widened; nf4: against its own a
-        small = replace(cfg, model="135m", load_in_4bit=bits)
+        small = cfg.but(model="135m", load_in_4bit=bits)
         found[f"equal_{'nf4' if bits else 'fp32'}"] = rollout(small, own | dict(
             contenders="d", episodes=own["episodes"] or 16, repetitions=0, wide=not bits))["contenders"][0]["equal"]
     for bits in (True, False):
-        name, large = "nf4" if bits else "bf16", replace(cfg, load_in_4bit=bits)
+        name, large = "nf4" if bits else "bf16", cfg.but(load_in_4bit=bits)
         found[name] = rollout(large, own | dict(repetitions=1))
         for n in slots:
-            one = rollout(replace(large, slots=n), own | dict(contenders="d", episodes=2 * n, repetitions=1))
+            one = rollout(large.but(slots=n), own | dict(contenders="d", episodes=2 * n, repetitions=1))
             found[f"{name}_{n}_slots"] = {key: one[key] for key in ("sampled", "cached", "limit_s", "contenders")}
     for tokens in rows:
-        found[f"step_{tokens}"] = step(replace(cfg, load_in_4bit=True), tokens)
+        found[f"step_{tokens}"] = step(cfg.but(load_in_4bit=True), tokens)
     return found
 
 
@@ -527,7 +525,7 @@ DEFAULTS = dict(rollout=["temperature=0"], train=["train_tasks=64"], memory=["sl
 def main(args: list[str]) -> None:
     what = [arg for arg in args if "=" not in arg]
     if len(what) > 1 or set(what) - set(JOBS):
-        raise UserError(f"usage: python bench.py [{'|'.join(JOBS)}] [key=value ...]{nearest(what[-1], JOBS)}")
+        raise UserError(f"usage: python -m tools.bench [{'|'.join(JOBS)}] [key=value ...]{nearest(what[-1], JOBS)}")
     own: dict[str, Any] = dict(OWN)
     rest = []
     for arg in args:
@@ -539,7 +537,7 @@ def main(args: list[str]) -> None:
         elif equals:
             rest.append(arg)
     if what == ["gpu"] and not torch.cuda.is_available():
-        raise UserError("bench.py gpu: there is no GPU here")
+        raise UserError("tools.bench gpu: there is no GPU here")
     if set(own["contenders"]) - set("abcd"):
         raise UserError(f"contenders: {own['contenders']} must be some of abcd")
     here = machine()

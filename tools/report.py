@@ -1,11 +1,6 @@
-"""Runs to look at, made from their files without a model.
+"""The page of a run, made from its files without a model.
 
-    python report.py page out/quest               out/quest/report.html anew, as train.py writes it at the end (of a
-                                                  comparison, too)
-    python report.py passk passk.svg out/quest:base out/quest     Pass@k curves with 95 % bands
-    python report.py passk passk.svg out/compare                  of all methods of a comparison, means over its seeds
-    python report.py tree tree.svg out/quest [task]               a rollback tree
-    python report.py reward reward.svg out/compare/grpo-*         GRPO: success of the training rollouts, wave by wave
+    python -m tools.report page out/quest       out/quest/report.html anew, as train.py writes it at the end
 """
 import json
 import math
@@ -13,15 +8,14 @@ import re
 from html import escape
 from itertools import cycle
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, Callable
 
 import torch
 
-from envs import UserError
-from eval import Samples, comparison, over_seeds, pick_tasks, read_policies, read_runs, read_samples, spread
+from config import Config, UserError, guarded, load_config
+from eval import Samples, read_policies, spread
 from leafe import Tree, read_trees
-from run import Config, guarded, load_config, read_jsonl, spent, write_aside
+from run import pick_tasks, read_jsonl, spent, write_aside
 
 COLOURS = ("#8a8f98", "#1f6feb", "#d9730d", "#2da44e", "#a475f9", "#c2255c", "#0b7285", "#846358")
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 700, 380, 52, 44, 150, 16
@@ -61,83 +55,6 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def ended(folder: Path) -> tuple[dict[str, list[Samples]], Config]:
-    """Every method of a comparison that has ended on all its seeds: name -> one policy a seed."""
-    runs, cfg = read_runs(folder), load_config([str(next(folder.glob("leafe-*/config.yaml")))])
-    return {name: [samples for samples, _ in found.values()] for name, found in runs.items()
-            if set(found) == set(runs["base"])}, cfg
-
-
-def passk(names: list[str]) -> str:
-    """Of the policies named, or of all methods of a comparison."""
-    if len(names) == 1 and list(Path(names[0]).glob("leafe-*")):
-        policies, cfg = ended(Path(names[0]))
-    else:
-        cfg = load_config([str(Path(names[0].partition(":")[0]) / "config.yaml")])
-        policies = {name: [read_samples(name)] for name in names}
-        short = {own[0].label.rpartition(":")[2]: own for own in policies.values()}
-        policies = short if len(short) == len(policies) else policies
-    if len({tuple(own[0].by_task) for own in policies.values()}) > 1:
-        raise UserError(f"{', '.join(names)}: not sampled on the same tasks")
-    ks = [k for k in cfg.ks if k <= min(one.n for own in policies.values() for one in own)]
-    series = [(label, [spread(over_seeds(own, [k], f"Pass@{k}"), len(own[0].by_task), cfg.resamples) for k in ks])
-              for label, own in policies.items()]
-    return chart(series, [str(k) for k in ks], "k, samples a task")
-
-
-def reward(names: list[str]) -> str:
-    """Share of successful rollouts in each wave of GRPO's training."""
-    series = []
-    for name in names:
-        path = Path(name) / "metrics.jsonl"
-        waves = {r["wave"]: r for r in read_jsonl(path) if "wave" in r} if path.exists() else {}   # twice if killed
-        if not waves:
-            raise UserError(f"{name}: no wave of GRPO in metrics.jsonl; a run of method=grpo has them")
-        series.append((Path(name).name, [(r["success"],) * 3 for r in waves.values()]))
-    longest = max(len(rows) for _, rows in series)
-    top = max(share for _, rows in series for share, _, _ in rows)
-    return chart(series, [str(i + 1) for i in range(longest)], "wave of rollouts", max(0.04, 1.1 * top))
-
-
-def tree(names: list[str]) -> str:
-    """One rollback tree of a run: the task named, or the smallest tree that more than one rollback won. An attempt a
-    line, turn t in column t; a branch hangs on the turn that it replaces, its experience beside the arrow."""
-    folder, cfg = Path(names[0]), load_config([str(Path(names[0]) / "config.yaml")])
-    trees = read_trees(list(read_jsonl(folder / "trees.jsonl")), 1, pick_tasks(cfg, "train"))
-    found = {tree.task: tree for tree in trees}
-    won = [one for one in found.values() if any(b.success and b.name.count(".") > 1 for b in one.branches)]
-    if names[1:] and names[1] not in found or not names[1:] and not won:
-        raise UserError(f"{folder}: no tree of task {names[1]}" if names[1:] else
-                        f"{folder}: no tree was won after two rollbacks; name a task")
-    one = found[names[1]] if names[1:] else min(won, key=lambda one: len(one.branches))
-    column, lane, left = 104, 64, 16
-    width = left + column * max(branch.tau + len(branch.turns) - 1 for branch in one.branches) + 60
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {lane * len(one.branches) + 30}" '
-             f'font-family="sans-serif" font-size="12">', '<rect width="100%" height="100%" fill="white"/>']
-
-    def say(x: float, y: float, text: str, colour: str, anchor: str = "start") -> None:
-        parts.append(f'<text x="{x}" y="{y}" fill="{colour}" text-anchor="{anchor}">{escape(text)}</text>')
-    for n, branch in enumerate(one.branches):
-        x, y = left + column // 2 + column * (branch.tau - 1), 40 + lane * n
-        holder = next(k for k in range(n, -1, -1) if branch.name.startswith(one.branches[k].name + ".")
-                      and one.branches[k].tau <= branch.tau) if n else 0
-        if n:
-            parts.append(f'<path d="M{x} {67 + lane * holder} V{y - 11} m-4 -6 l4 6 l4 -6" fill="none" '
-                         f'stroke="#8250df" stroke-width="1.5"/>')
-            say(x + 8, y - 16, f"turn {branch.tau} again: “{branch.experience}”", "#8250df")
-        parts.append(f'<path d="M{x} {y} h{column * max(0, len(branch.turns) - 1)}" stroke="#57606a"/>')
-        for i, turn in enumerate(branch.turns):
-            at, colour = x + column * i, "#1a7f37" if turn.success else "#57606a" if turn.valid else "#b35900"
-            parts.append(f'<circle cx="{at}" cy="{y}" r="7" fill="{colour if turn.success else "white"}" '
-                         f'stroke="{colour}" stroke-width="2"/>')
-            say(at, y + 22, turn.action[:17] + "…" * (len(turn.action) > 17), colour, "middle")
-            if not turn.valid:
-                say(at, y + 4, "×", colour, "middle")
-        say(x + column * max(0, len(branch.turns) - 1) + 14, y + 4, branch.end,
-            "#1a7f37" if branch.success else "#b35900")
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
 # ------------------------------------------------------------------------------------------- the page of a run
 
 SHOWN = 40                                          # trees that a page holds whole
@@ -157,25 +74,24 @@ def page(folder: Path) -> str:
         round_ = max(record["round"] for record in records)
         trees, says = chosen(read_trees(records, round_, pick_tasks(cfg, "train")), folder, round_)
         parts.append(("Rollback trees", f'<p>{says}</p><div id="list"></div>'))
-    parts.append(("Settings", "<details><summary>config.yaml</summary><pre>"
+    parts.append(("Settings", made(folder) + "<details><summary>config.yaml</summary><pre>"
                   + escape((folder / "config.yaml").read_text(encoding="utf-8")) + "</pre></details>"))
     return framed(f"{cfg.method} on {cfg.env}, {cfg.model}: {folder}",
                   verdict({one.label: [one] for one in policies}, policies[-1].label, policies[0].label, cfg), parts,
                   trees)
 
 
-def comparison_page(folder: Path) -> str:
-    """report.html of a comparison: all methods' curves, the tables with what each took, and where their runs lie."""
-    policies, cfg = ended(folder)
-    tasks = torch.arange(len(policies["leafe"][0].by_task))
-    best = max((name for name in policies if name != "leafe"),
-               key=lambda name: over_seeds(policies[name], [1], "Pass@1")(tasks))
-    runs = sorted(path.parent.name for path in folder.glob("*-*/report.html"))
-    picture = f'<figure role="img" aria-label="Pass@k curves of all methods">{passk([str(folder)])}</figure>'
-    links = "".join(f'<li><a href="{escape(quote(name))}/report.html">{escape(name)}</a></li>' for name in runs)
-    parts = [("Pass@k", picture), ("The runs", f"<ul>{links}</ul>"),
-             ("Figures, differences, budgets", f'<pre class="wide">{escape(comparison(folder))}</pre>')]
-    return framed(f"methods on {cfg.env}, {cfg.model}: {folder}", verdict(policies, "leafe", best, cfg), parts, [])
+def made(folder: Path) -> str:
+    """A line on how the run came about (run.json)."""
+    if not (folder / "run.json").exists():
+        return ""
+    told = json.loads((folder / "run.json").read_text())
+    commit = f"commit {told['commit'][:12]}" + " (with changes)" * told["changed"] if told["commit"] else "no commit"
+    versions = ", ".join(f"{name} {told[name]}" for name in ("python", "torch", "transformers", "bitsandbytes"))
+    machine = told["gpu"] or f"{told['processor']}, {told['cores']} cores, {told['threads']} threads"
+    again = f"; {len(told['continued'])} starts went on with it" * bool(told["continued"])
+    where = f"{commit}; {versions}; {machine}; {told['date']}{again}"
+    return f"<p>{escape(told['command'])}<br>{escape(where)}</p>"
 
 
 def framed(title: str, verdict_: str, parts: list[tuple[str, str]], trees: list[dict]) -> str:
@@ -184,6 +100,12 @@ def framed(title: str, verdict_: str, parts: list[tuple[str, str]], trees: list[
     data = json.dumps(trees, separators=(",", ":")).replace("<", "\\u003c")         # ends no script, opens no comment
     whole = dict(TITLE=escape(title), BODY=body, TREES=data, VERDICT=verdict_)
     return re.sub("@(TITLE|BODY|TREES|VERDICT)@", lambda mark: whole[mark[1]], html)
+
+
+def over_seeds(policies: list[Samples], ks: list[int], figure: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A figure's mean over the policies of several seeds, as a function of task indices (R, tasks)."""
+    known = [policy.estimates(ks)[figure] for policy in policies]
+    return lambda index: torch.stack([estimate(index) for estimate in known]).mean(0)
 
 
 def percent(figure: tuple[float, float, float], sign: str = "") -> str:
@@ -292,18 +214,10 @@ def drawing(tree: Tree, seen: dict[tuple[str, int], tuple[float, float]]) -> dic
 
 
 def main(args: list[str]) -> None:
-    kinds = {"passk": passk, "reward": reward, "tree": tree}
-    if len(args) == 2 and args[0] == "page":
-        folder = Path(args[1])
-        write_aside(folder / "report.html", (comparison_page if list(folder.glob("leafe-*")) else page)(folder))
-        print(f"results: {folder}/report.html")
-        return
-    if len(args) < 3 or args[0] not in kinds or not args[1].endswith(".svg"):
-        raise UserError("usage: python report.py page out/run, or passk|reward|tree picture.svg out/run ...")
-    if not Path(args[1]).parent.is_dir():
-        raise UserError(f"{args[1]}: there is no folder {Path(args[1]).parent}")
-    write_aside(Path(args[1]), kinds[args[0]](args[2:]))
-    print(f"results: {args[1]}")
+    if len(args) != 2 or args[0] != "page":
+        raise UserError("usage: python -m tools.report page out/run")
+    write_aside(Path(args[1]) / "report.html", page(Path(args[1])))
+    print(f"results: {args[1]}/report.html")
 
 
 if __name__ == "__main__":

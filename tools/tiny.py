@@ -1,5 +1,5 @@
-"""How the embedded base models are made: `python tiny.py` makes tiny/, for Quest, `python tiny.py sokoban` makes
-tiny-sokoban/ (see README for how long and on what; the optimiser, torch.optim.Muon, came with torch 2.9).
+"""How the embedded base models are made: `python -m tools.tiny` makes models/tiny, for Quest, `python -m tools.tiny
+sokoban` makes models/tiny-sokoban (see docs/models.md for how long and on what; the optimiser, torch.optim.Muon, came with torch 2.9).
 
 No model hub is reachable from a school laptop or a CI machine, so the default model comes with the project: a
 Llama of 0.7 million parameters with a word-level tokenizer and a chat template, in Hugging Face format,
@@ -12,7 +12,7 @@ describes. It is taught, on Quest houses that belong to neither train, valid nor
                               be known there.
 What LEAFE has to do is turn the second and third into the first. The reflections taught here come from a
 reader of the transcript (Reader below), never from a solver that sees the house. What is taught of Quest is here,
-what of Sokoban in tiny_sokoban.py, under the same names.
+what of Sokoban in tools/tiny_sokoban.py, under the same names.
 """
 import argparse
 import copy
@@ -22,7 +22,6 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from config import ROOT
+from engine import Chat
 from envs import JUNK, NEEDS, ROOMS, TREASURES, Env, Quest
 from leafe import HINT, REFLECT, REFLECTION, TURN
-from model import Chat
 from packing import Packed, Segment, pack, packed_nll
+from tools import tiny_sokoban
 
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -370,18 +371,18 @@ def accuracy(model, rows: list[Packed]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("python -m tools.tiny", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", nargs="?", choices=("quest", "sokoban"), default="quest")
-    parser.add_argument("--out", type=Path, help="folder to write (default: tiny/ or tiny-sokoban/)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: models/tiny or models/tiny-sokoban)")
     parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
     parser.add_argument("--trees", type=int, default=8, help="token trees a step")
     parser.add_argument("--lr", type=float, default=0.02,
                         help="peak learning rate of Muon (matrices; a tenth of it for AdamW's embeddings and norms)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.out = args.out or Path(__file__).parent / {"quest": "tiny", "sokoban": "tiny-sokoban"}[args.world]
-    teacher = sys.modules[__name__] if args.world == "quest" else import_module("tiny_sokoban")
+    args.out = args.out or ROOT / "models" / {"quest": "tiny", "sokoban": "tiny-sokoban"}[args.world]
+    teacher = sys.modules[__name__] if args.world == "quest" else tiny_sokoban
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(teacher)
     model = LlamaForCausalLM(LlamaConfig(
@@ -418,7 +419,7 @@ def main() -> None:
                       + f"  {tokens / (time.time() - began):.0f} tokens/s")
             model.save_pretrained(args.out), tokenizer.save_pretrained(args.out)
     (args.out / "made.json").write_text(json.dumps(dict(
-        command=f"python tiny.py {args.world} --steps {args.steps} --trees {args.trees} --lr {args.lr} "
+        command=f"python -m tools.tiny {args.world} --steps {args.steps} --trees {args.trees} --lr {args.lr} "
                 f"--seed {args.seed}",
         seconds=round(time.time() - began), tokens=tokens, held_out=shares), indent=1) + "\n")
 

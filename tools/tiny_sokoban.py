@@ -1,5 +1,5 @@
-"""What the embedded base model of Sokoban, tiny-sokoban/, is taught: `python tiny.py sokoban`. The names are those of
-tiny.py. By habit it walks towards the box and pushes it whichever way it happens to go. With an experience in view
+"""What the embedded base model of Sokoban, models/tiny-sokoban, is taught: `python -m tools.tiny sokoban`. The names are those of
+tools/tiny.py. By habit it walks towards the box and pushes it whichever way it happens to go. With an experience in view
 ("the box at c3 must go left to b3.") it walks around the box and does that. In hindsight it goes through the pushes
 of a transcript and stops at the first that brought the box no nearer to the goal (counted in pushes, by a search on
 the board, which the transcript tells in full).
@@ -11,9 +11,13 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from sokoban import MOVES, InWords, square
+from typing import Any
 
-World, DEPTHS, ROLLBACKS = InWords, (1, 1), 4
+from envs import env_class
+
+World: Any = env_class("sokoban-words")
+MOVES, square = World.moves, World.square
+DEPTHS, ROLLBACKS = (1, 1), 4
 WORDS = r" ?[a-z]\d| ?[a-z]+(?:-[a-z]+)*| ?\d+| ?[^\sa-z\d]|\s"              # a square is one token
 FRAME = frozenset((r, c) for r in range(6) for c in range(6) if r in (0, 5) or c in (0, 5))
 SQUARES = [square((r, c)) for r in range(6) for c in range(6)]
@@ -174,7 +178,7 @@ def spent(reader: Reader, e: str) -> bool:
     return reader.refused or reader.box not in on_the_way
 
 
-def any_lesson(env: InWords, reader: Reader, rng: random.Random, true: bool) -> str:
+def any_lesson(env: Any, reader: Reader, rng: random.Random, true: bool) -> str:
     """What is best, or any push that can be done."""
     best = reader.plan()
     able = [(move, beside(reader.box, move)) for move in MOVES

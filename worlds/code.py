@@ -19,8 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from envs import Env, Outcome, UserError
-from sandbox import Limits, Result, SandboxError, pair, run
+from config import UserError, installed
+from envs import Env, Outcome
+from worlds.sandbox import Limits, Result, SandboxError, pair, run
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,8 @@ LAYOUTS = {"test_list": mbpp, "canonical_solution": human_eval, "public_tests": 
 def records(path: Path) -> list[dict]:
     """The records of a .jsonl (or .gz, .xz of one), .json or .parquet file."""
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError(f"data: {path} is a Parquet file; pip install pyarrow, or give a .jsonl file") from None
-        return pyarrow.parquet.read_table(path).to_pylist()
+        parquet = installed("pyarrow.parquet", "pyarrow", f"data: {path} is a Parquet file (or give a .jsonl file); it")
+        return parquet.read_table(path).to_pylist()
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "rt", encoding="utf-8") as file:
         text = file.read()

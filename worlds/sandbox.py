@@ -26,7 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from launcher import ARCHES, SandboxError, remove
+from worlds.launcher import ARCHES, SandboxError, remove
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Sokoban, the paper's: rooms of 6x6 with one or two boxes, made here from the task id alone, or level files in
-Boxoban's format (https://github.com/google-deepmind/boxoban-levels). InWords tells the same rooms undrawn."""
+Boxoban's format (https://github.com/google-deepmind/boxoban-levels). worlds/sokoban_words.py tells the rooms undrawn."""
 import random
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from envs import Env, Outcome, UserError
+from config import UserError
+from envs import Env, Outcome
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 WALL, FLOOR, GOAL, BOX, MAN, BOX_ON_GOAL, MAN_ON_GOAL = "# .$@*+"
@@ -95,6 +96,7 @@ class Sokoban(Env):
              "can be pushed, not pulled, and not two at once. "
              "answer with one action: up, down, left or right")
     max_turns = 40
+    moves = MOVES
     splits = {"train": 512, "valid": 256, "test": 512, "corpus": 10_000_000}
 
     def __init__(self, data: str = ""):
@@ -168,32 +170,3 @@ class Sokoban(Env):
 
     def actions(self) -> list[str]:
         return [move for move in MOVES if push(self.level.walls, self.man, self.boxes, move)]
-
-
-def square(at: tuple[int, int]) -> str:
-    """A square's name: columns a, b, c ... from the left, rows 1, 2, 3 ... from the top."""
-    return "abcdefghijklmnopqrstuvwxyz"[at[1]] + str(at[0] + 1)
-
-
-class InWords(Sokoban):
-    """The rooms made here, squares named as in chess, since a small model cannot count the columns of a drawing. The
-    room is b2 to e5; which of these are walls, and the goal, is told once."""
-    rules = ("you push a box onto the goal. squares have names, b2 is up and left of c3. a box can be pushed, not "
-             "pulled, and not two at once. answer with one action: up, down, left or right")
-    max_turns = 20
-
-    def __init__(self, data: str = ""):
-        if data:
-            raise UserError("data: sokoban-words tells the rooms that are made here; for files, use env=sokoban")
-        super().__init__()
-
-    def reset(self, task: str) -> str:
-        super().reset(task)
-        inner = [cell for cell in self.level.walls if 0 < cell[0] < self.level.size[0] - 1
-                 and 0 < cell[1] < self.level.size[1] - 1]
-        return (f"push every box onto a goal within {self.left} moves. walls: "
-                f"{', '.join(map(square, sorted(inner))) or 'none'}. goal: "
-                f"{', '.join(map(square, sorted(self.level.goals)))}.\n{self.draw()}")
-
-    def draw(self) -> str:
-        return f"box: {', '.join(map(square, sorted(self.boxes)))}. you: {square(self.man)}."

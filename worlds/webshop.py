@@ -24,7 +24,8 @@ from typing import Any, Iterator
 
 from tqdm import tqdm
 
-from envs import Env, Outcome, UserError
+from config import UserError
+from envs import Env, Outcome
 
 TABS = {"description": "Description", "features": "Features", "reviews": "Reviews"}
 COLOURS = ("black blue brown gray grey green orange pink purple red silver gold white yellow beige navy ivory teal "

@@ -1,0 +1,325 @@
+"""The ground, which imports nothing of ours: the user's mistakes, the configuration, files that are asked for by name.
+
+    load_config    config.yaml, what the method brings, a preset, the command line: each goes over the one before
+    method_file    the door of the methods: `method=grpo` is methods/grpo.py, `method=path/to/file.py` is your own
+    guarded        what every script's main runs in: a mistake is one line, Ctrl-C loses nothing
+"""
+import errno
+import os
+import re
+import sys
+import traceback
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Callable, Iterable
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent
+SHIPPED = ROOT / "config.yaml"
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as one line, without a traceback."""
+
+
+class Config(SimpleNamespace):
+    """config.yaml, resolved: an attribute for each key, its own and the method's. What a key means stands there."""
+
+    def but(self, **changes: Any) -> "Config":
+        return Config(**{**vars(self), **changes})
+
+
+# --------------------------------------------------------------------------------------------- checks of settings
+
+Check = tuple[str, Callable[[Any], bool], str]         # a key, what holds of its value, what to say if it does not
+
+
+def each(keys: str, holds: Callable[[Any], bool], message: str) -> list[Check]:
+    return [(key, holds, message) for key in keys.split()]
+
+
+RANGES: list[Check] = [
+    *each("lora_rank context slots train_tasks test_tasks rounds roots reflect_every attempts action_tokens "
+          "reflect_tokens corrections_per_task steps batch_tokens row_tokens checkpoint_every samples resamples "
+          "warm_steps", lambda v: v >= 1, "must be 1 or more"),
+    *each("snapshot_mb temperature reflect_temperature max_depth beta warmup seed warm_start engine_patience",
+          lambda v: v >= 0, "must be 0 or more"),
+    *each("lora_alpha lr clip engine_timeout", lambda v: 0 < v < float("inf"), "must be above 0"),
+    ("observation_tokens", lambda v: v >= 8, "must be 8 or more"),
+    ("rehearsal_share", lambda v: 0 <= v <= 1, "must lie in 0..1"),
+    ("engine", lambda v: not v or bool(re.match("https?://", v)),
+     "must be a server's address, like http://localhost:8000/v1"),
+    ("workers", lambda v: v is None or v >= 1, "must be 1 or more, or null for as many as there are processors"),
+    ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
+    ("corrections", lambda v: v in ("all", "improved", "successful"), "must be all, improved or successful"),
+    ("correct", lambda v: v in ("branch", "first"), "must be branch or first"),
+    ("train_split", lambda v: bool(re.fullmatch("train(-[a-z]+)?", v)),
+     "must be train, or a part of it, like train-shallow"),
+    ("split", lambda v: bool(re.fullmatch("(train|valid|test)(-[a-z]+)?", v)),
+     "must be train, valid or test, or a part of one, like test-deep"),
+    ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
+    ("out", lambda v: bool(v.strip()), "must name a folder"),
+]
+TOGETHER: list[Check] = [                              # of keys that are set: what holds of all settings together
+    ("experiences", lambda s: s["method"] == "leafe" and not s["trees"], "is for leafe when it explores (no trees=)"),
+    ("warm_start", lambda s: not s["init"] and not s["react"], "goes with neither init= nor react=true"),
+]
+
+
+def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, str], method: ModuleType | None) -> None:
+    """Raises UserError for the first key that is unknown, mistyped or impossible."""
+    for key, value in settings.items():
+        if key not in kinds:
+            owners = ", ".join(owners_of(key))
+            fix = f"; it is a key of method={owners}" if owners else nearest(key, kinds)
+            raise UserError(f"{sources[key]}: there is no key {key!r}{fix}")
+        if not fits(value, kinds[key]):
+            raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {says(kinds[key])}")
+    for key, holds, message in [*RANGES, *getattr(method, "RANGES", [])]:
+        if not holds(settings[key]):
+            raise UserError(f"{sources[key]}: {key} {message}, not {settings[key]!r}")
+    for key, holds, message in [*TOGETHER, *getattr(method, "TOGETHER", [])]:
+        if settings[key] and not holds(settings):
+            raise UserError(f"{sources[key]}: {key}={settings[key]} {message}")
+    if max(settings["ks"]) > settings["samples"]:
+        raise UserError(f"{sources['ks']}: ks asks for Pass@{max(settings['ks'])}, but samples is "
+                        f"{settings['samples']}: k can be at most the number of samples")
+    if settings["row_tokens"] < settings["context"]:
+        raise UserError(f"{sources['row_tokens']}: row_tokens is {settings['row_tokens']}, but must be "
+                        f"at least context ({settings['context']}), so that every episode fits into a row")
+
+
+def kind_of(key: str, shipped_value: Any) -> Any:
+    """What a key's value must be: what its shipped value is. A key that ships as null takes a whole number, too."""
+    if shipped_value is None:
+        return bool | None if key == "load_in_4bit" else int | None
+    return list[int] if isinstance(shipped_value, list) else type(shipped_value)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind in (bool, bool | None)
+    if kind is float:
+        return isinstance(value, (int, float)) and value == value
+    if kind == list[int]:
+        return isinstance(value, list) and all(fits(v, int) for v in value)
+    return isinstance(value, kind)
+
+
+def says(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    in_words = str(kind).replace("int", "whole number").replace("bool", "true, false")
+    return names.get(kind, in_words.replace("None", "null").replace("|", "or"))
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    close = get_close_matches(word, list(words), 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def refuse(cfg: Config, **reasons: str) -> None:
+    """Raise UserError if one of these keys is set: the script would not heed it."""
+    for key, reason in reasons.items():
+        if getattr(cfg, key):
+            raise UserError(f"{key}: {reason}")
+
+
+# -------------------------------------------------------------------------------------------- the configuration
+
+@lru_cache
+def shipped() -> dict[str, Any]:
+    """The values of the config.yaml that comes with the project: what another file leaves out, or is older than."""
+    return yaml.safe_load(SHIPPED.read_text())
+
+
+def load_config(args: list[str]) -> Config:
+    """`config.yaml [preset=NAME] [key=value ...]`. Raises UserError: one line with key, file and fix."""
+    path = next((arg for arg in args if "=" not in arg), "config.yaml")
+    extra = [arg for arg in args if "=" not in arg and arg != path]
+    if extra:
+        raise UserError(f"{extra[0]}: not understood; write options as key=value")
+    options = dict(arg.split("=", 1) for arg in args if "=" in arg)
+    presets = read_presets(options.pop("preset", ""))
+    file = read_yaml(Path(path))
+    method = options.get("method")
+    below = read_presets(file.get("preset", ""))       # what the file itself builds on
+    for _, layer in [*reversed(presets), (path, file), *reversed(below), ("", shipped())]:
+        method = method or layer.get("method")
+    brought = yaml.safe_load(keys_of(str(method))) or {}
+    own = {key: value for key, value in brought.items() if key not in shipped()}
+    # What a method sets for the loop's keys goes over a file, but not over one in which a run was settled for it.
+    settled = bool(own) and set(own) <= set(file)
+    tuned = {key: value for key, value in brought.items() if key in shipped() and not settled}
+    kinds = {key: kind_of(key, value) for key, value in {**shipped(), **own}.items()}
+    given = {key: read_value(key, text, kinds.get(key)) for key, text in options.items()}
+
+    settings: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", own), *below, (path, file),
+                         (f"method {method}", tuned), *presets, ("the command line", given)]:
+        for where, part in [(where, layer), (f"{where}, method {method}", of_method(layer, str(method)))]:
+            for key, value in part.items():
+                serves_another = where != "the command line" and key not in kinds and owners_of(key)
+                if key not in ("methods", "preset") and not serves_another:
+                    settings[key], sources[key] = number(value), where
+    check(settings, kinds, sources, method_file(str(method)))
+    return Config(**settings)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fix = ("config.yaml comes with the project" if path.parent.is_dir() else
+               f"there is no run {path.parent}; its folder is what out= named")
+        raise UserError(f"{path}: there is no such file; {fix}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected lines of `key: value`")
+    return settings
+
+
+def read_presets(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """(where, settings) of configs/<name>.yaml, or of a .yaml file; what it builds on (`preset: other`) first."""
+    if not name:
+        return []
+    path = Path(name) if name.endswith(".yaml") else ROOT / "configs" / f"{name}.yaml"
+    if not path.is_file():
+        there = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
+        raise UserError(f"preset={name}: there is no {path}; there are {', '.join(there)}{nearest(name, there)}")
+    settings = read_yaml(path)
+    return [*read_presets(settings.get("preset", "")), (f"{path}", settings)]
+
+
+def of_method(layer: dict[str, Any], method: str) -> dict[str, Any]:
+    """What a file says for one method alone, under `methods:`."""
+    return (layer.get("methods") or {}).get(method) or {}
+
+
+def read_value(key: str, text: str, kind: Any) -> Any:
+    try:
+        return text if kind is str else yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}={text}: {text!r} cannot be read as a value") from None
+
+
+def number(value: Any) -> Any:
+    """YAML reads 1e-3 as text; people mean a number."""
+    if isinstance(value, str) and "e" in value.lower() and any(c.isdigit() for c in value):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+# -------------------------------------------------------------------------------- files that are asked for by name
+
+def method_names() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "methods").glob("*.py") if "\ndef train(" in path.read_text())
+
+
+@lru_cache
+def method_file(name: str) -> ModuleType | None:
+    """The module of a method, which has `train(run, round_)`; None for leafe, which is train.py's own."""
+    if name == "leafe":
+        return None
+    if not name.endswith(".py") and name not in method_names():
+        raise UserError(f"method: there is no {name!r}; there are leafe, {', '.join(method_names())}, and "
+                        f"path/to/file.py{nearest(name, method_names())}")
+    module = load_file(name, "method") if name.endswith(".py") else import_module(f"methods.{name}")
+    if not callable(getattr(module, "train", None)):
+        raise UserError(f"method: {name} has no function train(run, round_)")
+    return module
+
+
+def keys_of(method: str) -> str:
+    """The keys that a method brings, as lines of YAML with their comments: its own, and its values for the loop's."""
+    return getattr(method_file(method), "KEYS", "")
+
+
+@lru_cache
+def owners_of(key: str) -> list[str]:
+    return [name for name in method_names() if key in (yaml.safe_load(keys_of(name)) or {})]
+
+
+@lru_cache
+def load_file(path: str, key: str) -> ModuleType:
+    """A Python file of the user's as a module. What it raises meanwhile is told with its own file and line."""
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise UserError(f"{key}: there is no file {path}")
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))              # it may import what lies beside it
+    spec = spec_from_file_location(f"own_{file.stem}", file)
+    module = module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module.__name__]
+        raise UserError(blame(error, str(file), f"{key}: {path} cannot be imported")) from None
+    return module
+
+
+def installed(module: str, package: str, who: str = "env: this world") -> Any:
+    """The door of the packages that only one world, or one kind of weights, needs."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"{who} needs the package {package} ({error}); pip install {package}") from None
+
+
+def blame(error: BaseException, file: str, happened: str) -> str:
+    """Two lines: what happened, and where in the user's own file, with the error's own words."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file] or frames[-1:]
+    line, name = (own[-1].lineno, f", in {own[-1].name}") if own else ("?", "")
+    if isinstance(error, SyntaxError):
+        line, name = error.lineno, ""
+    return f"{happened}\n  {file}, line {line}{name}: {type(error).__name__}: {error}"
+
+
+# --------------------------------------------------------------------------------------------------------- scripts
+
+def usage_of(args: list[str], usage: str) -> str:
+    """A script's own text; with method=, also that method's, and the keys that it brings."""
+    method = next((arg.partition("=")[2] for arg in args if arg.startswith("method=")), "leafe")
+    if method == "leafe":
+        return usage
+    text = (method_file(method).__doc__ or "").strip()
+    return f"{text}\n\nkeys of method={method}, beside those of config.yaml:\n\n{keys_of(method).strip()}"
+
+
+def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
+    """Run a script's main, or show `usage`, if given: the user's mistakes become one line, Ctrl-C loses nothing."""
+    args = sys.argv[1:]
+    try:
+        if usage and (not args or set(args) & {"-h", "--help"}):
+            print(usage_of(args, usage))
+        else:
+            main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:                             # "| head" has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:                # a fork may have left a wing out
+        if (error.name or "").partition(".")[0] not in ("methods", "worlds", "scale", "tools"):
+            raise
+        sys.exit(f"error: this copy of the project has no {error.name.replace('.', '/')}.py")
+    except KeyboardInterrupt:
+        print("\nstopped; nothing is lost: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(f"error: {error.filename or 'out'}: {error.strerror}; nothing is lost: "
+                 f"free the way and run the same command again")

@@ -1,0 +1,60 @@
+"""All methods side by side: every one on every seed, each a run of its own in out/<method>-<seed>/, with the tasks and
+the number of environment steps of LEAFE's Stage 1. grpo+leafe starts LEAFE from GRPO's adapter, as the paper does.
+
+    python train.py config.yaml method=compare out=out/compare
+    python eval.py compare out/compare                              the tables again, from the files
+
+A key of one of the methods (grpo_kl= and the like) is passed on to the runs that know it.
+"""
+import gc
+from pathlib import Path
+
+import yaml
+
+from config import Check, Config, UserError, keys_of, load_config, shipped
+from eval import comparison
+from methods import ace, early_experience, grpo, rft
+from train import whole_run
+
+COMPARED = ("leafe", "rft", "early_experience", "grpo", "grpo+leafe", "ace")
+
+
+def own_lines(keys: str) -> list[str]:
+    """The lines of a method's keys that are its own: what it sets for the loop's keys is for its runs alone."""
+    return [line for line in keys.splitlines() if line and line.partition(":")[0] not in shipped()]
+
+
+OWN = {line.partition(":")[0]: line for module in (rft, early_experience, grpo, ace) for line in own_lines(module.KEYS)}
+KEYS = """
+seeds: [0, 1, 2]              # a run of each method on each
+""" + "\n".join(OWN.values()) + "\n"
+RANGES: list[Check] = [
+    ("seeds", lambda v: v and all(seed >= 0 for seed in v), "must be a list of numbers of 0 or more, like [0, 1]")]
+TOGETHER: list[Check] = [("warm_start", lambda s: False, "does not go with method=compare")]
+
+
+def several_runs(cfg: Config, args: list[str]) -> None:
+    for arg in args:
+        key = arg.partition("=")[0]
+        if "=" in arg and key in ("seed", "trees", "init", "evaluate_base"):
+            raise UserError(f"{key}: method=compare sets it for each of its runs{'; use seeds=' * (key == 'seed')}")
+    for seed in cfg.seeds:
+        for name in COMPARED:
+            print(f"\n{name}, seed {seed}")
+            whole_run(load_config(arguments(cfg, args, name, seed)))
+            gc.collect()                               # a model may be large: it goes before the next one comes
+    print(comparison(Path(cfg.out)))
+    print(f"results: {cfg.out}/report.html")
+
+
+def arguments(cfg: Config, args: list[str], name: str, seed: int) -> list[str]:
+    """The command line of one of the runs."""
+    method, out = name.rpartition("+")[2], Path(cfg.out)
+    own = dict(method=method, seed=seed, out=out / f"{name}-{seed}", evaluate_base=name == "leafe")
+    if method == "leafe":
+        own["init"] = out / f"grpo-{seed}" / "adapter" if name == "grpo+leafe" else ""
+    else:
+        own |= dict(trees=out / f"leafe-{seed}", env_steps=cfg.env_steps, rounds=1)
+    known = {*shipped(), *(yaml.safe_load(keys_of(method)) or {}), "preset"}
+    passed = [arg for arg in args if "=" not in arg or arg.partition("=")[0] in known]
+    return [*passed, *(f"{key}={'null' if value is None else value}" for key, value in own.items())]

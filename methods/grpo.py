@@ -1,0 +1,111 @@
+"""GRPO: groups of rollouts of one task, a clipped policy gradient of how much better each did than its group.
+
+    python train.py config.yaml method=grpo trees=out/quest out=out/grpo
+
+steps and batch_tokens are not heeded: optimiser steps follow from the budget and grpo_updates; lr does not decay.
+"""
+import math
+import random
+from dataclasses import replace
+from functools import partial
+from typing import Iterator
+
+import torch
+
+from config import Check, Config, each
+from leafe import Tree
+from methods import rollouts as shared
+from methods.rollouts import BUDGET, TOGETHER, budget, taken, waves  # noqa: F401
+from packing import Batch, Packed, Weights, pack, rows_of, token_logp
+from run import Policy, Run
+from train import Objective, optimise
+
+KEYS = BUDGET + """
+grpo_tasks: 16                # groups a wave
+grpo_group: 8                 # rollouts of one task in a group
+grpo_updates: 4               # optimiser steps a wave
+grpo_clip: 0.2                # the ratio pi' / pi_old is clipped to 1 - this .. 1 + this
+grpo_dual: 3.0                # and the loss, where the advantage is negative, at this times the advantage
+grpo_kl: 0.01                 # weight of the KL to the base
+grpo_refusal: 0.0             # taken off the reward for each action that the world refused (0.1: docs/differences.md)
+grpo_statistics: episodes     # mean and deviation of a group's rewards over its episodes, or over their steps
+lr: 0.003                     # chosen on the validation split (docs/results.md)
+"""
+RANGES: list[Check] = [
+    *shared.RANGES,
+    *each("grpo_tasks grpo_updates", lambda v: v >= 1, "must be 1 or more"),
+    *each("grpo_kl grpo_refusal", lambda v: v >= 0, "must be 0 or more"),
+    ("grpo_clip", lambda v: 0 < v < float("inf"), "must be above 0"),
+    ("grpo_dual", lambda v: v > 1, "must be above 1"),
+    ("grpo_statistics", lambda v: v in ("episodes", "steps"), "must be episodes or steps"),
+    ("grpo_group", lambda v: v > 1, "must be 2 or more: a rollout is judged against its group")]
+
+
+def check(cfg: Config) -> None:
+    budget(cfg)
+
+
+def train(run: Run, round_: int) -> None:
+    objective = Objective(("L_clip", "beta_KL"), partial(grpo_loss, run.cfg), None)
+    optimise(run, round_, objective, partial(grpo, run))
+
+
+def grpo(run: Run, first: int) -> Iterator[Batch]:
+    """Group Relative Policy Optimisation: waves of groups of rollouts until the budget is used; after each wave
+    cfg.grpo_updates optimiser steps, the mean over tokens. Goes on after wave `first`."""
+    cfg, store = run.cfg, run.store("trees.jsonl")
+    group = run.but(roots=cfg.grpo_group, attempts=cfg.grpo_group, max_depth=0)
+    for wave, trees in enumerate(waves(group, budget(cfg), cfg.grpo_tasks, first + 1), first + 1):
+        weights = [advantages(tree, cfg) for tree in trees]
+        rows = [with_old(run.policy, pack(pieces)) for pieces in rows_of(trees, weights, cfg.row_tokens)]
+        ended = [branch for tree in trees for branch in tree.branches]
+        refused = sum(not turn.valid for branch in ended for turn in branch.turns) / len(ended)
+        success = sum(branch.success for branch in ended) / len(ended)
+        run.metrics.append(dict(wave=wave, reward=success - cfg.grpo_refusal * refused, success=success,
+                                refused=refused, env_steps=taken(store, wave)))
+        random.Random(f"{cfg.seed}/grpo/{wave}").shuffle(rows)
+        updates = min(len(rows), math.ceil(cfg.grpo_updates * len(trees) / cfg.grpo_tasks))  # the last wave is small
+        parts = [rows[n::updates] for n in range(updates)]
+        for n, part in enumerate(parts):
+            step = (wave - 1) * cfg.grpo_updates + n + 1
+            yield Batch(part, 1 / sum(len(row.targets) for row in part), min(1.0, step / (cfg.warmup + 1)),
+                        wave if n + 1 == len(parts) else None)
+
+
+def advantages(tree: Tree, cfg: Config) -> Weights:
+    """Turn -> (A, 1) for a group of rollouts of one task: A = (R - mean) / (std + 1e-6), R = 1 for success, less
+    cfg.grpo_refusal for each refused action. Mean and std over the episodes, or over their steps."""
+    rewards = [float(branch.success) - cfg.grpo_refusal * sum(not turn.valid for turn in branch.turns)
+               for branch in tree.branches]
+    counted = rewards
+    if cfg.grpo_statistics == "steps":
+        counted = [reward for reward, branch in zip(rewards, tree.branches) for _ in branch.turns]
+    group = torch.tensor(counted)
+    std = float(group.std()) if len(group) > 1 else 0.0
+    advantage_of: Weights = {}
+    for number, reward in enumerate(rewards):
+        # every turn of a rollout carries the rollout's advantage
+        for turn in tree.branch_path(number):
+            advantage_of[turn] = (reward - float(group.mean())) / (std + 1e-6), 1.0
+    return advantage_of
+
+
+def grpo_loss(cfg: Config, model, row: Packed) -> torch.Tensor:
+    """(2,): summed over the row's tokens, the clipped policy loss (dual clip for A < 0) and the k3 estimate of
+    KL(pi' || reference) times its weight. row.weights: (N, 3), advantage, log pi_old, log pi_ref."""
+    new = token_logp(model, [row])                                                              # (N,)
+    advantage, old, ref = row.weights.to(new.device).T
+    ratio = (new - old).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - cfg.grpo_clip, 1 + cfg.grpo_clip) * advantage)
+    gain = gain.where(advantage >= 0, gain.maximum(cfg.grpo_dual * advantage))
+    kl = (ref - new).exp() - (ref - new) - 1
+    return torch.stack([-gain.sum(), cfg.grpo_kl * kl.sum()])
+
+
+@torch.no_grad()
+def with_old(policy: Policy, row: Packed) -> Packed:
+    """The row, its weights (A, 1) replaced by (A, log pi_old, log pi_ref); the reference is the adapter off."""
+    old = token_logp(policy.model, [row])
+    with policy.off():
+        ref = token_logp(policy.model, [row])
+    return replace(row, weights=torch.stack([row.weights[:, 0], old.cpu(), ref.cpu()], 1))

@@ -1,0 +1,1 @@
+"""What one looks with, measures with, and makes the embedded models with; run as `python -m tools.NAME`."""
