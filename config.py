@@ -222,7 +222,9 @@ def number(value: Any) -> Any:
 # -------------------------------------------------------------------------------- files that are asked for by name
 
 def method_names() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "methods").glob("*.py") if "\ndef train(" in path.read_text())
+    """The files of methods/ that are methods: they have `train`, or, being several runs, `several_runs`."""
+    files = sorted((ROOT / "methods").glob("*.py"))
+    return [file.stem for file in files if re.search(r"^def (train|several_runs)\(", file.read_text(), re.M)]
 
 
 @lru_cache
@@ -234,7 +236,7 @@ def method_file(name: str) -> ModuleType | None:
         raise UserError(f"method: there is no {name!r}; there are leafe, {', '.join(method_names())}, and "
                         f"path/to/file.py{nearest(name, method_names())}")
     module = load_file(name, "method") if name.endswith(".py") else import_module(f"methods.{name}")
-    if not callable(getattr(module, "train", None)):
+    if not hasattr(module, "train") and not hasattr(module, "several_runs"):
         raise UserError(f"method: {name} has no function train(run, round_)")
     return module
 
