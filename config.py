@@ -36,38 +36,36 @@ class Config(SimpleNamespace):
 
 # --------------------------------------------------------------------------------------------- checks of settings
 
-Check = tuple[str, Callable[[Any], bool], str]         # a key, what holds of its value, what to say if it does not
+Check = tuple[str, Callable[[Any, dict], Any], str]   # a key, what holds of it (and of all settings), else what must
 
 
-def each(keys: str, holds: Callable[[Any], bool], message: str) -> list[Check]:
-    return [(key, holds, message) for key in keys.split()]
+def each(keys: str, holds: Callable[[Any, dict], Any], must: str) -> list[Check]:
+    return [(key, holds, must) for key in keys.split()]
 
 
-RANGES: list[Check] = [
+CHECKS: list[Check] = [
     *each("lora_rank context slots train_tasks test_tasks rounds roots reflect_every attempts action_tokens "
           "reflect_tokens corrections_per_task steps batch_tokens row_tokens checkpoint_every samples resamples "
-          "warm_steps", lambda v: v >= 1, "must be 1 or more"),
+          "warm_steps", lambda v, s: v >= 1, "must be 1 or more"),
     *each("snapshot_mb temperature reflect_temperature max_depth beta warmup seed warm_start engine_patience",
-          lambda v: v >= 0, "must be 0 or more"),
-    *each("lora_alpha lr clip engine_timeout", lambda v: 0 < v < float("inf"), "must be above 0"),
-    ("observation_tokens", lambda v: v >= 8, "must be 8 or more"),
-    ("rehearsal_share", lambda v: 0 <= v <= 1, "must lie in 0..1"),
-    ("engine", lambda v: not v or bool(re.match("https?://", v)),
+          lambda v, s: v >= 0, "must be 0 or more"),
+    *each("lora_alpha lr clip engine_timeout", lambda v, s: 0 < v < float("inf"), "must be above 0"),
+    *each("workers horizon", lambda v, s: v is None or v >= 1, "must be 1 or more, or null (see config.yaml)"),
+    ("observation_tokens", lambda v, s: v >= 8, "must be 8 or more"),
+    ("rehearsal_share", lambda v, s: 0 <= v <= 1, "must lie in 0..1"),
+    ("engine", lambda v, s: not v or re.match("https?://", v),
      "must be a server's address, like http://localhost:8000/v1"),
-    ("workers", lambda v: v is None or v >= 1, "must be 1 or more, or null for as many as there are processors"),
-    ("horizon", lambda v: v is None or v >= 1, "must be 1 or more, or null for the world's own"),
-    ("corrections", lambda v: v in ("all", "improved", "successful"), "must be all, improved or successful"),
-    ("correct", lambda v: v in ("branch", "first"), "must be branch or first"),
-    ("train_split", lambda v: bool(re.fullmatch("train(-[a-z]+)?", v)),
+    ("corrections", lambda v, s: v in ("all", "improved", "successful"), "must be all, improved or successful"),
+    ("correct", lambda v, s: v in ("branch", "first"), "must be branch or first"),
+    ("train_split", lambda v, s: re.fullmatch("train(-[a-z]+)?", v),
      "must be train, or a part of it, like train-shallow"),
-    ("split", lambda v: bool(re.fullmatch("(train|valid|test)(-[a-z]+)?", v)),
+    ("split", lambda v, s: re.fullmatch("(train|valid|test)(-[a-z]+)?", v),
      "must be train, valid or test, or a part of one, like test-deep"),
-    ("ks", lambda v: v and all(k >= 1 for k in v), "must be a list of numbers of 1 or more, like [1, 8]"),
-    ("out", lambda v: bool(v.strip()), "must name a folder"),
-]
-TOGETHER: list[Check] = [                              # of keys that are set: what holds of all settings together
-    ("experiences", lambda s: s["method"] == "leafe" and not s["trees"], "is for leafe when it explores (no trees=)"),
-    ("warm_start", lambda s: not s["init"] and not s["react"], "goes with neither init= nor react=true"),
+    ("ks", lambda v, s: v and min(v) >= 1, "must be a list of numbers of 1 or more, like [1, 8]"),
+    ("ks", lambda v, s: max(v) <= s["samples"], "samples is {samples}: k can be at most the number of samples"),
+    ("out", lambda v, s: v.strip(), "must name a folder"),
+    ("row_tokens", lambda v, s: v >= s["context"], "must be at least context ({context}): an episode fits into a row"),
+    ("warm_start", lambda v, s: not v or not s["init"] and not s["react"], "goes with neither init= nor react=true"),
 ]
 
 
@@ -80,18 +78,9 @@ def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, st
             raise UserError(f"{sources[key]}: there is no key {key!r}{fix}")
         if not fits(value, kinds[key]):
             raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {says(kinds[key])}")
-    for key, holds, message in [*RANGES, *getattr(method, "RANGES", [])]:
-        if not holds(settings[key]):
-            raise UserError(f"{sources[key]}: {key} {message}, not {settings[key]!r}")
-    for key, holds, message in [*TOGETHER, *getattr(method, "TOGETHER", [])]:
-        if settings[key] and not holds(settings):
-            raise UserError(f"{sources[key]}: {key}={settings[key]} {message}")
-    if max(settings["ks"]) > settings["samples"]:
-        raise UserError(f"{sources['ks']}: ks asks for Pass@{max(settings['ks'])}, but samples is "
-                        f"{settings['samples']}: k can be at most the number of samples")
-    if settings["row_tokens"] < settings["context"]:
-        raise UserError(f"{sources['row_tokens']}: row_tokens is {settings['row_tokens']}, but must be "
-                        f"at least context ({settings['context']}), so that every episode fits into a row")
+    for key, holds, must in [*CHECKS, *getattr(method, "CHECKS", [])]:
+        if not holds(settings[key], settings):
+            raise UserError(f"{sources[key]}: {key} is {settings[key]!r}, but {must.format(**settings)}")
 
 
 def kind_of(key: str, shipped_value: Any) -> Any:
@@ -192,7 +181,7 @@ def read_presets(name: str) -> list[tuple[str, dict[str, Any]]]:
     path = Path(name) if name.endswith(".yaml") else ROOT / "configs" / f"{name}.yaml"
     if not path.is_file():
         there = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
-        raise UserError(f"preset={name}: there is no {path}; there are {', '.join(there)}{nearest(name, there)}")
+        raise UserError(f"preset={name}: there is no such file in configs/; there are {', '.join(there)}{nearest(name, there)}")
     settings = read_yaml(path)
     return [*read_presets(settings.get("preset", "")), (f"{path}", settings)]
 

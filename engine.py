@@ -43,7 +43,7 @@ class Chat:
         ends = [start + len(mark) for start, mark in zip(at, marks)]
         self.head, self.system_to_user = text[:at[0]], text[ends[0]:at[1]]
         self.reply_to_user, self.user_to_reply = text[ends[2]:at[3]], text[ends[3]:]
-        self.told_of_unknown = tokenizer.unk_token_id is None
+        self.told_of_unknown = not tokenizer.is_fast            # once a run; slow tokenizers tell no place
         self.ids = lru_cache(maxsize=1 << 16)(self._encode)       # the same observations come again and again
         if not self.ids(self.reply_to_user):
             raise UserError(f"model: the chat template of {tokenizer.name_or_path} does not mark a reply's end")
@@ -60,22 +60,13 @@ class Chat:
     def _encode(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode()           # half of a surrogate pair is no text
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if not self.told_of_unknown and self.tokenizer.unk_token_id in ids and self.tokenizer.unk_token not in text:
+        unknown = self.tokenizer.unk_token_id
+        if unknown in ids and self.tokenizer.unk_token not in text and not self.told_of_unknown and ranks.rank() == 0:
             self.told_of_unknown = True
-            self._tell_of_unknown(text)
+            start, end = self.tokenizer(text, add_special_tokens=False).token_to_chars(ids.index(unknown))
+            print(f"note: the model's vocabulary lacks words that are said here, like {text[start:end].strip(' ')!r}: "
+                  f"it does not see them", file=sys.stderr)
         return ids
-
-    def _tell_of_unknown(self, text: str) -> None:
-        """Once a run: a small vocabulary drops what it has no token for."""
-        example = ""
-        if self.tokenizer.is_fast and ranks.rank() == 0:
-            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            at = found["input_ids"].index(self.tokenizer.unk_token_id)
-            start, end = found["offset_mapping"][at]
-            example = f", like {text[start:end].strip() or text[start:end]!r}"
-        if ranks.rank() == 0:
-            print(f"note: the model's vocabulary lacks words that are said here{example}: it does not see them",
-                  file=sys.stderr)
 
     def glimpse(self, obs: str, limit: int) -> str:
         """An observation of more than `limit` tokens as the policy sees it: its head and its tail."""

@@ -24,7 +24,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any, Generator, Sequence
 
 from config import ROOT, UserError, blame, guarded, load_file, nearest
@@ -128,62 +127,53 @@ def file_of(kind: type) -> str:
 
 # ------------------------------------------------------------------------------------------- a world is examined
 
+PAIR = "; Gymnasium's pair is (obs, info): return obs alone"
+FIVE = ("; Gymnasium's five are (obs, reward, terminated, truncated, info): return Outcome(obs, score=reward, "
+        "done=terminated or truncated, success=reward == 1)")
+
+
 def examine(env: Env, split: str) -> list[str]:
     """Before anything is sampled: has the world all that it must have, of the right shape? Raises UserError with
-    the file, the class, and what it must be. Returns what is not wrong but will be regretted."""
+    the file, the class, and what it must be. Returns notes on what is not wrong but will be regretted."""
     where = f"env: {file_of(type(env))}, class {type(env).__name__}"
 
-    def must(holds: bool, what: str) -> None:
-        if not holds:
-            raise UserError(f"{where}: {what}")
-    rules, turns = getattr(env, "rules", None), getattr(env, "max_turns", None)
-    must(isinstance(rules, str), f"rules must be text, the system prompt, not {rules!r}")
-    must(type(turns) is int and turns > 0,
-         f"max_turns must be the number of turns that an episode may have, like max_turns = 20, not {turns!r}")
+    def must(value: Any, kind: Any, what: str, hint: str = "") -> None:
+        if not isinstance(value, kind) or kind is int and (isinstance(value, bool) or value < 1):
+            shown = repr(value)
+            shown = shown if len(shown) <= 60 else shown[:60] + "..."
+            raise UserError(f"{where}: {what}, not {type(value).__name__} {shown}{hint}")
+    must(getattr(env, "rules", None), str, "rules must be text, the system prompt")
+    must(getattr(env, "max_turns", None), int, "max_turns must be the turns an episode may have, like max_turns = 20")
     for name, form in (("tasks", "tasks(self, split)"), ("reset", "reset(self, task)"), ("step", "step(self, action)")):
-        must(getattr(type(env), name) is not getattr(Env, name), f"it has no method {form}")
+        if getattr(type(env), name) is getattr(Env, name):
+            raise UserError(f"{where}: it has no method {form}")
 
     tasks = ask(env, "tasks", split)
-    must(isinstance(tasks, (list, tuple)) and all(isinstance(task, str) for task in tasks),
-         f"tasks({split!r}) must return a list of ids, which are text, not {described(tasks)}")
+    must(tasks, (list, tuple), f"tasks({split!r}) must return a list of ids")
     if not tasks:
         return []
+    must(tasks[0], str, f"tasks({split!r}) must return a list of ids, which are text")
     obs = ask(env, "reset", tasks[0])
-    pair = "; Gymnasium's pair is (obs, info): return obs alone" if isinstance(obs, tuple) and len(obs) == 2 else ""
-    must(isinstance(obs, str), f"reset(task) must return the first observation, which is text, not "
-                               f"{described(obs)}{pair}")
-    group = ask(env, "difficulty", tasks[0])
-    must(isinstance(group, str), f"difficulty(task) must return the name of a group, which is text, not "
-                                 f"{described(group)}")
+    must(obs, str, "reset(task) must return the first observation, which is text", PAIR * isinstance(obs, tuple))
+    must(ask(env, "difficulty", tasks[0]), str, "difficulty(task) must return the name of a group, which is text")
     action = next(iter(ask(env, "actions")), "look")
     outcome = ask(env, "step", action)
-    five = ("; Gymnasium's five are (obs, reward, terminated, truncated, info): return Outcome(obs, score=reward, "
-            "done=terminated or truncated, success=reward == 1)") if isinstance(outcome, tuple) else ""
-    must(isinstance(outcome, Outcome), f"step(action) must return an Outcome(obs, score, done, success, valid), not "
-                                       f"{described(outcome)}{five}")
-    must(isinstance(outcome.obs, str), f"the obs of an Outcome must be text, not {described(outcome.obs)}")
-    must(isinstance(outcome.score, (int, float)), f"the score of an Outcome must be a number of 0..1, not "
-                                                  f"{described(outcome.score)}; write float(...)")
+    must(outcome, Outcome, "step(action) must return an Outcome(obs, score, done, success, valid)",
+         FIVE * isinstance(outcome, tuple))
+    must(outcome.obs, str, "the obs of an Outcome must be text")
+    must(outcome.score, (int, float), "the score of an Outcome must be a number of 0..1", "; write float(...)")
     for name in ("done", "success", "valid"):
-        value = getattr(outcome, name)
-        must(isinstance(value, bool), f"{name} of an Outcome must be True or False, not {described(value)}; "
-                                      f"write bool(...)")
+        must(getattr(outcome, name), bool, f"{name} of an Outcome must be True or False", "; write bool(...)")
 
-    found = []
+    notes = []
     again, after = ask(env, "reset", tasks[0]), ask(env, "step", action).obs
     if (again, after) != (obs, outcome.obs):
-        found.append(f"{where}: the same actions do not give the same observations, once {obs[:60]!r} and then "
+        notes.append(f"{where}: the same actions do not give the same observations, once {obs[:60]!r} and then "
                      f"{outcome.obs[:60]!r}, once {again[:60]!r} and then {after[:60]!r}: branches will be dropped")
     for other in {"train", "test"} - {split.partition("-")[0]}:
         if shared := sorted(set(tasks) & set(ask(env, "tasks", other))):
-            found.append(f"{where}: {len(shared)} tasks of {split}, like {shared[0]}, are in {other}, too")
-    return found
-
-
-def described(value: Any) -> str:
-    """A value for an error's line: its kind, and how it looks."""
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:60] + '...'}"
+            notes.append(f"{where}: {len(shared)} tasks of {split}, like {shared[0]}, are in {other}, too")
+    return notes
 
 
 # ------------------------------------------------------------------------------------------------------------ Quest
@@ -400,65 +390,10 @@ def make_env(name: str, data: str = "") -> Env:
     return open_env(name, data)
 
 
-# ---------------------------------------------------------------------------------------------------- play by hand
-
-def play(env: Env, task: str) -> None:
-    """A person's episode; `undo` is the very rollback that LEAFE uses."""
-    print(f"{env.rules}\n\ntask {task}. `hint`: admissible actions, `undo`: one turn back, `quit`.\n")
-    turns = [SimpleNamespace(obs=env.reset(task), action="")]
-    print(turns[-1].obs)
-    while (typed := read_action(len(turns))) != "quit":
-        if typed == "hint":
-            print(", ".join(env.actions()))
-        elif typed == "undo":
-            turns = turns[:-1] or turns
-            print(env.rollback(task, turns))
-        elif typed:
-            turns[-1].action = env.action(typed)
-            outcome = env.step(turns[-1].action)
-            turns.append(SimpleNamespace(obs=outcome.obs, action=""))
-            print(outcome.obs if outcome.valid else f"(refused) {outcome.obs}")
-            if outcome.done:
-                print(f"{'success' if outcome.success else 'failure'} after {len(turns) - 1} turns")
-                return
-
-
-def read_action(turn: int) -> str:
-    """What is typed; a program goes on over several lines, to the end of its block."""
-    try:
-        typed = input(f"{turn}> ").strip()
-        while typed.startswith("```") and typed.count("```") == 1:
-            typed += "\n" + input()
-    except (EOFError, KeyboardInterrupt):
-        return "quit"
-    if not sys.stdin.isatty():
-        print(typed)                                   # piped in: a transcript, whole
-    return typed
-
-
-def ready(name: str, data: str) -> str:
-    """One line on a world: its splits, or what it lacks."""
-    try:
-        env = make_env(name, data)
-        sizes = ", ".join(f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
-        env.close()
-        return f"{name:14}ready: {sizes} tasks"
-    except UserError as error:
-        return f"{name:14}not ready: {error}"
-
-
 def main(args: list[str]) -> None:
-    options = dict(arg.split("=", 1) for arg in args if "=" in arg)
-    words = [arg for arg in args if "=" not in arg]
-    if not words or set(words) & {"-h", "--help"} or set(options) - {"data"}:
-        print(__doc__)
-        for name in world_names():
-            print(ready(name, options.get("data", "")))
-        return
-    env = open_env(words[0], options.get("data", ""))
-    tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]
-    play(env, words[1] if len(words) > 1 else tasks[0])
-    env.close()
+    """The door of playing by hand."""
+    from tools.play import main as play
+    play(args)
 
 
 if __name__ == "__main__":

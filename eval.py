@@ -66,9 +66,7 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
     store.gather()
     tasks = set(run.test_tasks)
     found = Samples([r for r in store.records if r["policy"] == policy and r["task"] in tasks], policy)
-    record = dict(round=round_, policy=policy, **found.means(cfg.ks))
-    if record not in run.metrics.records:
-        run.metrics.append(record)
+    run.say(round=round_, policy=policy, **found.means(cfg.ks))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -14,10 +14,9 @@ straight code, one conversation at a time, while the engine runs hundreds side b
 import json
 import random
 import re
-from collections import Counter, deque
+from collections import deque
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Generator, Iterable, Iterator
 
 from tqdm import tqdm
@@ -26,7 +25,7 @@ import ranks
 from config import Config, UserError, guarded
 from engine import Ask, Chat, Episode, Job
 from envs import Env, ReplayMismatch, visit
-from run import Run, read_jsonl
+from run import Run
 
 # All that the policy reads in Stage 1, besides the world's rules and observations.
 TURN = "step {t}: {obs}"                          # a user message: turn t's observation
@@ -365,17 +364,6 @@ def number_by_name(branches: list[Branch]) -> None:
         branch.number, branch.parent = numbers[branch.name], numbers.get(branch.name.rpartition(".")[0])
 
 
-def read_lessons(folder: str) -> Lessons:
-    """The experiences that a run's reflections gave, by task; for the control that gives branches another task's."""
-    found: Lessons = {}
-    for record in read_jsonl(Path(folder) / "trees.jsonl"):
-        found.setdefault(record["task"], []).extend(r["e"] for r in record["reflections"] if r["tau"])
-    found = {task: lessons for task, lessons in found.items() if lessons}
-    if len(found) < 2:
-        raise UserError(f"experiences: {folder} has reflections of {len(found)} tasks; the control needs several")
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------ the targets
 
 def best_scores(tree: Tree) -> list[float]:
@@ -445,51 +433,6 @@ def chat_pairs(run: Run, trees: list[Tree], pairs: Targets) -> Iterator[str]:
                 messages.append(dict(role="user", content=text if messages else f"{rules}\n\n{text}"))
                 messages.append(dict(role="assistant", content=chat.text(turn.action_ids)))
             yield json.dumps(dict(prompt=messages[:-1], completion=messages[-1:], part=part, task=trees[k].task)) + "\n"
-
-
-# ------------------------------------------------------------------------------------------------------ the figures
-
-def stage1_figures(trees: list[Tree], pairs: Targets) -> dict[str, int]:
-    """What exploration cost and gave."""
-    branches = [b for tree in trees for b in tree.branches]
-    ends = Counter(b.end for b in branches)
-    return dict(tasks=len(trees), solved=sum(any(b.success for b in tree.branches) for tree in trees),
-                solved_first=sum(tree.branches[0].success for tree in trees), attempts=len(branches),
-                env_steps=sum(b.steps for b in branches), replayed=sum(b.replayed for b in branches),
-                sampled=sum(b.tokens for b in branches), mismatch=ends["mismatch"], context=ends["context"],
-                clipped=sum(b.clipped for b in branches), D_cf=len(pairs.D_cf), D_reh=len(pairs.D_reh))
-
-
-STAGE_1 = ("stage 1: {solved} of {tasks} tasks solved ({solved_first} by the first rollout), {attempts} attempts, "
-           "{env_steps} environment steps + {replayed} replayed, {sampled} sampled tokens; dropped: {mismatch} replays "
-           "that differed, {context} out of context; |D_cf| = {D_cf}, |D_reh| = {D_reh}")
-
-
-def reflection_figures(trees: list[Tree], env: Env) -> dict[str, int]:
-    """How good the policy's reflections are, which bounds what Stage 1 can give; where the world can judge them
-    (env.judge), of the failures whose transcript says what was missing."""
-    judge = getattr(env, "judge", None)
-    found = Counter(asked=0, told=0, named=0, works=0)
-    for tree in trees:
-        for branch in tree.branches:
-            for reflection in branch.reflections:
-                found["asked"] += 1
-                found[f"flaw {reflection.flaw}"] += bool(reflection.flaw)
-                if judge and reflection.final:
-                    actions = [tree.turns[i].action for i in tree.branch_path(branch.number)]
-                    verdict = judge(tree.task, actions, reflection.tau, reflection.e)
-                    found.update(dict(zip(("told", "named", "works"), map(int, verdict))))
-    return {key: count for key, count in sorted(found.items()) if count or not key.startswith("flaw")}
-
-
-def reflections_in_words(figures: dict[str, int]) -> str:
-    flaws = {key.removeprefix("flaw "): count for key, count in figures.items() if key.startswith("flaw")}
-    line = f"reflections: {figures['asked']}, not understood: {sum(flaws.values())}"
-    line += f" ({', '.join(f'{flaw} {count}' for flaw, count in flaws.items())})" if flaws else ""
-    if told := figures["told"]:
-        line += (f"; of {told} failures that were told what was missing, {figures['named'] / told:.1%} name the right "
-                 f"thing, {figures['works'] / told:.1%} also a turn from which the fix works")
-    return line
 
 
 def main(args: list[str]) -> None:

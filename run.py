@@ -10,24 +10,20 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ContextManager, Iterator, TextIO
 
-import torch
 import yaml
 from torch import nn
 
 import ranks
-from config import ROOT, Config, UserError, keys_of, shipped
+from config import Config, UserError, keys_of, shipped
 from engine import Chat, Engine
 from envs import Env, env_class, make_env
 from lora import adapter_off, add_lora, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
@@ -135,6 +131,11 @@ class Run:
     def metrics(self) -> "Jsonl":
         """Every figure that the run prints; written by rank 0 alone, since all ranks have the same."""
         return self.folder.store("metrics.jsonl", alone=True)
+
+    def say(self, **figures: Any) -> None:
+        """Into metrics.jsonl, once: a run that was resumed may come by again."""
+        if figures not in self.metrics.records:
+            self.metrics.append(figures)
 
 
 def open_run(cfg: Config, adapter: str, training: bool) -> Run:
@@ -279,7 +280,7 @@ class RunFolder:
 
     def _tell(self) -> None:
         """run.json: how this run was begun; the starts that went on with it are listed behind."""
-        path, now = self.path / "run.json", about()
+        path, now = self.path / "run.json", report_file().about()
         told = json.loads(path.read_text()) | {} if path.exists() else now | {"continued": []}
         if path.exists():
             told["continued"].append({key: value for key, value in now.items()
@@ -308,30 +309,10 @@ class RunFolder:
                 write_aside(path, json.dumps(round(before + time.time() - began, 1)))
 
 
-def about() -> dict[str, Any]:
-    """What this process is: its command, the project's state, versions, the machine."""
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-        except OSError:                                # there is no git
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-    commit = git("rev-parse", "HEAD") if git("rev-parse", "--show-toplevel") == str(ROOT) else ""
-    names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in names.splitlines() if line.startswith("model name")]
-    return dict(command=shlex.join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-                commit=commit or None, changed=bool(git("status", "--porcelain")) if commit else None,
-                python=platform.python_version(),
-                **{package: installed(package) for package in ("torch", "transformers", "bitsandbytes")},
-                processor=models[0] if models else platform.machine(), cores=os.cpu_count(),
-                threads=torch.get_num_threads(), processes=ranks.world(),
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+def report_file() -> ModuleType:
+    """The door of the report: what a run is, what Stage 1 gave, the page."""
+    from tools import report
+    return report
 
 
 def spent(folder: Path) -> dict[str, float]:

@@ -35,41 +35,33 @@ from tqdm import tqdm
 import ranks
 from config import Config, UserError, guarded, load_config, method_file, refuse
 from eval import report, sample
-from leafe import (STAGE_1, Targets, Tree, chat_pairs, explore, read_lessons, read_trees, reflection_figures,
-                   reflections_in_words, stage1_figures, targets)
+from leafe import Targets, Tree, chat_pairs, explore, read_trees, targets
 from packing import Batch, Packed, Weights, pack, packed_nll, rows_of, token_logp, training_rows
-from run import Run, open_run, read_jsonl, write_aside
+from run import Run, open_run, read_jsonl, report_file, write_aside
 
 
 # ------------------------------------------------------------------------------------------------- one round of LEAFE
 
 def train(run: Run, round_: int) -> None:
     """Explore, distil. Ends with the policy trained; who called it saves it."""
-    trees, pairs = stage_1(run, round_)
-    distil(run, round_, trees, pairs)
-
-
-def stage_1(run: Run, round_: int) -> tuple[list[Tree], Targets]:
-    """Explore with the policy as it is, or take the trees of another run; say what that gave."""
-    cfg = run.cfg
-    if cfg.trees:
-        trees = read_trees(read_jsonl(Path(cfg.trees) / "trees.jsonl"), round_, run.train_tasks)
+    if run.cfg.trees:
+        path = Path(run.cfg.trees) / "trees.jsonl"
+        trees = read_trees(read_jsonl(path), round_, run.train_tasks)      # of another run
     else:
-        lessons = read_lessons(cfg.experiences) if cfg.experiences else {}
-        trees = explore(run, run.train_tasks, round_, lessons=lessons)
-    pairs = targets(trees, cfg, run.policy.chat.stop)
-    figures, reflections = stage1_figures(trees, pairs), reflection_figures(trees, run.world())
-    clipped = f"; {figures['clipped']} observations shown in part" * bool(figures["clipped"])
-    print(STAGE_1.format(**figures) + clipped)
-    print(reflections_in_words(reflections))
-    record = {"round": round_, **{f"stage_1/{key}": value for key, value in figures.items()},
-              **{f"reflections/{key}": value for key, value in reflections.items()}}
-    if record not in run.metrics.records:
-        run.metrics.append(record)
-    if not pairs.D_reh and (cfg.beta == float("inf") or not pairs.D_cf):
+        trees = explore(run, run.train_tasks, round_)
+    learn(run, round_, trees)
+
+
+def learn(run: Run, round_: int, trees: list[Tree]) -> None:
+    """Find the targets, say what Stage 1 cost and gave, distil."""
+    pairs = targets(trees, run.cfg, run.policy.chat.stop)
+    figures, words = report_file().stage_1(trees, pairs, run.world())
+    print(words)
+    run.say(round=round_, **figures)
+    if not pairs.D_reh and (run.cfg.beta == float("inf") or not pairs.D_cf):
         raise UserError("exploration found nothing to train on: no correction and no success; see trees.jsonl, and "
                         "try more attempts=, train_tasks=, or a stronger model=")
-    return trees, pairs
+    distil(run, round_, trees, pairs)
 
 
 def distil(run: Run, round_: int, trees: list[Tree], pairs: Targets) -> None:
@@ -291,7 +283,7 @@ def whole_run(cfg: Config) -> None:
     run.folder.close()
     print(report(folder, cfg, run.test_tasks))
     if ranks.rank() == 0:
-        write_page(folder)
+        write_aside(folder / "report.html", report_file().page(folder))
     made = [name for name in ("report.html", "passk.json", "samples.jsonl", "trees.jsonl", "sft.jsonl",
                               "metrics.jsonl", "adapter", "playbook.txt") if (folder / name).exists()]
     print(f"results: {folder}/ ({', '.join(made)})  {(time.time() - began) / 60:.1f} minutes")
@@ -300,15 +292,8 @@ def whole_run(cfg: Config) -> None:
 def refuse_what_is_not_heeded(cfg: Config) -> None:
     refuse(cfg, adapter="is what eval.py samples with; train.py starts from init=",
            playbook="is what eval.py puts into the prompt; method=ace writes its own")
-    for key in ("trees", "experiences"):
-        if (other := getattr(cfg, key)) and not (Path(other) / "trees.jsonl").is_file():
-            raise UserError(f"{key}: {other} has no trees.jsonl")
-
-
-def write_page(folder: Path) -> None:
-    """The door of the report's page."""
-    from tools.report import page
-    write_aside(folder / "report.html", page(folder))
+    if cfg.trees and not (Path(cfg.trees) / "trees.jsonl").is_file():
+        raise UserError(f"trees: {cfg.trees} has no trees.jsonl")
 
 
 def main(args: list[str]) -> None:

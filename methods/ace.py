@@ -14,9 +14,9 @@ playbook_tokens: 160          # longest playbook
 context: 1024                 # it stands before every episode
 row_tokens: 1024
 """
-RANGES: list[Check] = [*shared.RANGES, *each("grpo_tasks", lambda v: v >= 1, "must be 1 or more"),
-                       *each("playbook_tokens", lambda v: v >= 0, "must be 0 or more")]
-TOGETHER: list[Check] = [*shared.TOGETHER, ("warm_start", lambda s: False, "does not go with method=ace")]
+CHECKS: list[Check] = [*shared.CHECKS, *each("grpo_tasks", lambda v, s: v >= 1, "must be 1 or more"),
+                       *each("playbook_tokens", lambda v, s: v >= 0, "must be 0 or more"),
+                       ("warm_start", lambda v, s: not v, "does not go with method=ace")]
 
 
 def check(cfg: Config) -> None:

@@ -28,9 +28,9 @@ OWN = {line.partition(":")[0]: line for module in (rft, early_experience, grpo, 
 KEYS = """
 seeds: [0, 1, 2]              # a run of each method on each
 """ + "\n".join(OWN.values()) + "\n"
-RANGES: list[Check] = [
-    ("seeds", lambda v: v and all(seed >= 0 for seed in v), "must be a list of numbers of 0 or more, like [0, 1]")]
-TOGETHER: list[Check] = [("warm_start", lambda s: False, "does not go with method=compare")]
+CHECKS: list[Check] = [
+    ("seeds", lambda v, s: v and min(v) >= 0, "must be a list of numbers of 0 or more, like [0, 1]"),
+    ("warm_start", lambda v, s: not v, "does not go with method=compare")]
 
 
 def several_runs(cfg: Config, args: list[str]) -> None:

@@ -25,15 +25,13 @@ alternatives: 4               # other actions tried at a demonstrated state
 alternatives_share: 0.25      # of the environment steps, for them
 lr: 0.001                     # chosen on the validation split (docs/results.md)
 """
-RANGES: list[Check] = [
-    *shared.RANGES,
-    ("alternatives", lambda v: v >= 1, "must be 1 or more"),
-    ("alternatives_share", lambda v: 0 <= v <= 1, "must lie in 0..1"),
-    ("early_experience", lambda v: v in ("world", "reflection"), "must be world or reflection")]
-TOGETHER: list[Check] = [
-    *shared.TOGETHER,
-    ("early_experience", lambda s: s["early_experience"] == "world" or s["action_tokens"] > s["reflect_tokens"],
-     "learns a reason before each action: raise action_tokens above reflect_tokens")]
+CHECKS: list[Check] = [
+    *shared.CHECKS,
+    ("alternatives", lambda v, s: v >= 1, "must be 1 or more"),
+    ("alternatives_share", lambda v, s: 0 <= v <= 1, "must lie in 0..1"),
+    ("early_experience", lambda v, s: v in ("world", "reflection"), "must be world or reflection"),
+    ("early_experience", lambda v, s: v == "world" or s["action_tokens"] > s["reflect_tokens"],
+     "that learns a reason before each action: raise action_tokens above reflect_tokens ({reflect_tokens})")]
 
 WORLD = "foresee what an action brings.\n{rules}"                    # a system prompt of its own
 WHAT_IF = "\nsuppose the action is: {action}. what comes next?"      # behind the observation

@@ -15,7 +15,7 @@ import torch
 from config import Check, Config, each
 from leafe import Tree
 from methods import rollouts as shared
-from methods.rollouts import BUDGET, TOGETHER, budget, taken, waves  # noqa: F401
+from methods.rollouts import BUDGET, budget, taken, waves
 from packing import Batch, Packed, Weights, pack, rows_of, token_logp
 from run import Policy, Run
 from train import Objective, optimise
@@ -31,14 +31,14 @@ grpo_refusal: 0.0             # taken off the reward for each action that the wo
 grpo_statistics: episodes     # mean and deviation of a group's rewards over its episodes, or over their steps
 lr: 0.003                     # chosen on the validation split (docs/results.md)
 """
-RANGES: list[Check] = [
-    *shared.RANGES,
-    *each("grpo_tasks grpo_updates", lambda v: v >= 1, "must be 1 or more"),
-    *each("grpo_kl grpo_refusal", lambda v: v >= 0, "must be 0 or more"),
-    ("grpo_clip", lambda v: 0 < v < float("inf"), "must be above 0"),
-    ("grpo_dual", lambda v: v > 1, "must be above 1"),
-    ("grpo_statistics", lambda v: v in ("episodes", "steps"), "must be episodes or steps"),
-    ("grpo_group", lambda v: v > 1, "must be 2 or more: a rollout is judged against its group")]
+CHECKS: list[Check] = [
+    *shared.CHECKS,
+    *each("grpo_tasks grpo_updates", lambda v, s: v >= 1, "must be 1 or more"),
+    *each("grpo_kl grpo_refusal", lambda v, s: v >= 0, "must be 0 or more"),
+    ("grpo_clip", lambda v, s: 0 < v < float("inf"), "must be above 0"),
+    ("grpo_dual", lambda v, s: v > 1, "must be above 1"),
+    ("grpo_statistics", lambda v, s: v in ("episodes", "steps"), "must be episodes or steps"),
+    ("grpo_group", lambda v, s: v > 1, "must be 2 or more: a rollout is judged against its group")]
 
 
 def check(cfg: Config) -> None:

@@ -4,7 +4,7 @@
 """
 from config import Config
 from leafe import Tree
-from methods.rollouts import BUDGET, RANGES, TOGETHER, budget, rollouts, successes  # noqa: F401
+from methods.rollouts import BUDGET, CHECKS, budget, rollouts, successes  # noqa: F401
 from packing import training_rows
 from run import Run
 from train import fit

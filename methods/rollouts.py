@@ -16,9 +16,9 @@ from run import Jsonl, Run, spent
 BUDGET = """
 env_steps: null               # budget of environment steps; null: what trees= took
 """
-RANGES: list[Check] = [("env_steps", lambda v: v is None or type(v) is int and v >= 1,
-                        "must be 1 or more, or null for what trees= took")]
-TOGETHER: list[Check] = [("rounds", lambda s: s["rounds"] == 1, "is for leafe; a baseline has one")]
+CHECKS: list[Check] = [
+    ("env_steps", lambda v, s: v is None or v >= 1, "must be 1 or more, or null for what trees= took"),
+    ("rounds", lambda v, s: v == 1, "a baseline has one; rounds are for leafe")]
 
 
 def budget(cfg: Config) -> int:

@@ -17,9 +17,10 @@ import torch  # noqa: E402
 from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,  # noqa: E402
                           Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
-from model import Chat  # noqa: E402
-from run import load_config  # noqa: E402
-from weights import load_model, lora_parameters  # noqa: E402
+from config import load_config  # noqa: E402
+from engine import Chat  # noqa: E402
+from lora import load_model, lora_parameters  # noqa: E402
+from run import Policy, Run, RunFolder  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"  # full data for full checks; a stranger's clone has only tests/data
 
@@ -49,6 +50,11 @@ def settings(tmp_path):
     def make(*args: str):
         return load_config([str(ROOT / "config.yaml"), "preset=smoke", f"out={tmp_path}/run", *args])
     return make
+
+
+def run_of(cfg, pair, folder=False, **fields):
+    """A Run of (model, chat), as train.py would make it; with `folder`, cfg.out is made and held."""
+    return Run(cfg, Policy(*pair, cfg), RunFolder(cfg) if folder else None, **fields)
 
 
 @pytest.fixture(scope="session")

@@ -35,10 +35,11 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchin
 from config import ROOT, SHIPPED, Config, UserError, guarded, load_config, nearest
 from engine import Chat, Job
 from envs import ROOMS, Env, Outcome
-from leafe import Attempt, Branch, Tree, Turn, episode, explore, read_trees, stage1_figures, targets
+from leafe import Attempt, Branch, Tree, Turn, episode, explore, read_trees, targets
 from lora import add_lora, load_model, lora_layers, lora_parameters
 from packing import Segment, length, pack, packed_nll, rows_of, segments
 from run import Jsonl, Policy, Run, RunFolder, pick_tasks, read_jsonl, write_aside
+from tools.report import stage1_figures
 from train import loss_weights, recomputing
 
 OWN = dict(episodes=0, repetitions=3, contenders="")             # 0, "": what suits the model

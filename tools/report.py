@@ -4,17 +4,27 @@
 """
 import json
 import math
+import os
+import platform
 import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
 from html import escape
+from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
 
-from config import Config, UserError, guarded, load_config
+import ranks
+from config import ROOT, Config, UserError, guarded, load_config
 from eval import Samples, read_policies, spread
-from leafe import Tree, read_trees
+from envs import Env
+from leafe import Targets, Tree, read_trees
 from run import pick_tasks, read_jsonl, spent, write_aside
 
 COLOURS = ("#8a8f98", "#1f6feb", "#d9730d", "#2da44e", "#a475f9", "#c2255c", "#0b7285", "#846358")
@@ -53,6 +63,90 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
                      f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
                      f'<text x="{x(len(rows) - 1) + 8:.1f}" y="{below:.1f}" fill="{colour}">{escape(label)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------- what a run is
+
+def about() -> dict[str, Any]:
+    """What this process is: its command, the project's state, versions, the machine."""
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        except OSError:                                # there is no git
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+    commit = git("rev-parse", "HEAD") if git("rev-parse", "--show-toplevel") == str(ROOT) else ""
+    names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(":")[2].strip() for line in names.splitlines() if line.startswith("model name")]
+    return dict(command=shlex.join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+                commit=commit or None, changed=bool(git("status", "--porcelain")) if commit else None,
+                python=platform.python_version(),
+                **{package: installed(package) for package in ("torch", "transformers", "bitsandbytes")},
+                processor=models[0] if models else platform.machine(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), processes=ranks.world(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+
+
+# --------------------------------------------------------------------------------------- what Stage 1 cost and gave
+
+STAGE_1 = ("stage 1: {solved} of {tasks} tasks solved ({solved_first} by the first rollout), {attempts} attempts, "
+           "{env_steps} environment steps + {replayed} replayed, {sampled} sampled tokens; dropped: {mismatch} replays "
+           "that differed, {context} out of context; |D_cf| = {D_cf}, |D_reh| = {D_reh}")
+
+
+def stage_1(trees: list[Tree], pairs: Targets, env: Env) -> tuple[dict[str, int], str]:
+    """What exploration cost and gave, and how good the reflections were: as figures, and in words."""
+    figures, reflections = stage1_figures(trees, pairs), reflection_figures(trees, env)
+    words = STAGE_1.format(**figures)
+    if figures["clipped"]:
+        words += f"; {figures['clipped']} observations shown in part (observation_tokens)"
+    record = {f"stage_1/{key}": count for key, count in figures.items()}
+    record |= {f"reflections/{key}": count for key, count in reflections.items()}
+    return record, f"{words}\n{reflections_in_words(reflections)}"
+
+
+def stage1_figures(trees: list[Tree], pairs: Targets) -> dict[str, int]:
+    """What exploration cost and gave."""
+    branches = [b for tree in trees for b in tree.branches]
+    ends = Counter(b.end for b in branches)
+    return dict(tasks=len(trees), solved=sum(any(b.success for b in tree.branches) for tree in trees),
+                solved_first=sum(tree.branches[0].success for tree in trees), attempts=len(branches),
+                env_steps=sum(b.steps for b in branches), replayed=sum(b.replayed for b in branches),
+                sampled=sum(b.tokens for b in branches), mismatch=ends["mismatch"], context=ends["context"],
+                clipped=sum(b.clipped for b in branches), D_cf=len(pairs.D_cf), D_reh=len(pairs.D_reh))
+
+
+def reflection_figures(trees: list[Tree], env: Env) -> dict[str, int]:
+    """How good the policy's reflections are, which bounds what Stage 1 can give; where the world can judge them
+    (env.judge), of the failures whose transcript says what was missing."""
+    judge = getattr(env, "judge", None)
+    found = Counter(asked=0, told=0, named=0, works=0)
+    for tree in trees:
+        for branch in tree.branches:
+            for reflection in branch.reflections:
+                found["asked"] += 1
+                found[f"flaw {reflection.flaw}"] += bool(reflection.flaw)
+                if judge and reflection.final:
+                    actions = [tree.turns[i].action for i in tree.branch_path(branch.number)]
+                    verdict = judge(tree.task, actions, reflection.tau, reflection.e)
+                    found.update(dict(zip(("told", "named", "works"), map(int, verdict))))
+    return {key: count for key, count in sorted(found.items()) if count or not key.startswith("flaw")}
+
+
+def reflections_in_words(figures: dict[str, int]) -> str:
+    flaws = {key.removeprefix("flaw "): count for key, count in figures.items() if key.startswith("flaw")}
+    line = f"reflections: {figures['asked']}, not understood: {sum(flaws.values())}"
+    line += f" ({', '.join(f'{flaw} {count}' for flaw, count in flaws.items())})" if flaws else ""
+    if told := figures["told"]:
+        line += (f"; of {told} failures that were told what was missing, {figures['named'] / told:.1%} name the right "
+                 f"thing, {figures['works'] / told:.1%} also a turn from which the fix works")
+    return line
 
 
 # ------------------------------------------------------------------------------------------- the page of a run

@@ -1,0 +1,36 @@
+"""A control: LEAFE, but each branch is given an experience of another task in place of its own.
+
+    python train.py config.yaml method=other_lessons experiences=out/quest out=out/control
+"""
+from pathlib import Path
+
+from config import Check, Config, UserError
+from leafe import Lessons, explore
+from run import Run, read_jsonl
+from train import learn
+
+KEYS = """
+experiences: ""               # the run whose reflections they are taken from
+"""
+CHECKS: list[Check] = [("trees", lambda v, s: not v, "this control explores anew")]
+
+
+def check(cfg: Config) -> None:
+    read_lessons(cfg.experiences)
+
+
+def train(run: Run, round_: int) -> None:
+    learn(run, round_, explore(run, run.train_tasks, round_, lessons=read_lessons(run.cfg.experiences)))
+
+
+def read_lessons(folder: str) -> Lessons:
+    """The experiences that a run's reflections gave, by task."""
+    if not (Path(folder) / "trees.jsonl").is_file():
+        raise UserError(f"experiences: {folder or 'no run was named, and it'} has no trees.jsonl")
+    found: Lessons = {}
+    for record in read_jsonl(Path(folder) / "trees.jsonl"):
+        found.setdefault(record["task"], []).extend(r["e"] for r in record["reflections"] if r["tau"])
+    found = {task: lessons for task, lessons in found.items() if lessons}
+    if len(found) < 2:
+        raise UserError(f"experiences: {folder} has reflections of {len(found)} tasks; the control needs several")
+    return found
