@@ -132,8 +132,8 @@ def load_config(args: list[str]) -> Config:
     extra = [arg for arg in args if "=" not in arg and arg != path]
     if extra:
         raise UserError(f"{extra[0]}: not understood; write options as key=value")
-    options = dict(arg.split("=", 1) for arg in args if "=" in arg)
-    presets = read_presets(options.pop("preset", ""))
+    options = dict(arg.split("=", 1) for arg in args if "=" in arg and not arg.startswith("preset="))
+    presets = [one for arg in args if arg.startswith("preset=") for one in read_presets(arg.partition("=")[2])]
     file = read_yaml(Path(path))
     method = options.get("method")
     below = read_presets(file.get("preset", ""))       # what the file itself builds on
@@ -142,15 +142,17 @@ def load_config(args: list[str]) -> Config:
     brought = yaml.safe_load(keys_of(str(method))) or {}
     own = {key: value for key, value in brought.items() if key not in shipped()}
     # What a method sets for the loop's keys goes over a file, but not over one in which a run was settled for it.
-    settled = bool(own) and set(own) <= set(file)
+    settled = bool(brought) and set(brought) <= set(file)
     tuned = {key: value for key, value in brought.items() if key in shipped() and not settled}
     kinds = {key: kind_of(key, value) for key, value in {**shipped(), **own}.items()}
     given = {key: read_value(key, text, kinds.get(key)) for key, text in options.items()}
 
+    meant = [(f"{where}, method {method}", of_method(layer, str(method))) for where, layer in [*below, (path, file)]]
+
     settings: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", own), *below, (path, file),
-                         (f"method {method}", tuned), *presets, ("the command line", given)]:
+                         (f"method {method}", tuned), *meant, *presets, ("the command line", given)]:
         for where, part in [(where, layer), (f"{where}, method {method}", of_method(layer, str(method)))]:
             for key, value in part.items():
                 serves_another = where != "the command line" and key not in kinds and owners_of(key)

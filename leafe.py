@@ -11,7 +11,6 @@ straight code, one conversation at a time, while the engine runs hundreds side b
 
     python leafe.py config.yaml pause=true      watch it on one task
 """
-import json
 import random
 import re
 from collections import deque
@@ -420,19 +419,6 @@ def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:
     count = max(1, round(cfg.rehearsal_share * len(paths))) if cfg.rehearsal_share and paths else 0
     D_reh = sorted({pair for path in rng.sample(paths, count) for pair in path})
     return Targets(D_cf, D_reh)
-
-
-def chat_pairs(run: Run, trees: list[Tree], pairs: Targets) -> Iterator[str]:
-    """The targets as text, a line each, for other trainers (TRL: a conversational prompt and completion)."""
-    chat, rules = run.policy.chat, run.world().rules
-    for part in ("D_cf", "D_reh"):
-        for k, i in getattr(pairs, part):
-            messages = [dict(role="system", content=rules)] if chat.system_role else []
-            for t, turn in enumerate(trees[k].path(i), 1):
-                text = TURN.format(t=t, obs=chat.glimpse(turn.obs, run.cfg.observation_tokens))
-                messages.append(dict(role="user", content=text if messages else f"{rules}\n\n{text}"))
-                messages.append(dict(role="assistant", content=chat.text(turn.action_ids)))
-            yield json.dumps(dict(prompt=messages[:-1], completion=messages[-1:], part=part, task=trees[k].task)) + "\n"
 
 
 def main(args: list[str]) -> None:

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -62,17 +61,7 @@ class Policy:
         if not cfg.engine:
             return engine
         from scale.serving import Server
-        trained = any(layer.on and layer.lora_B.any() for layer in lora_layers(self.model).values())
-        return Server(cfg, self.chat, engine, self._served() if trained else None)
-
-    def _served(self) -> Path:
-        """A folder with the adapter as it is now, for a server to read; older ones go."""
-        served = Path(self.cfg.out) / "served" / f"leafe-{self.fingerprint()}"
-        for older in served.parent.glob("leafe-*"):
-            if older != served and ranks.rank() == 0:
-                shutil.rmtree(older)
-        self.save(served)
-        return served
+        return Server(self, engine)
 
     def off(self, off: bool = True) -> ContextManager[None]:
         """Inside, the policy is the base."""
@@ -248,7 +237,7 @@ class RunFolder:
         if ranks.rank() == 0:
             self._hold(config)
             self._settle(config)
-            self._tell()
+            report_file().tell(self.path)              # run.json
             for name in {part.name.split(".")[0] for part in self.path.glob("*.part")}:      # killed before
                 Jsonl(self.path / f"{name}.jsonl")                                           # repairs it
                 absorb(self.path / f"{name}.jsonl")
@@ -277,15 +266,6 @@ class RunFolder:
                 raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, "
                                 f"not {now[odd[0]]!r}; choose another out=, or delete that folder")
         write_aside(kept, yaml.safe_dump(now, sort_keys=False))
-
-    def _tell(self) -> None:
-        """run.json: how this run was begun; the starts that went on with it are listed behind."""
-        path, now = self.path / "run.json", report_file().about()
-        told = json.loads(path.read_text()) | {} if path.exists() else now | {"continued": []}
-        if path.exists():
-            told["continued"].append({key: value for key, value in now.items()
-                                      if key == "date" or value != told.get(key)})
-        write_aside(path, json.dumps(told, indent=1) + "\n")
 
     def store(self, name: str, alone: bool = False) -> Jsonl:
         if name not in self.stores:
@@ -318,14 +298,13 @@ def report_file() -> ModuleType:
 def spent(folder: Path) -> dict[str, float]:
     """What training took so far: environment steps (replayed ones included), sampled tokens, trained tokens, seconds;
     from the run's files. Of out/<run>/warm_start, its trained tokens (its seconds are not kept apart)."""
+    def records(of: Path, name: str) -> list[dict]:
+        return list(read_jsonl(of / name)) if (of / name).exists() else []
+    run = folder.parent if folder.name == "warm_start" else folder
+    trained = {r["round"]: r["tokens"] for r in records(run, "metrics.jsonl") if "tokens" in r}      # of the last step
     if folder.name == "warm_start":
-        shown = [record["tokens"] for record in read_jsonl(folder.parent / "metrics.jsonl") if record.get("round") == 0 and "tokens" in record]
-        return dict(steps=0, sampled=0, trained=max(shown), seconds=0.0)
-    lived = [record for name in ("trees.jsonl", "alternatives.jsonl") if (folder / name).exists()
-             for record in read_jsonl(folder / name)]
-    trained = {record["round"]: record["tokens"] for record in read_jsonl(folder / "metrics.jsonl")
-               if "tokens" in record} if (folder / "metrics.jsonl").exists() else {}
+        return dict(steps=0, sampled=0, trained=trained[0], seconds=0.0)
+    lived = records(folder, "trees.jsonl") + records(folder, "alternatives.jsonl")
     seconds = folder / "seconds.json"
-    return dict(steps=sum(record["steps"] + record["replayed"] for record in lived),
-                sampled=sum(record["tokens"] for record in lived), trained=sum(trained.values()),
-                seconds=json.loads(seconds.read_text()) if seconds.exists() else 0.0)
+    return dict(steps=sum(r["steps"] + r["replayed"] for r in lived), sampled=sum(r["tokens"] for r in lived),
+                trained=sum(trained.values()), seconds=json.loads(seconds.read_text()) if seconds.exists() else 0.0)

@@ -20,7 +20,6 @@ where log pi'(a | h) is the sum over the action's tokens, so a token of a pair i
 D_reh beta/|D_reh|. A step sees one of the M batches of an epoch and takes M times its share of L: over an epoch
 that is L.
 """
-import json
 import random
 import time
 from contextlib import contextmanager
@@ -35,8 +34,8 @@ from tqdm import tqdm
 import ranks
 from config import Config, UserError, guarded, load_config, method_file, refuse
 from eval import report, sample
-from leafe import Targets, Tree, chat_pairs, explore, read_trees, targets
-from packing import Batch, Packed, Weights, pack, packed_nll, rows_of, token_logp, training_rows
+from leafe import Targets, Tree, explore, read_trees, targets
+from packing import Batch, Packed, Weights, packed_nll, training_rows
 from run import Run, open_run, read_jsonl, report_file, write_aside
 
 
@@ -65,17 +64,10 @@ def learn(run: Run, round_: int, trees: list[Tree]) -> None:
 
 
 def distil(run: Run, round_: int, trees: list[Tree], pairs: Targets) -> None:
-    """Stage 2: SFT of L_cf + beta L_reh. What it did to each correction is kept for the report."""
-    cfg, folder, model = run.cfg, run.folder.path, run.policy.model
-    if ranks.rank() == 0:
-        write_aside(folder / "sft.jsonl", "".join(chat_pairs(run, trees, pairs)))
-    rows = training_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)
-    early = without_e(model, trees, pairs.D_cf, cfg.row_tokens) if ranks.rank() == 0 else []
-    fit(run, round_, ("L_cf", "beta_L_reh"), rows)
-    if ranks.rank() == 0:
-        late = without_e(model, trees, pairs.D_cf, cfg.row_tokens)
-        found = [(trees[k].task, i, before, after) for (k, i), before, after in zip(pairs.D_cf, early, late)]
-        write_aside(folder / "distilled.json", json.dumps(dict(round=round_, pairs=found)))
+    """Stage 2: SFT of L_cf + beta L_reh, the experience out of view. What it did to each correction is reported."""
+    rows = training_rows(trees, loss_weights(trees, pairs, run.cfg.beta), run.cfg.row_tokens)
+    with report_file().distilled(run, round_, trees, pairs):
+        fit(run, round_, ("L_cf", "beta_L_reh"), rows)
 
 
 def loss_weights(trees: list[Tree], pairs: Targets, beta: float) -> list[Weights]:
@@ -88,19 +80,6 @@ def loss_weights(trees: list[Tree], pairs: Targets, beta: float) -> list[Weights
         in_cf = weights[k].get(i, (0.0, 0.0))[0]
         weights[k][i] = (in_cf, (1 if alone else min(beta, 1e30)) / len(pairs.D_reh))
     return weights
-
-
-def without_e(model, trees: list[Tree], pairs: list[tuple[int, int]], row_tokens: int) -> list[float]:
-    """log pi'(a'_t | h_t, q) of each pair of D_cf, the experience out of view: what L_cf raises."""
-    numbers: list[dict[int, tuple]] = [{} for _ in trees]
-    for n, (k, i) in enumerate(pairs):
-        numbers[k][i] = (n + 1.0,)                     # in place of weights: whose token it is
-    found = torch.zeros(len(pairs), dtype=torch.float64)
-    with torch.no_grad():
-        for group in rows_of(trees, numbers, row_tokens):
-            row = pack(group)
-            found.index_add_(0, row.weights[:, 0].long() - 1, token_logp(model, [row]).double().cpu())
-    return found.tolist()
 
 
 # --------------------------------------------------------------------------- the optimiser, for every method
@@ -152,8 +131,10 @@ def optimise(run: Run, round_: int, objective: Objective, batches: Callable[[int
         state["tokens"] += sum(len(row.ids) for row in batch.rows)
         # say what it did, and keep where to go on from
         shown = dict(zip(names, sums.tolist()))
-        run.metrics.append(dict(round=round_, step=state["step"], **shown, gradient_norm=float(norm),
-                                lr=cfg.lr * batch.lr, tokens=state["tokens"], seconds=round(time.time() - began, 2)))
+        told = dict(round=round_, step=state["step"])
+        if not any(told.items() <= record.items() for record in run.metrics.records):    # or taken before a kill
+            run.metrics.append(dict(**told, **shown, gradient_norm=float(norm), lr=cfg.lr * batch.lr,
+                                    tokens=state["tokens"], seconds=round(time.time() - began, 2)))
         bar.update()
         bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in shown.items())
                             + f", {(state['tokens'] - before) / (time.time() - began):.0f} tokens/s")

@@ -61,8 +61,8 @@ def grpo(run: Run, first: int) -> Iterator[Batch]:
         ended = [branch for tree in trees for branch in tree.branches]
         refused = sum(not turn.valid for branch in ended for turn in branch.turns) / len(ended)
         success = sum(branch.success for branch in ended) / len(ended)
-        run.metrics.append(dict(wave=wave, reward=success - cfg.grpo_refusal * refused, success=success,
-                                refused=refused, env_steps=taken(store, wave)))
+        run.say(wave=wave, reward=success - cfg.grpo_refusal * refused, success=success, refused=refused,
+                env_steps=taken(store, wave))
         random.Random(f"{cfg.seed}/grpo/{wave}").shuffle(rows)
         updates = min(len(rows), math.ceil(cfg.grpo_updates * len(trees) / cfg.grpo_tasks))  # the last wave is small
         parts = [rows[n::updates] for n in range(updates)]

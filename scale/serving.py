@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import sys
 import threading
 import time
@@ -24,22 +25,36 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any, Iterator
 
-from config import Config, UserError
-from engine import Ask, Chat, Engine, Job
-from lora import find_model
+import ranks
+from config import UserError
+from engine import Ask, Engine, Job
+from lora import find_model, lora_layers
+from run import Policy
 
 
 class Refused(Exception):
     """The server understood and said no (4xx)."""
 
 
+def served(policy: Policy) -> Path | None:
+    """A folder with the adapter as it is now, for the server to read; older ones go. None: the policy is the base."""
+    if not any(layer.on and layer.lora_B.any() for layer in lora_layers(policy.model).values()):
+        return None
+    folder = Path(policy.cfg.out) / "served" / f"leafe-{policy.fingerprint()}"
+    for older in folder.parent.glob("leafe-*"):
+        if older != folder and ranks.rank() == 0:
+            shutil.rmtree(older)
+    policy.save(folder)
+    return folder
+
+
 class Server:
-    """The same three methods as engine.Engine: run, drop, pace. `adapter`: a folder to hand over first, or None;
-    where the server takes none, the engine `here` runs the jobs. The server is first asked when there is a job."""
-    def __init__(self, cfg: Config, chat: Chat, here: Engine, adapter: Path | None = None):
-        self.url, self.cfg, self.chat = cfg.engine.rstrip("/"), cfg, chat
-        self.slots, self.context, self.temperature = here.slots, cfg.context, cfg.temperature
-        self.here, self.adapter, self.local = here, adapter, False
+    """The same three methods as engine.Engine: run, drop, pace. A trained adapter is handed over first; where the server
+    takes none, the engine `here` runs the jobs. The server is first asked when there is a job."""
+    def __init__(self, policy: Policy, here: Engine):
+        self.cfg, self.chat, self.url = policy.cfg, policy.chat, policy.cfg.engine.rstrip("/")
+        self.slots, self.context, self.temperature = here.slots, here.context, here.temperature
+        self.here, self.adapter, self.local = here, served(policy), False
         self.sampled = self.told = self.retold = 0       # tokens drawn; messages, and those that changed on the way
         self.closed = False
         self.dialect: int | None = None                  # of _body; None until the server was asked

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 
@@ -24,8 +25,9 @@ import ranks
 from config import ROOT, Config, UserError, guarded, load_config
 from eval import Samples, read_policies, spread
 from envs import Env
-from leafe import Targets, Tree, read_trees
-from run import pick_tasks, read_jsonl, spent, write_aside
+from leafe import TURN, Targets, Tree, read_trees
+from packing import pack, rows_of, token_logp
+from run import Run, pick_tasks, read_jsonl, spent, write_aside
 
 COLOURS = ("#8a8f98", "#1f6feb", "#d9730d", "#2da44e", "#a475f9", "#c2255c", "#0b7285", "#846358")
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 700, 380, 52, 44, 150, 16
@@ -93,6 +95,15 @@ def about() -> dict[str, Any]:
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 
+def tell(folder: Path) -> None:
+    """run.json: how this run was begun; the starts that went on with it are listed behind, where they differ."""
+    path, now = folder / "run.json", about()
+    told = json.loads(path.read_text()) if path.exists() else now | {"continued": []}
+    if path.exists():
+        told["continued"].append({key: value for key, value in now.items() if key == "date" or value != told.get(key)})
+    write_aside(path, json.dumps(told, indent=1) + "\n")
+
+
 # --------------------------------------------------------------------------------------- what Stage 1 cost and gave
 
 STAGE_1 = ("stage 1: {solved} of {tasks} tasks solved ({solved_first} by the first rollout), {attempts} attempts, "
@@ -147,6 +158,49 @@ def reflections_in_words(figures: dict[str, int]) -> str:
         line += (f"; of {told} failures that were told what was missing, {figures['named'] / told:.1%} name the right "
                  f"thing, {figures['works'] / told:.1%} also a turn from which the fix works")
     return line
+
+
+# --------------------------------------------------------------------------------------------- what Stage 2 learned
+
+@contextmanager
+def distilled(run: Run, round_: int, trees: list[Tree], pairs: Targets) -> Iterator[None]:
+    """Around Stage 2: sft.jsonl, its targets as text, and distilled.json, what it did to each pair of D_cf."""
+    if ranks.rank():
+        yield
+        return
+    folder, model, row_tokens = run.folder.path, run.policy.model, run.cfg.row_tokens
+    write_aside(folder / "sft.jsonl", "".join(chat_pairs(run, trees, pairs)))
+    early = without_e(model, trees, pairs.D_cf, row_tokens)
+    yield
+    late = without_e(model, trees, pairs.D_cf, row_tokens)
+    found = [(trees[k].task, i, before, after) for (k, i), before, after in zip(pairs.D_cf, early, late)]
+    write_aside(folder / "distilled.json", json.dumps(dict(round=round_, pairs=found)))
+
+
+def chat_pairs(run: Run, trees: list[Tree], pairs: Targets) -> Iterator[str]:
+    """The targets as text, a line each, for other trainers (TRL: a conversational prompt and completion)."""
+    chat, rules = run.policy.chat, run.world().rules
+    for part in ("D_cf", "D_reh"):
+        for k, i in getattr(pairs, part):
+            messages = [dict(role="system", content=rules)] if chat.system_role else []
+            for t, turn in enumerate(trees[k].path(i), 1):
+                text = TURN.format(t=t, obs=chat.glimpse(turn.obs, run.cfg.observation_tokens))
+                messages.append(dict(role="user", content=text if messages else f"{rules}\n\n{text}"))
+                messages.append(dict(role="assistant", content=chat.text(turn.action_ids)))
+            yield json.dumps(dict(prompt=messages[:-1], completion=messages[-1:], part=part, task=trees[k].task)) + "\n"
+
+
+def without_e(model, trees: list[Tree], pairs: list[tuple[int, int]], row_tokens: int) -> list[float]:
+    """log pi'(a'_t | h_t, q) of each pair of D_cf, the experience out of view: what L_cf raises."""
+    numbers: list[dict[int, tuple]] = [{} for _ in trees]
+    for n, (k, i) in enumerate(pairs):
+        numbers[k][i] = (n + 1.0,)                     # in place of weights: whose token it is
+    found = torch.zeros(len(pairs), dtype=torch.float64)
+    with torch.no_grad():
+        for group in rows_of(trees, numbers, row_tokens):
+            row = pack(group)
+            found.index_add_(0, row.weights[:, 0].long() - 1, token_logp(model, [row]).double().cpu())
+    return found.tolist()
 
 
 # ------------------------------------------------------------------------------------------- the page of a run
