@@ -9,13 +9,14 @@ import os
 import re
 import sys
 import traceback
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Iterator
 
 import yaml
 
@@ -35,7 +36,6 @@ class Config(SimpleNamespace):
 
 
 # --------------------------------------------------------------------------------------------- checks of settings
-
 Check = tuple[str, Callable[[Any, dict], Any], str]   # a key, what holds of it (and of all settings), else what must
 
 
@@ -77,10 +77,14 @@ def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, st
             fix = f"; it is a key of method={owners}" if owners else nearest(key, kinds)
             raise UserError(f"{sources[key]}: there is no key {key!r}{fix}")
         if not fits(value, kinds[key]):
-            raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {says(kinds[key])}")
+            raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {SAYS.get(kinds[key], 'a list of whole numbers')}")
     for key, holds, must in [*CHECKS, *getattr(method, "CHECKS", [])]:
         if not holds(settings[key], settings):
             raise UserError(f"{sources[key]}: {key} is {settings[key]!r}, but {must.format(**settings)}")
+
+
+SAYS = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
+        int | None: "a whole number or null", bool | None: "true, false or null"}
 
 
 def kind_of(key: str, shipped_value: Any) -> Any:
@@ -100,12 +104,6 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def says(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    in_words = str(kind).replace("int", "whole number").replace("bool", "true, false")
-    return names.get(kind, in_words.replace("None", "null").replace("|", "or"))
-
-
 def nearest(word: str, words: Iterable[str]) -> str:
     close = get_close_matches(word, list(words), 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -119,7 +117,6 @@ def refuse(cfg: Config, **reasons: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------- the configuration
-
 @lru_cache
 def shipped() -> dict[str, Any]:
     """The values of the config.yaml that comes with the project: what another file leaves out, or is older than."""
@@ -140,19 +137,17 @@ def load_config(args: list[str]) -> Config:
     for _, layer in [*reversed(presets), (path, file), *reversed(below), ("", shipped())]:
         method = method or layer.get("method")
     brought = yaml.safe_load(keys_of(str(method))) or {}
-    own = {key: value for key, value in brought.items() if key not in shipped()}
-    # What a method sets for the loop's keys goes over a file, but not over one in which a run was settled for it.
-    settled = bool(brought) and set(brought) <= set(file)
-    tuned = {key: value for key, value in brought.items() if key in shipped() and not settled}
-    kinds = {key: kind_of(key, value) for key, value in {**shipped(), **own}.items()}
+    # what the method sets and a file has as it was shipped, it does not mean; in a run's own file, settled, it does
+    settled = set(brought) <= set(file)
+    file = {key: value for key, value in file.items()
+            if settled or key not in brought or value != shipped().get(key)}
+    kinds = {key: kind_of(key, value) for key, value in {**brought, **shipped()}.items()}
     given = {key: read_value(key, text, kinds.get(key)) for key, text in options.items()}
-
-    meant = [(f"{where}, method {method}", of_method(layer, str(method))) for where, layer in [*below, (path, file)]]
 
     settings: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", own), *below, (path, file),
-                         (f"method {method}", tuned), *meant, *presets, ("the command line", given)]:
+    for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", brought), *below, (path, file), *presets,
+                         ("the command line", given)]:
         for where, part in [(where, layer), (f"{where}, method {method}", of_method(layer, str(method)))]:
             for key, value in part.items():
                 serves_another = where != "the command line" and key not in kinds and owners_of(key)
@@ -183,7 +178,8 @@ def read_presets(name: str) -> list[tuple[str, dict[str, Any]]]:
     path = Path(name) if name.endswith(".yaml") else ROOT / "configs" / f"{name}.yaml"
     if not path.is_file():
         there = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
-        raise UserError(f"preset={name}: there is no such file in configs/; there are {', '.join(there)}{nearest(name, there)}")
+        raise UserError(f"preset={name}: there is no such file in configs/; there are {', '.join(there)}"
+                        f"{nearest(name, there)}")
     settings = read_yaml(path)
     return [*read_presets(settings.get("preset", "")), (f"{path}", settings)]
 
@@ -202,16 +198,11 @@ def read_value(key: str, text: str, kind: Any) -> Any:
 
 def number(value: Any) -> Any:
     """YAML reads 1e-3 as text; people mean a number."""
-    if isinstance(value, str) and "e" in value.lower() and any(c.isdigit() for c in value):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    means_one = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if means_one else value
 
 
 # -------------------------------------------------------------------------------- files that are asked for by name
-
 def method_names() -> list[str]:
     """The files of methods/ that are methods: they have `train`, or, being several runs, `several_runs`."""
     files = sorted((ROOT / "methods").glob("*.py"))
@@ -224,8 +215,9 @@ def method_file(name: str) -> ModuleType | None:
     if name == "leafe":
         return None
     if not name.endswith(".py") and name not in method_names():
-        raise UserError(f"method: there is no {name!r}; there are leafe, {', '.join(method_names())}, and "
-                        f"path/to/file.py{nearest(name, method_names())}")
+        there = ", ".join(["leafe", *method_names()])
+        raise UserError(f"method: there is no {name!r}; there are {there}, and path/to/file.py"
+                        f"{nearest(name, method_names())}")
     module = load_file(name, "method") if name.endswith(".py") else import_module(f"methods.{name}")
     if not hasattr(module, "train") and not hasattr(module, "several_runs"):
         raise UserError(f"method: {name} has no function train(run, round_)")
@@ -253,11 +245,8 @@ def load_file(path: str, key: str) -> ModuleType:
     spec = spec_from_file_location(f"own_{file.stem}", file)
     module = module_from_spec(spec)
     sys.modules[module.__name__] = module
-    try:
+    with blaming(str(file), f"{key}: {path} cannot be imported"):
         spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module.__name__]
-        raise UserError(blame(error, str(file), f"{key}: {path} cannot be imported")) from None
     return module
 
 
@@ -269,25 +258,29 @@ def installed(module: str, package: str, who: str = "env: this world") -> Any:
         raise UserError(f"{who} needs the package {package} ({error}); pip install {package}") from None
 
 
-def blame(error: BaseException, file: str, happened: str) -> str:
-    """Two lines: what happened, and where in the user's own file, with the error's own words."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == file] or frames[-1:]
-    line, name = (own[-1].lineno, f", in {own[-1].name}") if own else ("?", "")
-    if isinstance(error, SyntaxError):
-        line, name = error.lineno, ""
-    return f"{happened}\n  {file}, line {line}{name}: {type(error).__name__}: {error}"
+@contextmanager
+def blaming(file: str, happened: str) -> Iterator[None]:
+    """What the user's own code raises inside becomes two lines: what happened, and its file, line and message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = ([frame for frame in frames if frame.filename == file] or frames)[-1]
+        where = f"line {own.lineno}, in {own.name}"
+        if isinstance(error, SyntaxError):
+            where = f"line {error.lineno}"
+        raise UserError(f"{happened}\n  {file}, {where}: {type(error).__name__}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------- scripts
-
 def usage_of(args: list[str], usage: str) -> str:
-    """A script's own text; with method=, also that method's, and the keys that it brings."""
+    """A script's own text; with method=, that method's, and the keys that it brings."""
     method = next((arg.partition("=")[2] for arg in args if arg.startswith("method=")), "leafe")
-    if method == "leafe":
-        return usage
-    text = (method_file(method).__doc__ or "").strip()
-    return f"{text}\n\nkeys of method={method}, beside those of config.yaml:\n\n{keys_of(method).strip()}"
+    text = usage if method == "leafe" else method_file(method).__doc__ or ""
+    keys = f"\n\nkeys of method={method}, beside those of config.yaml:\n{keys_of(method)}" if keys_of(method) else ""
+    return text.strip() + keys
 
 
 def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
@@ -307,7 +300,8 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     except ModuleNotFoundError as error:                # a fork may have left a wing out
         if (error.name or "").partition(".")[0] not in ("methods", "worlds", "scale", "tools"):
             raise
-        sys.exit(f"error: this copy of the project has no {error.name.replace('.', '/')}.py")
+        wing, dot, file = error.name.partition(".")
+        sys.exit(f"error: this copy of the project has no {wing}/{file + '.py' * bool(dot)}")
     except KeyboardInterrupt:
         print("\nstopped; nothing is lost: the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -129,10 +129,6 @@ class Snapshot:
         return sum(k.nbytes + v.nbytes for k, v in self.layers)
 
 
-class StaleSnapshot(Exception):
-    """The weights have changed since these keys and values were computed."""
-
-
 class SlotCache:
     """`past_key_values` as transformers' decoders see it: they call update() and nothing else. Row i of each
     layer's (slots, H, capacity + 1, D) belongs to one conversation, left-aligned. Padding is written to the
@@ -181,12 +177,11 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 class Engine:
     """Runs episodes side by side: append, sample, fork.
     An episode asks for a reply to a context; whatever prefix of it the row already holds stays, the rest is fed.
-    Each conversation is a row of the KV cache with its own length. A finished one leaves and a waiting one takes
-    its row at once; the live rows stay 0..n-1, so keys and values are views. A new conversation forks the longest
-    prefix that a kept snapshot of its family shares with it, token for token: forking is always exact, whatever the
-    episode does (a hint that was in view simply is not part of a common prefix). Over the budget of `snapshot_mb`
-    the least recently used snapshots go, and their prefix is fed again. Out of memory, it goes on with half of the
-    rows; the conversations that lost theirs wait for another, as they stand."""
+    Each conversation is a row of the KV cache with its own length; the live rows stay 0..n-1, so keys and values are
+    views. A new conversation forks the longest prefix that a kept snapshot of its family shares with it, token for
+    token: forking is always exact, whatever the episode does (a hint that was in view simply is not part of a common
+    prefix). Over the budget of `snapshot_mb` the least recently used snapshots go, and their prefix is fed again. Out of
+    memory, it goes on with half of the rows; the conversations that lost theirs wait for another, as they stand."""
     def __init__(self, model, stop: set[int], cfg: Config):
         self.model, self.decoder, self.head = model, model.get_decoder(), model.get_output_embeddings()
         self.device, self.dtype = self.head.weight.device, self.head.weight.dtype
@@ -250,8 +245,9 @@ class Engine:
             torch.cuda.empty_cache()
         for job in self.live:
             job.cached = 0
-        yield from self._advance([row for row, job in enumerate(self.live) if len(job.ids) > job.reply_at
-                                  and not job.waits_for])            # replies that ended in the step that failed
+        # replies that ended in the step that failed
+        yield from self._advance([row for row, job in enumerate(self.live)
+                                  if len(job.ids) > job.reply_at and not job.waits_for])
         self.parked.extendleft(reversed(self.live[self.slots:]))
         del self.live[self.slots:]
 
@@ -373,11 +369,10 @@ class Engine:
         return out[torch.arange(len(batch)), sizes - 1]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:
-        """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy. Batches
-        of other shapes round differently, by about 1e-6. A draw that falls closer than `self.close` to the edge
-        between two tokens is settled by a forward of that conversation alone, so that (in fp32) samples do not
-        depend on slots, schedule or resumption: see test_samples_do_not_depend_on_slots_memory_or_order. With a
-        language model's 50,000 tokens or more every draw would be close to some edge: see _race."""
+        """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy. Batches of other
+        shapes round differently, by about 1e-6. A draw closer than `self.close` to the edge between two tokens is settled
+        by a forward of that conversation alone, so that (in fp32) samples do not depend on slots, schedule or resumption
+        (test_samples_do_not_depend_on_...). Of 50,000 tokens some edge would always be close: see _race."""
         for job in jobs:                                 # drawn before, if memory ran out in between
             job.u = job.u if job.u is not None or not job.temperature else job.rng.random()
         us, heat = torch.tensor([[job.u or 0.0, job.temperature] for job in jobs],
@@ -435,9 +430,8 @@ class Engine:
                 self.kept[job.family] = self.kept.pop(job.family)         # most recently used
 
     def fork(self, snapshot: Snapshot, row: int, n: int) -> None:
-        """Copy a snapshot's first n tokens into a row. Raises StaleSnapshot after a change of weights."""
-        if snapshot.version != weights_version(self.model):
-            raise StaleSnapshot("an optimiser step or a switch of the adapter came between; call drop() first")
+        """Copy a snapshot's first n tokens into a row."""
+        assert snapshot.version == weights_version(self.model), "the weights have changed since: call drop() first"
         self.cache.write(row, snapshot.layers, n)
 
     def _keep(self, row: int) -> None:

@@ -19,17 +19,17 @@ fixed habit solves it: one must read the refusals and act on them.
 """
 import random
 import re
-import sys
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from inspect import getfile
 from typing import Any, Generator, Sequence
 
-from config import ROOT, UserError, blame, guarded, load_file, nearest
+from config import ROOT, UserError, blaming, guarded, load_file, nearest
 
 
-class ReplayMismatch(Exception):
+class ReplayMismatch(UserError):
     """The world did not give the observation that it gave before: this branch cannot be trusted."""
 
 
@@ -50,36 +50,25 @@ class Env:
     max_turns: int            # horizon T
     apart: bool = False       # True: slow, or cannot run beside another: each episode in a process of its own
 
-    def tasks(self, split: str) -> list[str]:
-        """Stable ids; the splits (train, valid, test) are disjoint."""
-        raise NotImplementedError
-
-    def reset(self, task: str) -> str:
-        """o_1, the task q stated in it; a pure function of the task's id."""
-        raise NotImplementedError
-
-    def step(self, action: str) -> Outcome:
-        raise NotImplementedError
+    def tasks(self, split: str) -> list[str]: ...      # stable ids; the splits (train, valid, test) are disjoint
+    def reset(self, task: str) -> str: ...             # o_1, the task q stated in it; a pure function of the task's id
+    def step(self, action: str) -> Outcome: ...
 
     def action(self, reply: str) -> str:
         """What a model's reply asks for, its thoughts left out: what stands in its last <action>...</action> (one cut
         off needs no end), or else its last line."""
         return re.sub(r"</action>.*", "", reply.rpartition("<action>")[2], flags=re.S).strip().rpartition("\n")[2]
 
-    def actions(self) -> list[str]:
-        """Admissible actions, for people and tests."""
+    def actions(self) -> list[str]:                    # admissible actions, for people and tests
         return []
 
-    def next_best(self) -> str:
-        """A reply that helps to solve it; '' if none is known. warm_start= alone asks for it."""
+    def next_best(self) -> str:                        # a reply that helps to solve it; warm_start= alone asks for it
         return ""
 
-    def difficulty(self, task: str) -> str:
-        """A group for the tables."""
+    def difficulty(self, task: str) -> str:            # a group for the tables
         return "all"
 
-    def close(self) -> None:
-        """For a world with something to free."""
+    def close(self) -> None: ...                       # a world with something to free overrides it
 
     def rollback(self, task: str, turns: Sequence) -> str:
         """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack): len(turns) - 1 environment steps.
@@ -98,21 +87,15 @@ class Env:
                 raise ReplayMismatch(f"{task}: the replay ended at turn {t} of {len(turns)}")
         return obs
 
-    def examine(self, split: str) -> list[str]:
-        """See `examine` below; a world in another process is examined there."""
+    def examine(self, split: str) -> list[str]:        # a world in another process is examined there
         return examine(self, split)
 
 
 def ask(env: Env, what: str, *args: Any) -> Any:
     """env.what(*args). What a world raises is told in two lines: what was asked of it, and its own file and line."""
-    try:
+    shown = repr(args[0])[:80] if args else ""
+    with blaming(getfile(type(env)), f"env: {type(env).__name__} failed in {what}({shown})"):
         return getattr(env, what)(*args)
-    except (UserError, ReplayMismatch):
-        raise
-    except Exception as error:
-        shown = repr(args[0])[:80] if args else ""
-        raise UserError(blame(error, file_of(type(env)), f"env: {type(env).__name__} failed in {what}({shown})")
-                        ) from None
 
 
 def visit(env: Env, what: str, *args: Any) -> Generator[Future, Any, Any]:
@@ -121,12 +104,7 @@ def visit(env: Env, what: str, *args: Any) -> Generator[Future, Any, Any]:
     return (yield answer) if isinstance(answer, Future) else answer
 
 
-def file_of(kind: type) -> str:
-    return getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-
-
 # ------------------------------------------------------------------------------------------- a world is examined
-
 PAIR = "; Gymnasium's pair is (obs, info): return obs alone"
 FIVE = ("; Gymnasium's five are (obs, reward, terminated, truncated, info): return Outcome(obs, score=reward, "
         "done=terminated or truncated, success=reward == 1)")
@@ -135,7 +113,7 @@ FIVE = ("; Gymnasium's five are (obs, reward, terminated, truncated, info): retu
 def examine(env: Env, split: str) -> list[str]:
     """Before anything is sampled: has the world all that it must have, of the right shape? Raises UserError with
     the file, the class, and what it must be. Returns notes on what is not wrong but will be regretted."""
-    where = f"env: {file_of(type(env))}, class {type(env).__name__}"
+    where = f"env: {getfile(type(env))}, class {type(env).__name__}"
 
     def must(value: Any, kind: Any, what: str, hint: str = "") -> None:
         if not isinstance(value, kind) or kind is int and (isinstance(value, bool) or value < 1):
@@ -177,7 +155,6 @@ def examine(env: Env, split: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ Quest
-
 ROOMS = "attic cellar chapel garden island kitchen library stable study tower vault workshop".split()
 TREASURES = "crown goblet harp mirror ring violin".split()
 NEEDS = {"torch": "is dark", "ladder": "is too high", "axe": "is overgrown", "rope": "lies beyond a gap",
@@ -344,7 +321,6 @@ class Quest(Env):
 
 
 # ------------------------------------------------------------------------------------------- the door of the worlds
-
 def world_names() -> list[str]:
     files = sorted((ROOT / "worlds").glob("*.py"))
     return ["quest", *(file.stem.replace("_", "-") for file in files if "def reset(" in file.read_text())]
@@ -373,13 +349,8 @@ def env_class(name: str) -> type[Env]:
 def open_env(name: str, data: str = "") -> Env:
     """The world in this process."""
     kind = env_class(name)
-    try:
+    with blaming(getfile(kind), f"env: {kind.__name__} failed in __init__({data!r})"):
         return kind(data) if data else kind()          # type: ignore[call-arg]
-    except UserError:
-        raise
-    except Exception as error:
-        happened = f"env: {kind.__name__} failed in __init__({data!r})"
-        raise UserError(blame(error, file_of(kind), happened)) from None
 
 
 def make_env(name: str, data: str = "") -> Env:

@@ -10,7 +10,6 @@ reflection, no rollback, no hint.
 n samples a task, c successes: pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021), mean over tasks. Intervals are
 95 % percentile bootstraps over tasks; a difference is bootstrapped over the tasks that both have (paired).
 """
-import json
 import random
 from collections import deque
 from dataclasses import replace
@@ -25,7 +24,7 @@ import ranks
 from config import Config, UserError, guarded, load_config, refuse
 from engine import Job
 from leafe import Attempt, episode
-from run import Run, open_run, pick_tasks, read_jsonl, write_aside
+from run import Run, open_run, pick_tasks, read_jsonl, report_file
 
 STARTS = ("base", "warm_start")                    # policies that a run starts from
 
@@ -66,7 +65,8 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
     store.gather()
     tasks = set(run.test_tasks)
     found = Samples([r for r in store.records if r["policy"] == policy and r["task"] in tasks], policy)
-    run.say(round=round_, policy=policy, **found.means(cfg.ks))
+    figures = {name: estimate for name, (estimate, *_) in found.figures(cfg.ks, 1).items() if estimate == estimate}
+    run.say(round=round_, policy=policy, **figures)    # without recovery, where no refusal was met
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -120,61 +120,12 @@ class Samples:
         found["recovery"] = lambda index: counts[index][..., 0].sum(-1) / counts[index][..., 1].sum(-1)
         return found
 
-    def means(self, ks: list[int]) -> dict[str, float]:
-        """The figures without their intervals."""
-        everything = torch.arange(len(self.by_task))[None]
-        return {name: round(float(estimate(everything)), 6) for name, estimate in self.estimates(ks).items()}
-
     def figures(self, ks: list[int], resamples: int) -> dict[str, tuple[float, float, float]]:
         return {name: spread(f, len(self.by_task), resamples) for name, f in self.estimates(ks).items()}
-
-    def difficulties(self) -> dict[str, tuple[int, float, float]]:
-        """Group -> (tasks, success rate of one rollout, share of tasks solved at least once)."""
-        groups: dict[str, list[tuple[float, bool]]] = {}
-        for rs in self.by_task.values():
-            wins = [r["success"] for r in rs]
-            groups.setdefault(rs[0]["difficulty"], []).append((sum(wins) / len(wins), any(wins)))
-        return {name: (len(g), sum(p for p, _ in g) / len(g), sum(a for _, a in g) / len(g))
-                for name, g in sorted(groups.items())}
-
-
-def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, tuple[float, float, float]]:
-    """b minus a: estimate and paired 95 % interval of each figure. UserError if their tasks differ."""
-    if list(a.by_task) != list(b.by_task):
-        raise UserError(f"{a.label} and {b.label} were not sampled on the same tasks "
-                        f"({len(a.by_task)} and {len(b.by_task)}); run both with the same split= and test_tasks=, "
-                        f"to the end")
-    fa, fb = a.estimates(ks), b.estimates(ks)
-    return {name: spread(lambda index, name=name: fb[name](index) - fa[name](index), len(a.by_task), resamples)
-            for name in fa if name in fb}
 
 
 def cell(figure: tuple[float, float, float], sign: str = "") -> str:
     return "{:{s}6.1f} [{:{s}5.1f}, {:{s}5.1f}]".format(*(100 * v for v in figure), s=sign)
-
-
-def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
-    """Success in %, with 95 % intervals over tasks; with two policies, their paired difference."""
-    columns = [p.figures(ks, resamples) for p in policies]
-    heads = [p.label for p in policies]
-    if len(policies) == 2:
-        columns.append(compare(policies[0], policies[1], ks, resamples))
-        heads.append("difference")
-    wide = max(24, *(len(head) + 2 for head in heads))
-    lines = [f"{'%':10}" + "".join(f"{head:>{wide}}" for head in heads)]
-    for name in columns[0]:
-        if all(name in column for column in columns):
-            lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>{wide}}"
-                                                for i, c in enumerate(columns)))
-    for policy in policies:
-        rs, n = [r for found in policy.by_task.values() for r in found], len(policy.by_task)
-        means = {key: sum(r[key] for r in rs) / len(rs) for key in ("turns", "tokens", "refused")}
-        lines.append(f"{policy.label}: {n} tasks x {policy.n} samples; an episode takes {means['turns']:.1f} "
-                     f"turns, {means['tokens']:.0f} sampled tokens, meets {means['refused']:.1f} refusals")
-        lines += [f"  {name}: {tasks} tasks, Pass@1 {100 * one:.1f}, solved at least once {100 * any_:.1f}"
-                  for name, (tasks, one, any_) in policy.difficulties().items()]
-    lines.append("recovery: success among episodes that met at least one refused action")
-    return "\n".join(lines)
 
 
 def read_samples(name: str, policy: str | None = None, tasks: list[str] | None = None) -> Samples:
@@ -188,37 +139,10 @@ def read_samples(name: str, policy: str | None = None, tasks: list[str] | None =
     tasks = tasks or pick_tasks(cfg, "test")
     there = {record["policy"]: None for record in records}                     # in order, each once
     trained = [name for name in there if name not in STARTS] or list(there)
-    wanted = wanted or policy or (cfg.method if cfg.method in there else trained[0])
+    own = Path(cfg.method).stem                        # of a method of one's own, its file's name
+    wanted = wanted or policy or (own if own in there else trained[0])
     chosen = [r for r in records if r["policy"] == wanted and r["task"] in set(tasks)]
     return Samples(chosen, f"{folder}:{wanted}" if policy is None else wanted)
-
-
-def read_policies(folder: Path, tasks: list[str]) -> list[Samples]:
-    """All policies that a run's samples.jsonl holds: where it started from, after each round, in the end."""
-    there = {r["policy"] for r in read_jsonl(folder / "samples.jsonl") if r["task"] in set(tasks)}
-    if not there:
-        raise UserError(f"{folder}: samples.jsonl has no sample of these tasks")
-    order = sorted(there, key=lambda name: (name not in STARTS, "-" not in name, name))
-    return [read_samples(str(folder), policy, tasks) for policy in order]
-
-
-def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
-    """passk.json and the printed table of a run, from its samples.jsonl alone."""
-    found = read_policies(folder, tasks)
-    passk = {p.label: {name: dict(zip(("estimate", "low", "high"), f))
-                       for name, f in p.figures(cfg.ks, cfg.resamples).items()} for p in found}
-    if ranks.rank() == 0:
-        write_aside(folder / "passk.json", json.dumps(passk, indent=1) + "\n")
-    return table(found, cfg.ks, cfg.resamples)
-
-
-def comparison(folder: Path) -> str:
-    """The door of the tables of several runs, and of the page that shows them."""
-    from tools import compare as several
-    tables = several.comparison(folder)
-    if ranks.rank() == 0:
-        write_aside(folder / "report.html", several.page(folder))
-    return tables
 
 
 def policy_name(cfg: Config) -> str:
@@ -228,7 +152,7 @@ def policy_name(cfg: Config) -> str:
         return "warm_start"
     if not (cfg.adapter or cfg.playbook):
         return "base"
-    return yaml.safe_load(made.read_text()).get("method", "trained") if made.is_file() else "trained"
+    return Path(yaml.safe_load(made.read_text()).get("method", "trained")).stem if made.is_file() else "trained"
 
 
 def evaluate(args: list[str]) -> None:
@@ -239,7 +163,7 @@ def evaluate(args: list[str]) -> None:
     run = open_run(cfg, cfg.adapter, training=False)
     sample(run, policy_name(cfg))
     run.folder.close()
-    print(report(run.folder.path, cfg, run.test_tasks))
+    print(report_file().report(run.folder.path, cfg, run.test_tasks))
     print(f"results: {run.folder.path}/samples.jsonl, {run.folder.path}/passk.json")
 
 
@@ -248,12 +172,13 @@ def main(args: list[str]) -> None:
         evaluate(args)
     elif args[0] == "table" and len(args) == 2:
         cfg = load_config([str(Path(args[1]) / "config.yaml")])
-        print(report(Path(args[1]), cfg, pick_tasks(cfg, "test")))
+        print(report_file().report(Path(args[1]), cfg, pick_tasks(cfg, "test")))
     elif args[0] == "compare" and len(args) == 2:
-        print(comparison(Path(args[1])))
+        from tools.compare import show                 # the door of the tables of several runs
+        show(Path(args[1]))
     elif args[0] == "compare" and len(args) == 3:
         cfg = load_config([str(Path(args[-1].partition(":")[0]) / "config.yaml")])
-        print(table([read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples))
+        print(report_file().table([read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples))
     else:
         raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
 

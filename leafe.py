@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import ranks
 from config import Config, UserError, guarded
-from engine import Ask, Chat, Episode, Job
+from engine import Ask, Episode, Job
 from envs import Env, ReplayMismatch, visit
 from run import Run
 
@@ -94,7 +94,7 @@ class Branch:
     steps: int                         # environment steps
     replayed: int                      # environment steps of the backtracking, counted apart
     tokens: int                        # sampled
-    number: int = 0                    # as the attempt's
+    number: int = -1                   # as the attempt's; -1: of a file from before it was stored
     parent: int | None = None          # as the attempt's
     clipped: int = 0                   # observations of which the policy saw head and tail (observation_tokens)
 
@@ -156,7 +156,6 @@ class Tree:
 
 
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
-
 def read_reflection(text: str, t: int) -> Reflection:
     """(tau, e) from the answer: a line `experience: ...` and a line `step: N` with N in 1..t (or none), in
     any order. Strict and total: anything else is a flaw with a name, never a crash and never a guess."""
@@ -183,11 +182,6 @@ def read_reflection(text: str, t: int) -> Reflection:
     return reflection
 
 
-def message(chat: Chat, env: Env, t: int, text: str, cut: bool) -> list[int]:
-    """A user message's ids; the rules stand before the first. cut: the reply before it lacks its end-of-turn token."""
-    return chat.first(env.rules, text) if t == 1 else chat.next(text, cut)
-
-
 def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
     """One attempt, as a generator for the engine; returns its Branch. Whether e stays in view is cfg.keep_experience;
     the turns are stored without it either way, and unless it is kept, no key or value computed with e in view is
@@ -210,10 +204,11 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
             shown = chat.glimpse(obs, cfg.observation_tokens)
             branch.clipped += shown != obs
             text = TURN.format(t=t, obs=shown)
-            obs_ids = seen_ids = message(chat, env, t, text, cut)
+            obs_ids = seen_ids = chat.first(env.rules, text) if t == 1 else chat.next(text, cut)
             # branch: at tau, e stands behind the observation
             if attempt.e and t == tau:
-                seen_ids = message(chat, env, t, text + HINT.format(e=attempt.e), cut)
+                text += HINT.format(e=attempt.e)
+                seen_ids = chat.first(env.rules, text) if t == 1 else chat.next(text, cut)
             # act: a_t ~ pi(. | h_t, q), at tau given e
             action_ids = yield Ask(seen + seen_ids, cfg.action_tokens)
             if action_ids is None:
@@ -248,10 +243,7 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
     return branch
 
 
-Lessons = dict[str, list[str]]                     # experiences by task
-
-
-def grow(tree: Tree, cfg: Config, lessons: Lessons) -> Generator[list[Attempt], list[Branch], None]:
+def grow(tree: Tree, cfg: Config, lessons: dict[str, list[str]]) -> Generator[list[Attempt], list[Branch], None]:
     """Grow a tree: yield attempts that may run side by side, receive them ended, in the same order. What comes next
     depends on what has joined the tree alone, not on the schedule, nor on whether the run was interrupted."""
     waiting = [Attempt(tree.task, str(i)) for i in range(min(cfg.roots, cfg.attempts))]
@@ -273,7 +265,7 @@ def grow(tree: Tree, cfg: Config, lessons: Lessons) -> Generator[list[Attempt], 
                     waiting.append(request)
 
 
-def requests(tree: Tree, branch: Branch, cfg: Config, lessons: Lessons) -> Iterator[Attempt]:
+def requests(tree: Tree, branch: Branch, cfg: Config, lessons: dict[str, list[str]]) -> Iterator[Attempt]:
     """The branches that an attempt's reflections ask for. If there are any `lessons` (a control), each is given one
     of another task in place of its own."""
     if branch.name.count(".") >= cfg.max_depth:
@@ -290,9 +282,9 @@ def requests(tree: Tree, branch: Branch, cfg: Config, lessons: Lessons) -> Itera
 
 
 def explore(run: Run, tasks: list[str], round_: int = 1, reflect: bool = True,
-            lessons: Lessons | None = None) -> list[Tree]:
+            lessons: dict[str, list[str]] | None = None) -> list[Tree]:
     """Stage 1: a rollback tree for every task. Attempts that trees.jsonl already holds are not run again.
-    reflect=False: plain rollouts, cfg.roots of them a task. `lessons`: see requests."""
+    reflect=False: plain rollouts, cfg.roots of them a task. `lessons`: experiences by task, see requests."""
     cfg, store, engine = run.cfg, run.store("trees.jsonl"), run.policy.engine()
     trees = {task: Tree(task) for task in tasks}
     ended: dict[str, dict[str, Branch]] = {task: {} for task in tasks}
@@ -341,13 +333,9 @@ def read_trees(records: Iterable[dict], round_: int, tasks: list[str]) -> list[T
     for record in records:
         if record["round"] == round_ and record["task"] in branches:
             branches[record["task"]].append(Branch.read(record))
-            if "number" not in record:
-                branches[record["task"]][-1].number = -1
     trees = [Tree(task) for task in tasks]
     for tree in trees:
-        if any(branch.number < 0 for branch in branches[tree.task]):
-            number_by_name(branches[tree.task])
-        for branch in sorted(branches[tree.task], key=lambda branch: branch.number):
+        for branch in in_order_of_birth(branches[tree.task]):
             tree.join(branch)
     if not all(tree.branches for tree in trees):
         raise UserError(f"trees.jsonl has no tree for some of the {len(tasks)} tasks in round {round_}; "
@@ -355,16 +343,17 @@ def read_trees(records: Iterable[dict], round_: int, tasks: list[str]) -> list[T
     return trees
 
 
-def number_by_name(branches: list[Branch]) -> None:
-    """For files from before branches stored their birth: they were explored breadth first, as their names say."""
-    branches.sort(key=lambda b: (b.name.count("."), [int(n) for n in b.name.split(".")]))
-    numbers = {branch.name: number for number, branch in enumerate(branches)}
-    for branch in branches:
-        branch.number, branch.parent = numbers[branch.name], numbers.get(branch.name.rpartition(".")[0])
+def in_order_of_birth(branches: list[Branch]) -> list[Branch]:
+    """Files from before branches stored it were explored breadth first, as their names say."""
+    if any(branch.number < 0 for branch in branches):
+        branches.sort(key=lambda branch: (branch.name.count("."), [int(n) for n in branch.name.split(".")]))
+        numbers = {branch.name: number for number, branch in enumerate(branches)}
+        for branch in branches:
+            branch.number, branch.parent = numbers[branch.name], numbers.get(branch.name.rpartition(".")[0])
+    return sorted(branches, key=lambda branch: branch.number)
 
 
 # ------------------------------------------------------------------------------------------------------ the targets
-
 def best_scores(tree: Tree) -> list[float]:
     """For each turn, the best score that anything from it on has reached."""
     best = [turn.score for turn in tree.turns]

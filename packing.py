@@ -103,9 +103,7 @@ def rows_of(trees: list[Tree], weights: list[Weights], row_tokens: int) -> list[
 
 
 def training_rows(trees: list[Tree], weights: list[Weights], row_tokens: int) -> list[Packed]:
-    """A method's data, packed. A policy without data stays as it is."""
-    if not any(weights):
-        print("no rollout succeeded: there is nothing to train on, and the policy stays as it is")
+    """A method's data, packed."""
     return [pack(group) for group in rows_of(trees, weights, row_tokens)]
 
 
@@ -116,6 +114,7 @@ def pack(trees: list[list[Segment]]) -> Packed:
     for tree in trees:
         base, ends = node, []
         for segment in tree:
+            # h: a segment goes on where its parent ended, wherever that lies in the row
             last, depth = -1, 0
             if segment.parent is not None:
                 above[node] |= above[base + segment.parent]
@@ -125,6 +124,7 @@ def pack(trees: list[list[Segment]]) -> Packed:
                 last, depth = len(tokens) - 1, depth + 1
             ends.append((last, depth))
             node += 1
+    # a: the tokens that bear loss, and where each is predicted from
     ids, positions, weights, previous, owner = map(list, zip(*tokens))
     weight, before = torch.tensor(weights).view(len(ids), -1), torch.tensor(previous)          # (T, C), (T,)
     targets = ((weight != 0).any(1) & (before >= 0)).nonzero()[:, 0]
@@ -157,6 +157,7 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     positions = torch.zeros_like(ids)
     mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty row
     for b, row in enumerate(rows):
+        # each token sees its ancestors and itself: as if its history stood before it alone
         n = len(row.ids)
         ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask()
     if model.config._attn_implementation == "sdpa":

@@ -2,10 +2,9 @@
 
     torchrun --nproc_per_node=2 train.py config.yaml
 
-Each rank explores and samples its share of tasks and samples, and takes its share of a batch's rows; the gradients of
-the adapter are added up over ranks, so that all take the optimiser step that one process would. Rank 0 writes
-the run's folder and talks; what the others sample lies in *.part files there until rank 0 takes it over. Launched in
-any other way, a process is the only one, and everything here does nothing.
+Each rank explores and samples its share of tasks and samples, and takes its share of a batch's rows; gradients are added
+up over ranks, so that all take the optimiser step that one process would. Rank 0 writes the run's folder and talks; what
+the others sample lies in *.part files until it takes them over. A process that is the only one notices nothing of this.
 """
 import datetime
 import os

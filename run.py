@@ -3,8 +3,6 @@
     Policy   pi: a model with its chat and its adapter; engine() samples from it as it is now
     Run      what every function of the loop is handed: cfg, policy, tasks, folder; world() makes an environment
     Jsonl    append-only records, one key a line: whatever stopped a run, the same command goes on where it was
-
-A run's folder is out/<name>/: config.yaml (resolved), run.json, {trees,samples,metrics}.jsonl, adapter/, passk.json.
 """
 import fcntl
 import hashlib
@@ -36,7 +34,6 @@ NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "sl
 
 
 # ------------------------------------------------------------------------------------------------------- the policy
-
 @dataclass
 class Policy:
     """pi: the model with its chat. What learns is its adapter; the base stays as it is."""
@@ -73,11 +70,9 @@ class Policy:
             add_lora(self.model, self.cfg.lora_rank, self.cfg.lora_alpha, self.cfg.seed)
         return lora_parameters(self.model)
 
-    def has_adapter(self) -> bool:
-        return bool(lora_layers(self.model))
-
     def save(self, folder: Path) -> None:
-        save_adapter(self.model, folder, self.cfg.model)
+        if lora_layers(self.model):                    # else the policy is the base, or the base with a playbook
+            save_adapter(self.model, folder, self.cfg.model)
 
     def load(self, folder: Path) -> None:
         load_adapter(self.model, folder)
@@ -91,7 +86,6 @@ class Policy:
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
-
 @dataclass
 class Run:
     """Made once, in train.py or eval.py, and handed to all that takes part in it."""
@@ -113,7 +107,6 @@ class Run:
         return replace(self, cfg=self.cfg.but(**settings))
 
     def store(self, name: str) -> "Jsonl":
-        """trees.jsonl, samples.jsonl, ...: opened once, and the same for all who ask."""
         return self.folder.store(name)
 
     @property
@@ -154,7 +147,6 @@ def pick_tasks(cfg: Config, use: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ the run's folder
-
 class Jsonl:
     """Append-only records; the file comes with the first. A half-written last line (process killed) is cut off.
     Of several ranks, rank 0 writes to the file, the others to parts of it until `gather` (or nothing, if `alone`)."""
@@ -230,7 +222,8 @@ def write_aside(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """out/<name>/, held by one process at a time (of several ranks, by rank 0 for all)."""
+    """out/<name>/: config.yaml (resolved), run.json, {trees,samples,metrics}.jsonl, adapter/, passk.json; held by one
+    process at a time (of several ranks, by rank 0 for all)."""
     def __init__(self, config: Config):
         self.path = Path(config.out)
         self.stores: dict[str, Jsonl] = {}

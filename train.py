@@ -5,10 +5,8 @@
     python train.py config.yaml method=grpo trees=out/quest out=out/grpo   a baseline, with that run's budget of steps
     python train.py config.yaml method=compare out=out/compare             all methods, on all cfg.seeds
 
-Any key of config.yaml goes on the command line as key=value; each is explained there, and so are the presets.
-
-A method is a file with `train(run, round_)`: methods/grpo.py and its like, or method=path/to/file.py; leafe is this
-file's own. Its keys: python train.py config.yaml method=grpo -h
+Any key of config.yaml goes on the command line as key=value; each is explained there. A method is a file with
+`train(run, round_)`, methods/grpo.py or your own; its keys: python train.py config.yaml method=grpo -h
 
 Stage 2, experience distillation, is here: plain next-token SFT of
 
@@ -33,21 +31,22 @@ from tqdm import tqdm
 
 import ranks
 from config import Config, UserError, guarded, load_config, method_file, refuse
-from eval import report, sample
+from eval import sample
 from leafe import Targets, Tree, explore, read_trees, targets
 from packing import Batch, Packed, Weights, packed_nll, training_rows
 from run import Run, open_run, read_jsonl, report_file, write_aside
 
 
 # ------------------------------------------------------------------------------------------------- one round of LEAFE
-
 def train(run: Run, round_: int) -> None:
     """Explore, distil. Ends with the policy trained; who called it saves it."""
+    # Stage 1: a rollback tree for every task, or the trees of another run
     if run.cfg.trees:
         path = Path(run.cfg.trees) / "trees.jsonl"
-        trees = read_trees(read_jsonl(path), round_, run.train_tasks)      # of another run
+        trees = read_trees(read_jsonl(path), round_, run.train_tasks)
     else:
         trees = explore(run, run.train_tasks, round_)
+    # Stage 2: the experience that it holds goes into the weights
     learn(run, round_, trees)
 
 
@@ -83,7 +82,6 @@ def loss_weights(trees: list[Tree], pairs: Targets, beta: float) -> list[Weights
 
 
 # --------------------------------------------------------------------------- the optimiser, for every method
-
 @dataclass
 class Objective:
     """What is minimised: the sum of its losses, each with a name and a column of a row's weights."""
@@ -211,29 +209,19 @@ def load_checkpoint(folder: Path, parameters, optimizer, round_: int) -> dict[st
 
 
 # ---------------------------------------------------------------------------------------------------- the whole loop
-
 def warm_start():
     """The door of methods/warm_start.py."""
     from methods import warm_start as module
     return module
 
 
-def begin(run: Run) -> None:
-    """The warm start, in warm_start/; there from then on."""
-    done = run.folder.path / "warm_start"
-    if (done / "adapter_config.json").exists():
-        run.policy.load(done)
-        return
-    with run.folder.metered():
-        rows = warm_start().rows(run)
-        fit(run.but(steps=run.cfg.warm_steps), 0, ("L_actions", "L_reflections"), rows)
-        run.policy.save(done)
-
-
 def whole_run(cfg: Config) -> None:
     """One run in its folder: the base's samples, training, the trained policy's samples, the table."""
     began, method = time.time(), method_file(cfg.method)
-    refuse_what_is_not_heeded(cfg)
+    refuse(cfg, adapter="is what eval.py samples with; train.py starts from init=",
+           playbook="is what eval.py puts into the prompt; method=ace writes its own")
+    if cfg.trees and not (Path(cfg.trees) / "trees.jsonl").is_file():
+        raise UserError(f"trees: {cfg.trees} has no trees.jsonl")
     if hasattr(method, "check"):
         method.check(cfg)                              # before anything is written or sampled
     if cfg.warm_start:
@@ -241,7 +229,7 @@ def whole_run(cfg: Config) -> None:
     run = open_run(cfg, cfg.init, training=True)
     folder = run.folder.path
     if cfg.warm_start:
-        begin(run)
+        warm_start().begin(run)
     if cfg.evaluate_base:
         sample(run, "warm_start" if cfg.warm_start else "base")
     for round_ in range(1, cfg.rounds + 1):
@@ -252,29 +240,21 @@ def whole_run(cfg: Config) -> None:
         elif not (folder / "playbook.txt").exists():
             with run.folder.metered():
                 method.train(run, round_) if method else train(run, round_)
-            if run.policy.has_adapter():
-                run.policy.save(done)
+            run.policy.save(done)
         if cfg.evaluate_rounds and round_ < cfg.rounds:
-            sample(run, f"{cfg.method}-{round_}", round_)
+            sample(run, f"{Path(cfg.method).stem}-{round_}", round_)
     if (folder / "playbook.txt").exists():
         run = replace(run, playbook=(folder / "playbook.txt").read_text(encoding="utf-8").strip())
-    elif run.policy.has_adapter():
+    else:
         run.policy.save(folder / "adapter")
     sample(run, Path(cfg.method).stem, cfg.rounds)
     run.folder.close()
-    print(report(folder, cfg, run.test_tasks))
+    print(report_file().report(folder, cfg, run.test_tasks))
     if ranks.rank() == 0:
         write_aside(folder / "report.html", report_file().page(folder))
     made = [name for name in ("report.html", "passk.json", "samples.jsonl", "trees.jsonl", "sft.jsonl",
                               "metrics.jsonl", "adapter", "playbook.txt") if (folder / name).exists()]
     print(f"results: {folder}/ ({', '.join(made)})  {(time.time() - began) / 60:.1f} minutes")
-
-
-def refuse_what_is_not_heeded(cfg: Config) -> None:
-    refuse(cfg, adapter="is what eval.py samples with; train.py starts from init=",
-           playbook="is what eval.py puts into the prompt; method=ace writes its own")
-    if cfg.trees and not (Path(cfg.trees) / "trees.jsonl").is_file():
-        raise UserError(f"trees: {cfg.trees} has no trees.jsonl")
 
 
 def main(args: list[str]) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
+import eval
 from config import Check, Config, UserError, keys_of, load_config, shipped
-from eval import comparison
 from methods import ace, early_experience, grpo, rft
 from train import whole_run
 
@@ -43,8 +43,7 @@ def several_runs(cfg: Config, args: list[str]) -> None:
             print(f"\n{name}, seed {seed}")
             whole_run(load_config(arguments(cfg, args, name, seed)))
             gc.collect()                               # a model may be large: it goes before the next one comes
-    print(comparison(Path(cfg.out)))
-    print(f"results: {cfg.out}/report.html")
+    eval.main(["compare", cfg.out])
 
 
 def arguments(cfg: Config, args: list[str], name: str, seed: int) -> list[str]:

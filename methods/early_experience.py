@@ -14,8 +14,8 @@ from engine import Ask, Chat, Job
 from envs import ReplayMismatch, visit
 from leafe import TURN, Tree, Turn
 from methods import rollouts as shared
-from methods.rollouts import BUDGET, budget, rollouts, successes, taken
-from packing import Segment, Weights, fill, length, pack, training_rows
+from methods.rollouts import BUDGET, budget, demonstrations, rollouts, successes, taken
+from packing import Segment, Weights, fill, length, pack
 from run import Run
 from train import fit
 
@@ -138,16 +138,15 @@ def train(run: Run, round_: int) -> None:
     records = live_through(run, trees, successes(trees, chat), left)
     steps -= sum(record["steps"] + record["replayed"] for record in records)
     rollouts(run, steps, trees, wave)                  # what they left over
-    weights = successes(trees, chat)
     extra = extra_targets(run, trees, records)
-    demonstrations = training_rows(trees, weights, cfg.row_tokens)
+    shown = demonstrations(run, trees)
     rows = [pack(group) for group in fill(extra, cfg.row_tokens)]
     names = ("L_extra", "L_demonstrations")
     if cfg.early_experience == "reflection":
-        fit(run, round_, names, demonstrations + rows)
+        fit(run, round_, names, shown + rows)
     else:
         per_step = max(1, cfg.batch_tokens // cfg.row_tokens)
-        fit(run, round_, names, demonstrations, before=rows[:cfg.steps // 2 * per_step])
+        fit(run, round_, names, shown, before=rows[:cfg.steps // 2 * per_step])
 
 
 def extra_targets(run: Run, trees: list[Tree], records: list[dict]) -> list[list[Segment]]:

@@ -5,7 +5,7 @@
 from pathlib import Path
 
 from config import Check, Config, UserError
-from leafe import Lessons, explore
+from leafe import explore
 from run import Run, read_jsonl
 from train import learn
 
@@ -23,11 +23,11 @@ def train(run: Run, round_: int) -> None:
     learn(run, round_, explore(run, run.train_tasks, round_, lessons=read_lessons(run.cfg.experiences)))
 
 
-def read_lessons(folder: str) -> Lessons:
+def read_lessons(folder: str) -> dict[str, list[str]]:
     """The experiences that a run's reflections gave, by task."""
     if not (Path(folder) / "trees.jsonl").is_file():
         raise UserError(f"experiences: {folder or 'no run was named, and it'} has no trees.jsonl")
-    found: Lessons = {}
+    found: dict[str, list[str]] = {}
     for record in read_jsonl(Path(folder) / "trees.jsonl"):
         found.setdefault(record["task"], []).extend(r["e"] for r in record["reflections"] if r["tau"])
     found = {task: lessons for task, lessons in found.items() if lessons}

@@ -4,8 +4,7 @@
 """
 from config import Config
 from leafe import Tree
-from methods.rollouts import BUDGET, CHECKS, budget, rollouts, successes  # noqa: F401
-from packing import training_rows
+from methods.rollouts import BUDGET, CHECKS, budget, demonstrations, rollouts  # noqa: F401
 from run import Run
 from train import fit
 
@@ -22,5 +21,4 @@ def check(cfg: Config) -> None:
 def train(run: Run, round_: int) -> None:
     trees = [Tree(task) for task in run.train_tasks]
     rollouts(run, budget(run.cfg), trees)
-    rows = training_rows(trees, successes(trees, run.policy.chat), run.cfg.row_tokens)
-    fit(run, round_, ("L_extra", "L_demonstrations"), rows)
+    fit(run, round_, ("L_extra", "L_demonstrations"), demonstrations(run, trees))

@@ -10,7 +10,7 @@ from typing import Iterator
 from config import Check, Config, UserError
 from engine import Chat
 from leafe import Tree, explore
-from packing import Weights
+from packing import Packed, Weights, training_rows
 from run import Jsonl, Run, spent
 
 BUDGET = """
@@ -79,3 +79,11 @@ def successes(trees: list[Tree], chat: Chat) -> list[Weights]:
     for k, i in pairs:
         weights[k][i] = 0.0, 1 / len(pairs)
     return weights
+
+
+def demonstrations(run: Run, trees: list[Tree]) -> list[Packed]:
+    """Training rows of the successful rollouts."""
+    weights = successes(trees, run.policy.chat)
+    if not any(weights):
+        print("no rollout succeeded: there is nothing to train on, and the policy stays as it is")
+    return training_rows(trees, weights, run.cfg.row_tokens)

@@ -19,6 +19,7 @@ from envs import Env, env_class, make_env, open_env
 from leafe import HINT, REFLECT, REFLECTION, TURN
 from packing import Packed, Segment, fill, length, pack
 from run import Run
+from train import fit
 
 LONGEST = 160                          # characters of a refusal that a lesson repeats
 
@@ -83,6 +84,17 @@ def tasks(cfg: Config) -> list[str]:
     if env_class(cfg.env).next_best is Env.next_best:
         raise UserError(f"warm_start: the world {cfg.env} does not say how its tasks are solved (next_best)")
     return found
+
+
+def begin(run: Run) -> None:
+    """The warm start, in warm_start/; there from then on."""
+    done = run.folder.path / "warm_start"
+    if (done / "adapter_config.json").exists():
+        run.policy.load(done)
+        return
+    with run.folder.metered():
+        fit(run.but(steps=run.cfg.warm_steps), 0, ("L_actions", "L_reflections"), rows(run))
+        run.policy.save(done)
 
 
 def rows(run: Run) -> list[Packed]:

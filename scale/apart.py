@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, Sequence
 
 from config import ROOT, UserError
-from envs import Env, ReplayMismatch, ask, open_env
+from envs import Env, ask, open_env
 
 START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from scale.apart import serve; serve(*sys.argv[1:])"
 
@@ -106,7 +106,7 @@ def serve(name: str, data: str) -> None:
         try:
             env = env or open_env(name, data)
             good, answer = True, answer_to(env, what, args)
-        except (UserError, ReplayMismatch) as error:     # what else a world raises, `ask` makes a UserError
+        except UserError as error:                       # whatever a world raises, `ask` makes it one
             good, answer = False, error
         try:
             said = pickle.dumps((good, answer))

@@ -8,10 +8,19 @@ from urllib.parse import quote
 
 import torch
 
+import ranks
 from config import Config, UserError, load_config
 from eval import Samples, cell, read_samples, spread
-from run import spent
+from run import spent, write_aside
 from tools.report import chart, framed, over_seeds, verdict
+
+
+def show(folder: Path) -> None:
+    """The tables on the screen, the page into the folder."""
+    print(comparison(folder))
+    if ranks.rank() == 0:
+        write_aside(folder / "report.html", page(folder))
+    print(f"results: {folder}/report.html")
 
 
 def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:

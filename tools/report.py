@@ -23,7 +23,7 @@ import torch
 
 import ranks
 from config import ROOT, Config, UserError, guarded, load_config
-from eval import Samples, read_policies, spread
+from eval import STARTS, Samples, cell, read_samples, spread
 from envs import Env
 from leafe import TURN, Targets, Tree, read_trees
 from packing import pack, rows_of, token_logp
@@ -160,6 +160,75 @@ def reflections_in_words(figures: dict[str, int]) -> str:
     return line
 
 
+# ------------------------------------------------------------------------------------------------------ its table
+
+def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
+    """passk.json and the printed table of a run, from its samples.jsonl alone."""
+    found = read_policies(folder, tasks)
+    passk = {p.label: {name: dict(zip(("estimate", "low", "high"), f))
+                       for name, f in p.figures(cfg.ks, cfg.resamples).items()} for p in found}
+    if ranks.rank() == 0:
+        write_aside(folder / "passk.json", json.dumps(passk, indent=1) + "\n")
+    return table(found, cfg.ks, cfg.resamples)
+
+
+def read_policies(folder: Path, tasks: list[str]) -> list[Samples]:
+    """All policies that a run's samples.jsonl holds: where it started from, after each round, in the end."""
+    there = {r["policy"] for r in read_jsonl(folder / "samples.jsonl") if r["task"] in set(tasks)}
+    if not there:
+        raise UserError(f"{folder}: samples.jsonl has no sample of these tasks")
+
+    def place(name: str) -> tuple:
+        round_ = name.rpartition("-")[2]               # leafe-1, leafe-2, ..., and in the end leafe
+        return name not in STARTS, not round_.isdigit(), int(round_) if round_.isdigit() else name
+    return [read_samples(str(folder), policy, tasks) for policy in sorted(there, key=place)]
+
+
+def by_difficulty(samples: Samples) -> dict[str, tuple[int, float, float]]:
+    """Group -> (tasks, success rate of one rollout, share of tasks solved at least once)."""
+    groups: dict[str, list[tuple[float, bool]]] = {}
+    for rs in samples.by_task.values():
+        wins = [r["success"] for r in rs]
+        groups.setdefault(rs[0]["difficulty"], []).append((sum(wins) / len(wins), any(wins)))
+    return {name: (len(g), sum(p for p, _ in g) / len(g), sum(a for _, a in g) / len(g))
+            for name, g in sorted(groups.items())}
+
+
+def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, tuple[float, float, float]]:
+    """b minus a: estimate and paired 95 % interval of each figure. UserError if their tasks differ."""
+    if list(a.by_task) != list(b.by_task):
+        raise UserError(f"{a.label} and {b.label} were not sampled on the same tasks "
+                        f"({len(a.by_task)} and {len(b.by_task)}); run both with the same split= and test_tasks=, "
+                        f"to the end")
+    fa, fb = a.estimates(ks), b.estimates(ks)
+    return {name: spread(lambda index, name=name: fb[name](index) - fa[name](index), len(a.by_task), resamples)
+            for name in fa if name in fb}
+
+
+def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
+    """Success in %, with 95 % intervals over tasks; with two policies, their paired difference."""
+    columns = [p.figures(ks, resamples) for p in policies]
+    heads = [p.label for p in policies]
+    if len(policies) == 2:
+        columns.append(compare(policies[0], policies[1], ks, resamples))
+        heads.append("difference")
+    wide = max(24, *(len(head) + 2 for head in heads))
+    lines = [f"{'%':10}" + "".join(f"{head:>{wide}}" for head in heads)]
+    for name in columns[0]:
+        if all(name in column for column in columns):
+            lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>{wide}}"
+                                                for i, c in enumerate(columns)))
+    for policy in policies:
+        rs, n = [r for found in policy.by_task.values() for r in found], len(policy.by_task)
+        means = {key: sum(r[key] for r in rs) / len(rs) for key in ("turns", "tokens", "refused")}
+        lines.append(f"{policy.label}: {n} tasks x {policy.n} samples; an episode takes {means['turns']:.1f} "
+                     f"turns, {means['tokens']:.0f} sampled tokens, meets {means['refused']:.1f} refusals")
+        lines += [f"  {name}: {tasks} tasks, Pass@1 {100 * one:.1f}, solved at least once {100 * any_:.1f}"
+                  for name, (tasks, one, any_) in by_difficulty(policy).items()]
+    lines.append("recovery: success among episodes that met at least one refused action")
+    return "\n".join(lines)
+
+
 # --------------------------------------------------------------------------------------------- what Stage 2 learned
 
 @contextmanager
@@ -293,7 +362,7 @@ def curves(policies: list[Samples], cfg: Config) -> str:
 
 
 def difficulties(policies: list[Samples]) -> str:
-    found = [policy.difficulties() for policy in policies]
+    found = [by_difficulty(policy) for policy in policies]
     return rows(["", "tasks", *(f"{policy.label}: {what}" for policy in policies for what in ("Pass@1", "ever"))],
                 [[name, str(tasks), *(f"{100 * value:.1f}" for column in found for value in column[name][1:])]
                  for name, (tasks, _, _) in found[0].items()])
