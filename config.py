@@ -265,13 +265,14 @@ def blaming(file: str, happened: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = ([frame for frame in frames if frame.filename == file] or frames)[-1]
-        where = f"line {own.lineno}, in {own.name}"
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)[2:]       # behind this one, and the one that asked
+        where = file
+        for frame in [frame for frame in frames if frame.filename == file] or frames:
+            where = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
         if isinstance(error, SyntaxError):
-            where = f"line {error.lineno}"
-        raise UserError(f"{happened}\n  {file}, {where}: {type(error).__name__}: {error}") from None
+            where = f"{error.filename}, line {error.lineno}"
+        raise UserError(f"{happened}\n  {where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 # --------------------------------------------------------------------------------------------------------- scripts

@@ -23,7 +23,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from inspect import getfile
+from inspect import getfile, signature
+from os.path import commonprefix
 from typing import Any, Generator, Sequence
 
 from config import ROOT, UserError, blaming, guarded, load_file, nearest
@@ -88,7 +89,8 @@ class Env:
         return obs
 
     def examine(self, split: str) -> list[str]:        # a world in another process is examined there
-        return examine(self, split)
+        with blaming(getfile(type(self)), f"env: {type(self).__name__} failed when it was examined"):
+            return examine(self, split)
 
 
 def ask(env: Env, what: str, *args: Any) -> Any:
@@ -105,9 +107,10 @@ def visit(env: Env, what: str, *args: Any) -> Generator[Future, Any, Any]:
 
 
 # ------------------------------------------------------------------------------------------- a world is examined
-PAIR = "; Gymnasium's pair is (obs, info): return obs alone"
-FIVE = ("; Gymnasium's five are (obs, reward, terminated, truncated, info): return Outcome(obs, score=reward, "
-        "done=terminated or truncated, success=reward == 1)")
+RETURN = "return Outcome(obs, score=reward, done=terminated or truncated, success=reward == 1)"
+INSTEAD = {(str, 2): "; Gymnasium's pair is (obs, info): return obs alone",
+           (Outcome, 4): f"; Gym's four are (obs, reward, terminated or truncated, info): {RETURN}",
+           (Outcome, 5): f"; Gymnasium's five are (obs, reward, terminated, truncated, info): {RETURN}"}
 
 
 def examine(env: Env, split: str) -> list[str]:
@@ -117,41 +120,64 @@ def examine(env: Env, split: str) -> list[str]:
 
     def must(value: Any, kind: Any, what: str, hint: str = "") -> None:
         if not isinstance(value, kind) or kind is int and (isinstance(value, bool) or value < 1):
-            shown = repr(value)
-            shown = shown if len(shown) <= 60 else shown[:60] + "..."
+            text = " ".join(repr(value).split())
+            shown = text[:60] + "..." * (len(text) > 60)
+            hint = INSTEAD.get((kind, len(value)), "") if isinstance(value, (tuple, list)) else hint
             raise UserError(f"{where}: {what}, not {type(value).__name__} {shown}{hint}")
+
+    def told(what: str, *args: Any) -> Any:
+        answer = ask(env, what, *args)
+        return answer.result() if isinstance(answer, Future) else answer
+
+    def texts(what: str, *args: Any) -> list[str]:
+        found, form = told(what, *args), f"{what}({', '.join(map(repr, args))}) must return a list of texts"
+        must(found, (list, tuple), form)
+        must(next((text for text in found if not isinstance(text, str)), ""), str, form)
+        return list(found)
+
+    def play(task: str) -> list[str]:
+        said = [told("reset", task)]
+        must(said[0], str, "reset(task) must return the first observation, which is text")
+        for action in [*texts("actions")[:1], "look"]:         # one that is admissible, then one that hardly is
+            outcome = told("step", action)
+            must(outcome, Outcome, "step(action) must return an Outcome(obs, score, done, success, valid) of envs")
+            must(outcome.obs, str, "the obs of an Outcome must be text")
+            must(outcome.score, (int, float), "the score of an Outcome must be a number of 0..1", "; write float(...)")
+            for name in ("done", "success", "valid"):
+                must(getattr(outcome, name), bool, f"{name} of an Outcome must be True or False", "; write bool(...)")
+            said.append(outcome.obs)
+            if outcome.done:
+                break
+        return said
+
+    for name in "tasks reset step action actions difficulty close".split():
+        own, form = getattr(env, name), signature(getattr(Env, name))
+        if getattr(own, "__func__", 0) in (Env.tasks, Env.reset, Env.step) or not takes(own, *[*form.parameters][1:]):
+            raise UserError(f"{where}: it must have a method {name}{form}")
     must(getattr(env, "rules", None), str, "rules must be text, the system prompt")
     must(getattr(env, "max_turns", None), int, "max_turns must be the turns an episode may have, like max_turns = 20")
-    for name, form in (("tasks", "tasks(self, split)"), ("reset", "reset(self, task)"), ("step", "step(self, action)")):
-        if getattr(type(env), name) is getattr(Env, name):
-            raise UserError(f"{where}: it has no method {form}")
-
-    tasks = ask(env, "tasks", split)
-    must(tasks, (list, tuple), f"tasks({split!r}) must return a list of ids")
+    tasks = texts("tasks", split)
     if not tasks:
         return []
-    must(tasks[0], str, f"tasks({split!r}) must return a list of ids, which are text")
-    obs = ask(env, "reset", tasks[0])
-    must(obs, str, "reset(task) must return the first observation, which is text", PAIR * isinstance(obs, tuple))
-    must(ask(env, "difficulty", tasks[0]), str, "difficulty(task) must return the name of a group, which is text")
-    action = next(iter(ask(env, "actions")), "look")
-    outcome = ask(env, "step", action)
-    must(outcome, Outcome, "step(action) must return an Outcome(obs, score, done, success, valid)",
-         FIVE * isinstance(outcome, tuple))
-    must(outcome.obs, str, "the obs of an Outcome must be text")
-    must(outcome.score, (int, float), "the score of an Outcome must be a number of 0..1", "; write float(...)")
-    for name in ("done", "success", "valid"):
-        must(getattr(outcome, name), bool, f"{name} of an Outcome must be True or False", "; write bool(...)")
-
+    differ = [pair for pair in zip(play(tasks[0]), play(tasks[0])) if pair[0] != pair[1]]
+    must(told("difficulty", tasks[0]), str, "difficulty(task) must return the name of a group, which is text")
+    must(told("action", "look"), str, "action(reply) must return the action that the reply asks for, which is text")
     notes = []
-    again, after = ask(env, "reset", tasks[0]), ask(env, "step", action).obs
-    if (again, after) != (obs, outcome.obs):
-        notes.append(f"{where}: the same actions do not give the same observations, once {obs[:60]!r} and then "
-                     f"{outcome.obs[:60]!r}, once {again[:60]!r} and then {after[:60]!r}: branches will be dropped")
-    for other in {"train", "test"} - {split.partition("-")[0]}:
-        if shared := sorted(set(tasks) & set(ask(env, "tasks", other))):
+    for pair in differ[:1]:
+        at = max(0, len(commonprefix(pair)) - 30)
+        once = " and once ".join(repr(said[at:at + 60]) for said in pair)
+        notes.append(f"{where}: the same actions give other observations, once {once}: branches will be dropped")
+    for other in sorted({"train", "test"} - {split.partition("-")[0]}):
+        if shared := sorted(set(tasks) & set(texts("tasks", other))):
             notes.append(f"{where}: {len(shared)} tasks of {split}, like {shared[0]}, are in {other}, too")
     return notes
+
+
+def takes(method: Any, *args: Any) -> bool:
+    try:
+        return bool(signature(method).bind(*args))
+    except TypeError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------ Quest
@@ -335,22 +361,28 @@ def env_class(name: str) -> type[Env]:
     if not suffix and name not in world_names():
         raise UserError(f"env: there is no {name!r}; there are {', '.join(world_names())}, and "
                         f"path/to/file.py:Class{nearest(name, world_names())}")
-    module = load_file(path + suffix, "env") if suffix else import_module("worlds." + name.replace("-", "_"))
+    file = ROOT / "worlds" / (name.replace("-", "_") + ".py")
+    with blaming(f"{file}", f"env: {file} cannot be imported"):
+        module = load_file(path + suffix, "env") if suffix else import_module("worlds." + file.stem)
     own = {key: value for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Env)
            and (value.__module__ == module.__name__ or key == kind[1:])}
     if kind and kind[1:] not in own:
-        raise UserError(f"env: {path}{suffix} has no class {kind[1:]}(Env)")
+        wrong = "; that one there must derive from envs.Env" * isinstance(vars(module).get(kind[1:]), type)
+        raise UserError(f"env: {path}{suffix} has no class {kind[1:]}(Env){wrong}")
     if not kind and len(own) != 1:
-        raise UserError(f"env: {path}{suffix} has {len(own)} classes derived from Env ({', '.join(own)}); name one: "
-                        f"env={path}{suffix}:Class")
+        raise UserError(f"env: {path}{suffix} has {len(own)} classes derived from envs.Env ({', '.join(own)}); name "
+                        f"one: env={path}{suffix}:Class")
     return own[kind[1:]] if kind else next(iter(own.values()))
 
 
 def open_env(name: str, data: str = "") -> Env:
     """The world in this process."""
-    kind = env_class(name)
+    kind, given = env_class(name), [data] * bool(data)
+    if not takes(kind, *given):
+        raise UserError(f"env: {getfile(kind)}, class {kind.__name__}: it must have a method __init__(self, data='') "
+                        f"to be made with data={data!r}")
     with blaming(getfile(kind), f"env: {kind.__name__} failed in __init__({data!r})"):
-        return kind(data) if data else kind()          # type: ignore[call-arg]
+        return kind(*given)
 
 
 def make_env(name: str, data: str = "") -> Env:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import ranks
 from config import Config, UserError, guarded, load_config, refuse
 from engine import Job
+from envs import ask
 from leafe import Attempt, episode
 from run import Run, open_run, pick_tasks, read_jsonl, report_file
 
@@ -43,10 +44,10 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
 
     def plain(task: str, i: int):
         branch = yield from episode(run, run.world(), Attempt(task, str(i)), reflect=False)
-        return dict(policy=policy, weights=weights, task=task, sample=i, difficulty=world.difficulty(task),
+        return dict(policy=policy, weights=weights, task=task, sample=i, difficulty=ask(world, "difficulty", task),
                     success=branch.success, score=branch.turns[-1].score if branch.turns else 0.0,
                     turns=branch.steps, refused=sum(not turn.valid for turn in branch.turns),
-                    tokens=branch.tokens, end=branch.end)
+                    tokens=branch.tokens, end=branch.end, **(dict(clipped=branch.clipped) if branch.clipped else {}))
 
     missing = [(task, i) for task in run.test_tasks for i in range(cfg.samples) if (task, i) not in done]
     queue = deque(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task)
@@ -122,10 +123,6 @@ class Samples:
 
     def figures(self, ks: list[int], resamples: int) -> dict[str, tuple[float, float, float]]:
         return {name: spread(f, len(self.by_task), resamples) for name, f in self.estimates(ks).items()}
-
-
-def cell(figure: tuple[float, float, float], sign: str = "") -> str:
-    return "{:{s}6.1f} [{:{s}5.1f}, {:{s}5.1f}]".format(*(100 * v for v in figure), s=sign)
 
 
 def read_samples(name: str, policy: str | None = None, tasks: list[str] | None = None) -> Samples:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import ranks
 from config import Config, UserError, guarded
 from engine import Ask, Episode, Job
-from envs import Env, ReplayMismatch, visit
+from envs import Env, ReplayMismatch, ask, visit
 from run import Run
 
 # All that the policy reads in Stage 1, besides the world's rules and observations.
@@ -185,7 +185,7 @@ def read_reflection(text: str, t: int) -> Reflection:
 def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
     """One attempt, as a generator for the engine; returns its Branch. Whether e stays in view is cfg.keep_experience;
     the turns are stored without it either way, and unless it is kept, no key or value computed with e in view is
-    used again."""
+    used again. Long, for the loop of Algorithm 1 is to be read in one piece."""
     cfg, chat, past, tau = run.cfg, run.policy.chat, attempt.past, attempt.tau
     branch = Branch(attempt.task, attempt.name, tau, attempt.e, turns=[], last_obs="", reflections=[], end="horizon",
                     steps=0, replayed=tau - 1, tokens=0, number=attempt.number, parent=attempt.parent)
@@ -215,7 +215,7 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
                 branch.end = "context"
                 break
             cut = action_ids[-1] not in chat.stop
-            action = env.action(chat.text(action_ids))
+            action = ask(env, "action", chat.text(action_ids))
             outcome = yield from visit(env, "step", action)
             branch.steps += 1
             branch.tokens += len(action_ids)

@@ -132,7 +132,7 @@ def pack(trees: list[list[Segment]]) -> Packed:
                   weight[targets], list(map(length, trees)))
 
 
-def by_tree(module, query, key, value, mask, **kwargs):
+def _by_tree(module, query, key, value, mask, **kwargs):
     """transformers' sdpa attention, in a packed row for each tree alone, (B, H, T, D) each: no token sees another
     tree, so a row costs the squares of its trees' lengths and not that of its own."""
     sizes = kwargs.pop("sizes", None)
@@ -144,7 +144,7 @@ def by_tree(module, query, key, value, mask, **kwargs):
                                              mask[..., at, at], **kwargs)[0] for at in parts], 1), None
 
 
-AttentionInterface.register("by_tree", by_tree)
+AttentionInterface.register("by_tree", _by_tree)
 AttentionMaskInterface.register("by_tree", sdpa_mask)
 
 

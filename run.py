@@ -22,7 +22,7 @@ from torch import nn
 import ranks
 from config import Config, UserError, keys_of, shipped
 from engine import Chat, Engine
-from envs import Env, env_class, make_env
+from envs import Env, ask, env_class, make_env
 from lora import adapter_off, add_lora, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
@@ -139,7 +139,7 @@ def open_run(cfg: Config, adapter: str, training: bool) -> Run:
 def pick_tasks(cfg: Config, use: str) -> list[str]:
     """The tasks to `train` or to `test` on. Raises UserError if the world has too few."""
     split, count = (cfg.train_split, cfg.train_tasks) if use == "train" else (cfg.split, cfg.test_tasks)
-    tasks = make_env(cfg.env, cfg.data).tasks(split)
+    tasks = ask(make_env(cfg.env, cfg.data), "tasks", split)
     if len(tasks) < count:
         raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks) or 'no'} tasks in "
                         f"its split {split}, not {count}; lower {use}_tasks, or give another split or other data")
@@ -283,21 +283,6 @@ class RunFolder:
 
 
 def report_file() -> ModuleType:
-    """The door of the report: what a run is, what Stage 1 gave, the page."""
+    """The door of the report: what a run is, what Stage 1 gave, what training took, the tables, the page."""
     from tools import report
     return report
-
-
-def spent(folder: Path) -> dict[str, float]:
-    """What training took so far: environment steps (replayed ones included), sampled tokens, trained tokens, seconds;
-    from the run's files. Of out/<run>/warm_start, its trained tokens (its seconds are not kept apart)."""
-    def records(of: Path, name: str) -> list[dict]:
-        return list(read_jsonl(of / name)) if (of / name).exists() else []
-    run = folder.parent if folder.name == "warm_start" else folder
-    trained = {r["round"]: r["tokens"] for r in records(run, "metrics.jsonl") if "tokens" in r}      # of the last step
-    if folder.name == "warm_start":
-        return dict(steps=0, sampled=0, trained=trained[0], seconds=0.0)
-    lived = records(folder, "trees.jsonl") + records(folder, "alternatives.jsonl")
-    seconds = folder / "seconds.json"
-    return dict(steps=sum(r["steps"] + r["replayed"] for r in lived), sampled=sum(r["tokens"] for r in lived),
-                trained=sum(trained.values()), seconds=json.loads(seconds.read_text()) if seconds.exists() else 0.0)

@@ -11,7 +11,7 @@ from config import Check, Config, UserError
 from engine import Chat
 from leafe import Tree, explore
 from packing import Packed, Weights, training_rows
-from run import Jsonl, Run, spent
+from run import Jsonl, Run, report_file
 
 BUDGET = """
 env_steps: null               # budget of environment steps; null: what trees= took
@@ -28,7 +28,7 @@ def budget(cfg: Config) -> int:
                         f"many as that run's trees took")
     if not cfg.env_steps and not (Path(cfg.trees) / "adapter").exists():
         raise UserError(f"trees: {cfg.trees} has not ended, so what its trees took is not known yet; finish that run")
-    return cfg.env_steps or int(spent(Path(cfg.trees))["steps"])
+    return cfg.env_steps or int(report_file().spent(Path(cfg.trees))["steps"])
 
 
 def taken(store: Jsonl, upto: int) -> int:

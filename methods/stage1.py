@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from config import UserError, guarded, load_config
 from engine import Job
-from eval import cell, spread
+from eval import spread
 from leafe import Attempt, Branch, Tree, episode, read_trees
-from run import Policy, Run, RunFolder, pick_tasks
+from run import Policy, Run, RunFolder, pick_tasks, report_file
 
 CONTENDERS = ("IS", "IR", "IR-1")
 
@@ -66,6 +66,7 @@ def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
         rows = [by_task[tree.task] for tree in trees]
         solved[method] = torch.tensor([float(r["solved"]) for r in rows])
         spent[method] = (sum(r["steps"] for r in rows), 0, sum(r["tokens"] for r in rows))
+    cell = report_file().cell
     lines = [f"{'%':6}{'tasks solved':>24}{'tree minus this':>24}{'steps':>10}{'replayed':>10}{'tokens':>10}"]
     for method, hits in solved.items():
         own, gap = (spread(lambda index, values=values: values[index].mean(-1), len(trees), resamples)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
+from inspect import getfile
 from types import SimpleNamespace
 from typing import Any, Sequence
 
@@ -20,9 +21,8 @@ START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from scale.apart import
 
 
 class Remote(Env):
-    """A world in another process. It takes an idle process, or starts one, when it is first asked something, and close()
-    gives it back. All end with this program, also if it is
-    killed: their input closes."""
+    """A world in another process. It takes an idle process, or starts one, when it is first asked something, and
+    close() gives it back. All end with this program, also if it is killed: their input closes."""
     idle: dict[tuple[str, str], list] = defaultdict(list)
     about: dict[tuple[str, str], tuple[str, int]] = {}
 
@@ -85,7 +85,11 @@ class Remote(Env):
         return self.submit("difficulty", task).result()
 
     def examine(self, split: str) -> list[str]:
-        return self.submit("examine", split).result()
+        notes = self.submit("examine", split).result()
+        for task in self.tasks(split)[:1]:                   # what it answers must come through to here, too
+            self.reset(task).result()
+            self.step((self.actions() or ["look"])[0]).result()
+        return notes
 
     def close(self) -> None:
         if self.process:
@@ -111,8 +115,9 @@ def serve(name: str, data: str) -> None:
         try:
             said = pickle.dumps((good, answer))
         except Exception as error:
-            why = f"env: what {type(env).__name__}.{what} returned cannot be sent to another process: {error}"
-            said = pickle.dumps((False, UserError(why)))
+            said = pickle.dumps((False, UserError(
+                f"env: {getfile(type(env))}, class {type(env).__name__}: what {what} returned must be text and "
+                f"numbers, to be sent to another process (apart = True): {error}")))
         answers.write(said)
         answers.flush()
     if env:

@@ -8,13 +8,12 @@ from collections import deque
 
 import pytest
 
-from conftest import ROOT
-from envs import Quest, ReplayMismatch, UserError, env_class, make_env, rollback
-from eval import make_engine
-from leafe import episode, explore
-from model import Job
-from run import Jsonl
-from workers import Remote
+from config import UserError
+from conftest import ROOT, run_of
+from engine import Job
+from envs import Quest, ReplayMismatch, make_env
+from leafe import Attempt, episode, explore
+from scale.apart import Remote
 
 WORLD = '''
 import os, sys, time
@@ -38,33 +37,26 @@ class Dying(Slow):
 @pytest.fixture
 def world(tmp_path):
     (tmp_path / "slow_world.py").write_text(WORLD)
-    env_class.cache_clear()
-    yield lambda kind: f"{tmp_path}/slow_world.py:{kind}"
-    sys.modules.pop("slow_world", None)
+    return lambda kind: f"{tmp_path}/slow_world.py:{kind}"
 
 
-def rollouts(model, chat, cfg):
-    engine = make_engine(model, chat, cfg)
-    jobs = [Job(episode(make_env(cfg.env), chat, cfg, task, [], "", str(i), True), random.Random(f"{task}/{i}"), task,
+def rollouts(run):
+    jobs = [Job(episode(run, run.world(), Attempt(task, str(i)), True), random.Random(f"{task}/{i}"), task,
                 snapshot=True) for task in Quest().tasks("valid")[:6] for i in range(2)]
     return sorted(((b := job.result).task, b.name, b.end, [t.action_ids for t in b.turns])
-                  for job in engine.run(deque(jobs)))
+                  for job in run.policy.engine().run(deque(jobs)))
 
 
 def test_episodes_in_processes_of_their_own_are_those_of_one_process(tiny, settings, world):
-    model, chat = tiny
-    found = rollouts(model, chat, settings(f"env={world('Slow')}", "workers=3"))
-    assert found == rollouts(model, chat, settings()) and len(found) == 12
+    found = rollouts(run_of(settings(f"env={world('Slow')}", "workers=3"), tiny))
+    assert found == rollouts(run_of(settings(), tiny)) and len(found) == 12
 
 
 def test_trees_grown_in_processes_of_their_own_are_those_of_one_process(tiny, settings, world, tmp_path):
-    model, chat = tiny
     tasks, trees = Quest().tasks("train")[:3], []
     for n, args in enumerate(([f"env={world('Slow')}", "workers=2"], [])):
-        cfg = settings(*args)
-        store = Jsonl(tmp_path / f"{n}.jsonl")
-        trees.append([branch for tree in explore(make_engine(model, chat, cfg), chat, lambda: make_env(cfg.env), cfg,
-                                                 tasks, store, 1) for branch in tree.branches])
+        run = run_of(settings(*args, f"out={tmp_path}/{n}"), tiny, folder=True)
+        trees.append([branch for tree in explore(run, tasks) for branch in tree.branches])
     assert max(map(len, Remote.idle.values())) <= 3 and any(branch.experience for branch in trees[0])
     assert sorted(map(str, trees[0])) == sorted(map(str, trees[1]))
 
@@ -72,11 +64,11 @@ def test_trees_grown_in_processes_of_their_own_are_those_of_one_process(tiny, se
 def test_a_world_that_does_not_replay_is_found_out_there_too(world):
     env = make_env(world("Forgetful"))
     task = env.tasks("valid")[0]
-    env.reset(task)
+    env.reset(task).result()
     with pytest.raises(ReplayMismatch):
         env.submit("rollback", task, [("other", "go attic")]).result()
     with pytest.raises(UserError, match="quest has no task"):
-        env.reset("nothing")
+        env.reset("nothing").result()
 
 
 def test_processes_are_used_again_and_a_world_plays_by_hand(world):
@@ -84,8 +76,8 @@ def test_processes_are_used_again_and_a_world_plays_by_hand(world):
     assert isinstance(env, Remote) and env.rules == Quest.rules and env.max_turns == Quest.max_turns
     task = env.tasks("valid")[0]
     pid = env.process.pid
-    assert rollback(env, task, []) == Quest().reset(task) and env.actions() and env.difficulty(task)
-    assert env.step("go nowhere").valid is False and env.action("a\nb") == "b"
+    assert env.rollback(task, []).result() == Quest().reset(task) and env.actions() and env.difficulty(task)
+    assert env.step("go nowhere").result().valid is False and env.action("a\nb") == "b"
     env.close()
     again = make_env(world("Slow"))
     assert again.process is None and again.actions() and again.process.pid == pid
@@ -93,14 +85,15 @@ def test_processes_are_used_again_and_a_world_plays_by_hand(world):
 
 def test_a_process_that_dies_is_one_clear_line(world):
     env = make_env(world("Dying"))
-    env.reset(env.tasks("valid")[0])
+    env.reset(env.tasks("valid")[0]).result()
     with pytest.raises(UserError, match="ended by itself"):
-        env.step("go attic")
+        env.step("go attic").result()
 
 
 def test_its_processes_end_with_the_program_however_it_ends(world):
     source = (f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom envs import make_env\n"
-              f"env = make_env({world('Slow')!r})\nenv.tasks('test')\nprint(env.process.pid, flush=True)\ntime.sleep(60)")
+              f"env = make_env({world('Slow')!r})\nenv.tasks('test')\nprint(env.process.pid, flush=True)\n"
+              f"time.sleep(60)")
     for how in (signal.SIGKILL, signal.SIGINT):
         process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         pid = int(process.stdout.readline())
@@ -119,7 +112,8 @@ def test_its_processes_end_with_the_program_however_it_ends(world):
             raise AssertionError("it lives on")
 
 
-@pytest.mark.parametrize("name, message", [("nothing", "there is no 'nothing'"), ("no.py:A", "there is no file no.py"),
+@pytest.mark.parametrize("name, message", [("nothing", "there is no 'nothing'"),
+                                           ("no.py:A", "there is no file no.py"),
                                            ("envs.py:Nothing", r"has no class Nothing\(Env\)"),
                                            ("envs.py:Outcome", r"has no class Outcome\(Env\)")])
 def test_a_world_that_is_not_there_is_one_clear_line(name, message, monkeypatch):
@@ -129,8 +123,8 @@ def test_a_world_that_is_not_there_is_one_clear_line(name, message, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_readmes_world_of_your_own_plays_and_trains(tmp_path):
-    text = (ROOT / "README.md").read_text()
+def test_the_page_s_world_of_your_own_plays_and_trains(tmp_path):
+    text = (ROOT / "docs" / "worlds.md").read_text()
     source, commands = text.partition("(doors.py):")[2].split("```")[1:3]
     assert len([line for line in source.removeprefix("python\n").splitlines() if line.strip()]) <= 25
     (tmp_path / "doors.py").write_text(source.removeprefix("python\n"))

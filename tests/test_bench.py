@@ -1,17 +1,15 @@
-"""bench.py: what it compares is equal, what it prints is what it measured. No time is asserted."""
+"""tools/bench.py: what it compares is equal, what it prints is what it measured. No time is asserted."""
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-import bench
+from config import UserError, load_config
 from conftest import ROOT, SHAPE
-from envs import UserError
-from run import load_config
+from tools import bench
 
 SMALL = LlamaConfig(**SHAPE | dict(initializer_range=0.05, num_hidden_layers=1))
 
@@ -35,7 +33,7 @@ def test_conversations_have_the_shape_that_is_promised():
 
 @pytest.mark.slow
 def test_all_ways_of_sampling_reply_alike_and_each_is_timed(settings, tmp_path):
-    done = subprocess.run([sys.executable, "bench.py", "rollout", "episodes=4", "repetitions=1", "horizon=4",
+    done = subprocess.run([sys.executable, "-m", "tools.bench", "rollout", "episodes=4", "repetitions=1", "horizon=4",
                            "action_tokens=4", f"out={tmp_path}"], cwd=ROOT, capture_output=True,
                           text=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -54,7 +52,7 @@ def test_an_engine_that_replies_otherwise_is_not_timed(settings, monkeypatch):
         ended = right(*args)
         ended[0].turns[0].action_ids[0] += 1
         return ended
-    cfg = replace(settings("temperature=0"), model="tiny")
+    cfg = settings("temperature=0")
     bench.policy.cache_clear()
     monkeypatch.setattr(bench, "forking", wrong)
     with pytest.raises(UserError, match="greedy replies are not generate's: nothing is timed"):

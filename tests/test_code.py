@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from coding import Code, read_problems, same
+from worlds.code import Code, read_problems, same
 from conftest import SHARED, needs_shared_data
-from envs import UserError, rollback
+from config import UserError
 
 pytestmark = pytest.mark.usefixtures("alone")
 DATA = Path(__file__).parent / "data"
@@ -63,7 +63,7 @@ def test_an_episode_of_four_programs_replays_and_ends(mbpp):
         def __init__(self, obs, action):
             self.obs, self.action = obs, action
     turns = [Turn(obs, action) for obs, action in zip(said, [*programs, ""])]
-    assert rollback(mbpp, task, turns[:4]) == said[3]
+    assert mbpp.rollback(task, turns[:4]) == said[3]
 
 
 def test_a_hidden_test_is_told_apart_from_a_public_one_and_not_shown(mbpp):
@@ -86,9 +86,11 @@ CHEATS = {
     "a-string-equal-to-all": "class Any(str):\n def __eq__(self, other): return True\n"
                              "def first_repeated_char(s): return Any('x')",
     "forged-report": "import os, sys\ntext = repr(('REPORT', 3, '', '')) + '\\n'\nfor fd in range(32):\n"
-                     " try: os.write(fd, text.encode())\n except OSError: pass\ndef first_repeated_char(s): return 'x'",
+                     " try: os.write(fd, text.encode())\n except OSError: pass\n"
+                     "def first_repeated_char(s): return 'x'",
     "forged-report-late": "import os\ndef first_repeated_char(s):\n for fd in range(32):\n"
-                          "  try: os.write(fd, repr(('REPORT', 3, '', '')).encode() + b'\\n')\n  except OSError: pass\n os._exit(0)",
+                          "  try: os.write(fd, repr(('REPORT', 3, '', '')).encode() + b'\\n')\n"
+                          "  except OSError: pass\n os._exit(0)",
     "raises-what-ends": "def first_repeated_char(s): raise SystemExit(0)",
     "builtins": "import builtins\nbuiltins.repr = lambda v: \"('tuple', ['is', True])\"\nbuiltins.len = lambda v: 0\n"
                 "def first_repeated_char(s): return 'x'",
@@ -223,7 +225,8 @@ def test_published_layouts_are_read(tmp_path):
     problem = read_problems(tmp_path / "sanitized-mbpp.json")["20"]
     assert problem.setup == "import math" and problem.split == "test"
     contest = dict(name="1_A. Sum", description="add", public_tests=dict(input=["1 2"], output=["3"]), difficulty=7,
-                   private_tests=dict(input=["2 2"], output=["4"]), generated_tests=dict(input=["5 5"], output=["10"]),
+                   private_tests=dict(input=["2 2"], output=["4"]),
+                   generated_tests=dict(input=["5 5"], output=["10"]),
                    solutions=dict(language=[2, 3], solution=["int", "print(sum(map(int, input().split())))"]),
                    time_limit=dict(seconds=2, nanos=500000000))
     (tmp_path / "code_contests_train.jsonl").write_text(json.dumps(contest))

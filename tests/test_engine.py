@@ -1,18 +1,21 @@
 import copy
 import random
 from collections import deque
+from dataclasses import replace
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
 import packing
-from conftest import family, shake
-from envs import Quest, UserError
-from leafe import TURN, episode, targets
-from model import Ask, Chat, Engine, Job, StaleSnapshot
-from packing import Segment, pack, packed_nll
-from weights import add_lora, adapter_off, lora_parameters
+from config import UserError
+from conftest import family, run_of, shake
+from engine import Ask, Chat, Engine, Job
+from envs import Quest
+from leafe import TURN, Attempt, episode, explore, targets
+from lora import add_lora, adapter_off, lora_parameters
+from packing import Segment, pack, packed_nll, rows_of
+from train import loss_weights
 
 
 def spy(attempt, log):
@@ -27,20 +30,27 @@ def spy(attempt, log):
         log.append((ask, reply))
 
 
-def play_trees(engine, chat, cfg, tasks, log, seed=0):
+def job_of(run, task, name="0", reflect=True, seed=None):
+    """A plain rollout."""
+    return Job(episode(run, Quest(), Attempt(task, name), reflect),
+               random.Random(f"{task}/{name}" if seed is None else seed), task)
+
+
+def play_trees(engine, run, tasks, log, seed=0):
     """Plain rollouts, then branches at random tau with a hint, from ended rollouts: all in one engine."""
     rng, branches = random.Random(seed), []
-    queue = deque(Job(spy(episode(Quest(), chat, cfg, task, [], "", "0", True), log), random.Random(task),
-                      task, snapshot=True) for task in tasks)
-    for job in engine.run(queue):
-        branch = job.result
+
+    def job(attempt):
+        return Job(spy(episode(run, Quest(), attempt, True), log), random.Random(attempt.task), attempt.task,
+                   snapshot=True)
+    queue = deque(job(Attempt(task, "0")) for task in tasks)
+    for ended in engine.run(queue):
+        branch = ended.result
         branches.append(branch)
         if branch.name == "0":
             for n in range(2):
                 past = branch.turns[:rng.randint(1, len(branch.turns))]
-                queue.append(Job(spy(episode(
-                    Quest(), chat, cfg, branch.task, past, "the attic needs the rope from the cellar.",
-                    f"0.{n}", True), log), random.Random(branch.task), branch.task, snapshot=True))
+                queue.append(job(Attempt(branch.task, f"0.{n}", past, "the attic needs the rope from the cellar.")))
     return branches
 
 
@@ -53,11 +63,11 @@ def test_forked_generation_equals_generate_token_for_token(name, keep, slots, ti
     if name == "adapter":
         add_lora(model, 4, 8, seed=0)
         shake(model)
-    cfg = settings(f"keep_experience={str(keep).lower()}", "temperature=0", "reflect_temperature=0", "reflect_every=3",
-                   "action_tokens=6", "reflect_tokens=9")
-    engine, log = Engine(model, chat.stop, slots, cfg.context, 0, snapshot_mb=64), []
+    cfg = settings(f"keep_experience={str(keep).lower()}", "temperature=0", "reflect_temperature=0",
+                   "reflect_every=3", "action_tokens=6", "reflect_tokens=9", f"slots={slots}", "snapshot_mb=64")
+    engine, log = Engine(model, chat.stop, cfg), []
     count = 12 if name in ("tiny", "adapter") else 4              # tasks; three episodes each
-    branches = play_trees(engine, chat, cfg, Quest().tasks("valid")[:count], log)
+    branches = play_trees(engine, run_of(cfg, (model, chat)), Quest().tasks("valid")[:count], log)
     assert len(branches) == 3 * count and len(log) > 15 * count
     assert engine.fed < 0.5 * engine.seen                         # it did fork and did keep what it had
     for ask, reply in log:
@@ -68,20 +78,19 @@ def test_forked_generation_equals_generate_token_for_token(name, keep, slots, ti
 
 
 def test_samples_do_not_depend_on_slots_memory_or_order(tiny, settings):
-    model, chat = tiny
-    cfg, found = settings(), []
+    found = []
     for slots, memory, reverse in ((64, 64, False), (3, 64, False), (20, 0, True)):
-        tasks = Quest().tasks("valid")[:10]
-        engine = Engine(model, chat.stop, slots, cfg.context, 1.0, memory)
-        jobs = [Job(episode(Quest(), chat, cfg, task, [], "", str(i), True), random.Random(f"{task}/{i}"),
-                    task, snapshot=True) for task in tasks for i in range(3)]
+        run = run_of(settings(f"slots={slots}", f"snapshot_mb={memory}"), tiny)
+        jobs = [job_of(run, task, str(i)) for task in Quest().tasks("valid")[:10] for i in range(3)]
+        for job in jobs:
+            job.snapshot = True
         queue = deque(reversed(jobs) if reverse else jobs)
         found.append(sorted(((b := job.result).task, b.name, [t.action_ids for t in b.turns])
-                            for job in engine.run(queue)))
+                            for job in run.policy.engine().run(queue)))
     assert found[0] == found[1] == found[2]
 
 
-def test_sampling_is_the_inverse_of_the_distribution_with_a_fresh_uniform_for_every_token(tiny):
+def test_sampling_is_the_inverse_of_the_distribution_with_a_fresh_uniform_for_every_token(tiny, settings):
     model, chat = tiny
     prompt = chat.first("rules", "step 1: you are in the hall.")
 
@@ -89,7 +98,8 @@ def test_sampling_is_the_inverse_of_the_distribution_with_a_fresh_uniform_for_ev
         reply = yield Ask(prompt, 12)
         return reply
     for seed, heat in ((0, 1.0), (1, 1.0), (2, 2.0)):
-        job, = Engine(model, set(), 1, 64, heat, 8).run(deque([Job(one(), random.Random(seed), "a")]))
+        cfg = settings("slots=1", "context=64", f"temperature={heat}", "snapshot_mb=8")
+        job, = Engine(model, set(), cfg).run(deque([Job(one(), random.Random(seed), "a")]))
         rng, ids = random.Random(seed), list(prompt)
         for _ in range(12):
             p = (model(input_ids=torch.tensor([ids])).logits[0, -1].double() / heat).softmax(-1)
@@ -98,8 +108,7 @@ def test_sampling_is_the_inverse_of_the_distribution_with_a_fresh_uniform_for_ev
 
 
 def test_the_draw_of_a_large_vocabulary_is_from_the_same_distribution_and_as_independent(tiny, settings):
-    model, chat = tiny
-    engine, rng = Engine(model, chat.stop, 1, 64, 1.0, 0), random.Random(0)
+    engine, rng = Engine(tiny[0], tiny[1].stop, settings("slots=1", "context=64", "snapshot_mb=0")), random.Random(0)
     logits, heat = torch.tensor([0.0, 1.0, 2.0, 2.0, -1.0, -30.0]), 1.5
     us = torch.tensor([[rng.random()] for _ in range(8000)], dtype=torch.float64)
     tokens, edge = engine._race(logits.repeat(8000, 1), us, torch.full_like(us, heat))
@@ -109,18 +118,18 @@ def test_the_draw_of_a_large_vocabulary_is_from_the_same_distribution_and_as_ind
     near = torch.tensor([0.0, 1.0, 2.0, 2.0001, -1.0, -30.0])
     token, edge = engine._race(near[None], us[:1], torch.zeros(1, 1, dtype=torch.float64))     # greedy
     assert token.tolist() == [3] and float(edge) == pytest.approx(1e-4, rel=0.01)
-    cfg, found = settings(), []
+    found = []
     for slots, memory in ((64, 64), (3, 0)):
-        engine = Engine(model, chat.stop, slots, cfg.context, 1.0, memory)
+        run = run_of(settings(f"slots={slots}", f"snapshot_mb={memory}"), tiny)
+        engine = run.policy.engine()
         engine.many_tokens = 100
-        jobs = deque(Job(episode(Quest(), chat, cfg, task, [], "", str(i), True), random.Random(f"{task}/{i}"), task)
-                     for task in Quest().tasks("valid")[:8] for i in range(3))
+        jobs = deque(job_of(run, task, str(i)) for task in Quest().tasks("valid")[:8] for i in range(3))
         found.append(sorted((b.task, b.name, [t.action_ids for t in b.turns])
                             for b in (job.result for job in engine.run(jobs))))
     assert found[0] == found[1] and len({str(ids) for _, _, ids in found[0]}) > 8
 
 
-def test_a_reply_may_have_a_temperature_of_its_own(tiny):
+def test_a_reply_may_have_a_temperature_of_its_own(tiny, settings):
     """Greedy replies beside sampled ones: the greedy ones equal generate, whatever their neighbours draw."""
     model, chat = tiny
     contexts = [chat.first(Quest.rules, TURN.format(t=1, obs=Quest().reset(task)))
@@ -128,7 +137,7 @@ def test_a_reply_may_have_a_temperature_of_its_own(tiny):
 
     def one(context, temperature):
         return (yield Ask(context, 12, temperature))
-    engine = Engine(model, chat.stop, 5, 256, 1.0, snapshot_mb=8)
+    engine = Engine(model, chat.stop, settings("slots=5", "context=256", "snapshot_mb=8"))
     jobs = [Job(one(context, 0.0 if i % 2 else None), random.Random(i), str(i)) for i, context in enumerate(contexts)]
     list(engine.run(deque(jobs)))
     for context, job in list(zip(contexts, jobs))[1::2]:
@@ -144,14 +153,14 @@ def fork(engine, snapshot):
         engine.fork(snapshot, 0, 3)
 
 
-def test_a_stale_snapshot_is_refused_after_a_step_and_after_a_switch(own_tiny):
+def test_a_stale_snapshot_is_refused_after_a_step_and_after_a_switch(own_tiny, settings):
     model, chat = own_tiny
     add_lora(model, 4, 8, seed=0)
 
     def one():
         yield Ask(chat.first("rules", "step 1: you are in the hall."), 4)
     for change in ("step", "switch"):
-        engine = Engine(model, chat.stop, 2, 64, 0, 64)
+        engine = Engine(model, chat.stop, settings("slots=2", "context=64", "temperature=0", "snapshot_mb=64"))
         list(engine.run(deque([Job(one(), random.Random(0), "a", snapshot=True)])))
         snapshot = engine.kept["a"][0]
         fork(engine, snapshot)                               # fresh: taken
@@ -160,44 +169,38 @@ def test_a_stale_snapshot_is_refused_after_a_step_and_after_a_switch(own_tiny):
             for parameter in lora_parameters(model):
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
-            with pytest.raises(StaleSnapshot):
+            with pytest.raises(AssertionError, match="the weights have changed"):
                 fork(engine, snapshot)
         else:
-            with adapter_off(model), pytest.raises(StaleSnapshot):
+            with adapter_off(model), pytest.raises(AssertionError, match="the weights have changed"):
                 fork(engine, snapshot)
             fork(engine, snapshot)                           # switched back: the same weights again
 
 
 def test_snapshot_memory_stays_within_its_budget(tiny, settings):
-    model, chat = tiny
-    cfg = settings()
-    engine = Engine(model, chat.stop, 8, cfg.context, 1.0, snapshot_mb=4)
-    play_trees(engine, chat, cfg, Quest().tasks("valid")[:6], [])
+    run = run_of(settings("slots=8", "snapshot_mb=4"), tiny)
+    engine = run.policy.engine()
+    play_trees(engine, run, Quest().tasks("valid")[:6], [])
     assert 0 < sum(s.nbytes for kept in engine.kept.values() for s in kept) <= 4 * 2**20
 
 
 def test_an_episode_that_outgrows_the_context_ends_and_is_counted(tiny, settings):
-    model, chat = tiny
-    cfg = settings("context=150")
-    engine = Engine(model, chat.stop, 4, cfg.context, 1.0, 8)
-    branches = [job.result for job in engine.run(deque(
-        Job(episode(Quest(), chat, cfg, task, [], "", "0", False), random.Random(0), task)
-        for task in Quest().tasks("valid")[2:6]))]
+    run = run_of(settings("context=150", "slots=4", "snapshot_mb=8"), tiny)
+    branches = [job.result for job in run.policy.engine().run(deque(
+        job_of(run, task, reflect=False, seed=0) for task in Quest().tasks("valid")[2:6]))]
     assert {b.end for b in branches} == {"context"} and all(b.turns for b in branches)
 
 
 @pytest.mark.parametrize("where", ["_hidden", "_draw"])
 def test_out_of_memory_goes_on_with_fewer_slots_and_the_same_samples(where, tiny, settings, capsys):
-    model, chat = tiny
-    cfg = settings()
+    run = run_of(settings("slots=16", "snapshot_mb=64"), tiny)
 
     def play(engine):
-        jobs = [Job(episode(Quest(), chat, cfg, task, [], "", str(n), True), random.Random(f"{task}/{n}"), task)
-                for task in Quest().tasks("valid")[:10] for n in range(3)]
+        jobs = [job_of(run, task, str(n)) for task in Quest().tasks("valid")[:10] for n in range(3)]
         return sorted((b.task, b.name, b.end, [t.action_ids for t in b.turns])
                       for b in (job.result for job in engine.run(deque(jobs))))
-    plain = play(Engine(model, chat.stop, 16, cfg.context, 1.0, 64))
-    engine, calls = Engine(model, chat.stop, 16, cfg.context, 1.0, 64), 0
+    plain = play(run.policy.engine())
+    engine, calls = run.policy.engine(), 0
     real = getattr(engine, where)
 
     def short(batch, *rest):
@@ -212,9 +215,9 @@ def test_out_of_memory_goes_on_with_fewer_slots_and_the_same_samples(where, tiny
     assert not engine.live and not engine.parked
 
 
-def test_out_of_memory_with_a_single_slot_is_one_line_and_closes_the_episodes(tiny):
+def test_out_of_memory_with_a_single_slot_is_one_line_and_closes_the_episodes(tiny, settings):
     model, chat = tiny
-    engine, closed = Engine(model, chat.stop, 4, 64, 1.0, 64), []
+    engine, closed = Engine(model, chat.stop, settings("slots=4", "context=64", "snapshot_mb=64")), []
 
     def fails(*_):
         raise torch.OutOfMemoryError
@@ -233,21 +236,13 @@ def test_out_of_memory_with_a_single_slot_is_one_line_and_closes_the_episodes(ti
 # training rows
 
 def trees_for_packing(tiny, settings):
-    from leafe import explore
-    from run import Jsonl
-    model, chat = tiny
-    cfg = settings("corrections=all", "rehearsal_share=1", "attempts=8")
-    cfg_path = __import__("pathlib").Path(cfg.out)
-    cfg_path.mkdir(parents=True, exist_ok=True)
-    store = Jsonl(cfg_path / "trees.jsonl")
-    engine = Engine(model, chat.stop, 32, cfg.context, 1.0, 64)
-    trees = explore(engine, chat, Quest, cfg, Quest().tasks("train")[:8], store)
-    return cfg, trees, targets(trees, cfg, chat.stop)
+    run = run_of(settings("corrections=all", "rehearsal_share=1", "attempts=8"), tiny, folder=True)
+    trees = explore(run, Quest().tasks("train")[:8])
+    run.folder.close()
+    return run.cfg, trees, targets(trees, run.cfg, tiny[1].stop)
 
 
 def test_packed_equals_one_pair_at_a_time(tiny, own_tiny, settings):
-    from leafe import rows_of
-    from train import loss_weights
     cfg, trees, pairs = trees_for_packing(tiny, settings)
     assert len(pairs.D_cf) >= 8
     model, _ = own_tiny
@@ -331,7 +326,8 @@ def test_chat_pieces_rebuild_what_the_template_renders(tiny):
 
 TEMPLATES = {                                           # each known trouble, in few words: (template, system role?)
     "begins with BOS": (
-        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}<|assistant|>", True),
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
+        "<|assistant|>", True),
     "refuses a system role": (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>", False),
@@ -342,8 +338,9 @@ TEMPLATES = {                                           # each known trouble, in
         "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns') }}"
         "{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>", False),
     "moves the system message to the last": (
-        "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{% if loop.last and messages[0].role == 'system' %}"
-        "{{ messages[0].content + ' ' }}{% endif %}{{ m.content }}<|end|>{% endfor %}<|assistant|>", False),
+        "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>"
+        "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content + ' ' }}{% endif %}"
+        "{{ m.content }}<|end|>{% endfor %}<|assistant|>", False),
     "drops earlier thoughts": (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] if m.role == 'assistant' "
         "else m.content }}<|end|>{% endfor %}<|assistant|>", True),
@@ -383,3 +380,88 @@ def test_a_model_without_a_usable_chat_template_is_refused(template, tiny):
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="chat template"):
         Chat(tokenizer)
+
+
+def test_words_that_the_vocabulary_lacks_are_told_of_once_with_an_example(tiny, capsys):
+    chat = Chat(tiny[1].tokenizer)
+    chat.ids("you are in the hall.")
+    assert capsys.readouterr().err == ""
+    unknown = chat.tokenizer.unk_token_id
+    assert unknown in chat.ids("the Troubadour sings in the hall.")
+    chat.ids("the Troubadour sings"), chat.ids("a Zither")
+    said = capsys.readouterr().err
+    assert said.startswith("note: the model's vocabulary lacks words") and said.count("\n") == 1
+    assert "'Troubadour'" in said
+    again = Chat(tiny[1].tokenizer)                        # another run, its own note; the token itself is no word
+    again.ids(f"the {again.tokenizer.unk_token} is in the hall.")
+    assert capsys.readouterr().err == ""
+    again.ids("a Zither")
+    assert "'Zither'" in capsys.readouterr().err
+
+
+# long observations
+
+@pytest.mark.parametrize("limit", [8, 9, 64])
+def test_of_a_long_observation_the_head_and_the_tail_are_seen(limit, tiny):
+    chat, obs = tiny[1], "you are in the hall. " + "go attic. take lamp. " * 40 + "the attic is dark."
+    short = chat.text(chat.ids(obs)[:limit])
+    assert chat.glimpse(short, limit) == short and chat.glimpse("", limit) == ""
+    seen = chat.glimpse(obs, limit)
+    head, tail = seen.split("\n...\n")
+    assert obs.startswith(head) and obs.endswith(tail) and head and tail
+    assert (head, tail) == (chat.text(chat.ids(obs)[:limit // 2]), chat.text(chat.ids(obs)[-(limit // 2):]))
+    assert len(chat.ids(head)) == len(chat.ids(tail)) == limit // 2
+
+
+class Talkative(Quest):
+    """What follows an action is longer than any context; the middle, which no policy sees, tells the actions."""
+    middle = "{}"
+
+    def step(self, action):
+        outcome = super().step(action)
+        self.said = getattr(self, "said", "") + f" {action}."
+        told = "the hall. " * 500 + self.middle.format(self.said) + " the attic." * 500
+        return replace(outcome, obs=f"{outcome.obs} {told} {outcome.obs}")
+
+
+def drive(attempt, reply):
+    """The branch of an episode that always gets this reply, and the contexts it asked with."""
+    asks = [next(attempt)]
+    try:
+        while True:
+            asks.append(attempt.send(list(reply)))
+    except StopIteration as end:
+        return end.value, [ask.context for ask in asks]
+
+
+def test_an_endless_observation_is_seen_in_part_and_counted_and_the_episode_goes_on(tiny, settings):
+    chat, run = tiny[1], run_of(settings("observation_tokens=40", "reflect_every=3"), tiny)
+    reply = [*chat.ids("take hat"), chat.end]
+    branch, contexts = drive(episode(run, Talkative(), Attempt("train-1-0000", "0"), True), reply)
+    assert (branch.end, len(branch.turns), branch.clipped) == ("failure", 8, 7)     # all but the first
+    assert max(map(len, contexts)) < run.cfg.context and [r.t for r in branch.reflections] == [3, 6, 8]
+    for turn in branch.turns[1:]:
+        assert len(turn.obs) > 9000 and len(turn.obs_ids) < 60
+        assert chat.glimpse(turn.obs, 40) in chat.tokenizer.decode(turn.obs_ids)
+    whole = run_of(settings("observation_tokens=100000"), tiny)
+    ended = list(whole.policy.engine().run(deque([Job(
+        episode(whole, Talkative(), Attempt("train-1-0000", "0"), True), random.Random(0), "a")])))[0].result
+    assert ended.end == "context" and ended.clipped == 0
+
+
+def test_an_endless_observation_is_replayed_and_compared_whole(tiny, settings):
+    """What the policy sees of it is the same; a middle that differs is a replay that differs."""
+    chat, run = tiny[1], run_of(settings("observation_tokens=40"), tiny)
+    reply, root = [*chat.ids("take hat"), chat.end], Attempt("train-1-0000", "0")
+    branch, _ = drive(episode(run, Talkative(), root, False), reply)
+
+    class Other(Talkative):
+        middle = "otherwise{}"
+    past = Attempt("train-1-0000", "0.0", branch.turns[:3], "the cat.")
+    again, _ = drive(episode(run, Talkative(), past, False), reply)
+    assert (again.end, again.replayed, again.clipped) == ("failure", 2, 6)
+    assert again.turns[0].obs == branch.turns[2].obs and again.turns[0].obs_ids == branch.turns[2].obs_ids
+    assert drive(episode(run, Other(), root, False), reply)[0].turns[2].obs_ids == branch.turns[2].obs_ids
+    with pytest.raises(StopIteration) as ended:
+        next(episode(run, Other(), past, False))
+    assert ended.value.value.end == "mismatch"

@@ -1,6 +1,4 @@
 import random
-import subprocess
-import sys
 from collections import deque
 from heapq import heappop, heappush
 from itertools import islice
@@ -8,10 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-import tiny as tiny_module
-from conftest import ROOT, SHARED, needs_shared_data
-from envs import Outcome, Quest, ReplayMismatch, UserError, make_env, rollback
-from sokoban import MOVES, InWords, Level, Sokoban, boxoban_level, push, read_boxoban, reverse_play
+from config import UserError
+from conftest import ROOT, SHARED, needs_shared_data, run_of
+from engine import Job
+from envs import Outcome, Quest, ReplayMismatch, make_env
+from leafe import Attempt, episode
+from tools import tiny as tiny_module
+from worlds.sokoban import MOVES, Level, Sokoban, boxoban_level, push, read_boxoban, reverse_play
+from worlds.sokoban_words import InWords
 
 
 def solve(level: Level, limit: int = 200_000) -> list[str] | None:
@@ -93,7 +95,7 @@ def test_rollback_restores_the_observation_byte_for_byte(env):
     for task in env.tasks("train")[:60]:
         turns = wander(env, task, 12, rng)
         for tau in range(1, len(turns) + 1):
-            assert rollback(env, task, turns[:tau]) == turns[tau - 1].obs
+            assert env.rollback(task, turns[:tau]) == turns[tau - 1].obs
 
 
 def test_rollback_refuses_an_environment_that_does_not_replay():
@@ -110,7 +112,7 @@ def test_rollback_refuses_an_environment_that_does_not_replay():
     env = Drifting()
     turns = wander(env, "train-4-0003", 4, random.Random(1))
     with pytest.raises(ReplayMismatch, match="turn 2 read"):
-        rollback(env, "train-4-0003", turns)
+        env.rollback("train-4-0003", turns)
 
 
 def test_quest_tasks_are_a_pure_function_of_their_id_and_splits_share_none():
@@ -353,26 +355,44 @@ def test_boxoban_levels_that_the_solver_solves_are_solved_when_played():
     assert solved >= 12
 
 
-def play(*args, typed):
-    return subprocess.run([sys.executable, "envs.py", *args], input=typed, capture_output=True, text=True,
-                          cwd=ROOT, timeout=60)
+GYM = '''
+import numpy
+
+class TextWorld:
+    """As Gymnasium has it: a lamp behind one of three doors."""
+    def reset(self, *, seed=None, options=None):
+        self.random, self.left = numpy.random.default_rng(seed), 3
+        self.door = self.random.choice(["red door", "green door", "blue door"])
+        return f"it is dark. {self.random.integers(100)} steps away are three doors.", {"door": self.door}
+
+    def step(self, action):
+        self.left -= 1
+        found = action == f"open {self.door}"
+        said = "you find the lamp." if found else f"nothing. {self.random.integers(100)} bats fly by."
+        return said, numpy.float32(found), numpy.bool_(found), self.left == 0, {}
+'''
 
 
-def test_a_person_plays_undoes_and_wins():
-    env, moves = Quest(), []
-    env.reset("test-1-0000")
-    while action := env.next_best():
-        moves.append(action)
-        env.step(action)
-    out = play("quest", "test-1-0000", typed="\n".join(["hint", "go nowhere", "undo", *moves]) + "\n")
-    assert out.returncode == 0 and "(refused) you cannot do that." in out.stdout
-    assert f"{len(moves)}> {moves[-1]}\n" in out.stdout  # piped in, actions are shown: a transcript
-    assert f"success after {len(moves)} turns" in out.stdout, out.stdout  # undone, the refusal cost nothing
-
-
-def test_playing_ends_with_the_input_and_names_mistakes():
-    assert play("sokoban", typed="up\nhint\nundo\n").returncode == 0
-    assert play("chess", typed="").stderr == ("error: env: there is no 'chess'; there are quest, sokoban, sokoban-words, "
-                                              "scienceworld, alfworld, webshop, code, and path/to/file.py:Class\n")
-    assert "has no task 'x'" in play("quest", "x", typed="").stderr
-    assert "python envs.py quest" in play(typed="").stdout
+def test_the_page_s_gymnasium_world_is_examined_rolled_back_and_played(tmp_path, tiny, settings):
+    page = (ROOT / "docs" / "worlds.md").read_text()
+    source = page.partition("(gym_world.py;")[2].split("```")[1].removeprefix("python\n")
+    assert len([line for line in source.splitlines() if line.strip()]) == 15
+    (tmp_path / "gym_world.py").write_text(source)
+    (tmp_path / "my_gym_world.py").write_text(GYM)
+    cfg = settings(f"env={tmp_path}/gym_world.py:Wrapped")
+    assert make_env(cfg.env).examine("train") == [] == make_env(cfg.env).examine("test")
+    env, other = make_env(cfg.env), make_env(cfg.env)
+    for task in env.tasks("train")[:9]:
+        said = env.reset(task)
+        actions = ["look", "open green door", f"open {env.world.door}", ""]
+        outcomes = [env.step(action) for action in actions[:3]]
+        observations = [said, *(outcome.obs for outcome in outcomes)]
+        turns = [SimpleNamespace(obs=obs, action=action) for obs, action in zip(observations, actions)]
+        assert outcomes[-1] == Outcome("you find the lamp.", 1.0, True, True)
+        for tau in (1, 2, 3):
+            other.reset("train-63")
+            assert other.rollback(task, turns[:tau]) == turns[tau - 1].obs
+    run = run_of(cfg, tiny)
+    job = next(run.policy.engine().run(deque([Job(episode(run, run.world(), Attempt("test-0", "0"), True),
+                                                  random.Random(0), "test-0")])))
+    assert job.result.end in ("success", "failure") and job.result.turns[0].obs == env.reset("test-0")

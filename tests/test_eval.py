@@ -6,11 +6,12 @@ from itertools import combinations
 import pytest
 import torch
 
-from envs import Quest, UserError
-from eval import (Samples, bootstrap, compare, interval, main, make_engine, make_worlds, pass_at_k, pick_tasks,
-                  read_samples, report, sample, table)
-from run import Jsonl, RunFolder, policy_name
-from weights import add_lora, lora_parameters
+from config import UserError
+from conftest import run_of
+from envs import Quest
+from eval import Samples, bootstrap, interval, main, pass_at_k, policy_name, read_samples, sample
+from run import Policy, RunFolder, open_run, pick_tasks
+from tools.report import by_difficulty, compare, read_policies, report, table
 
 
 @pytest.mark.parametrize("n, c, k", [(6, 2, 3), (6, 0, 3), (6, 6, 1), (5, 1, 5), (7, 3, 2), (128, 1, 128),
@@ -59,7 +60,7 @@ def test_figures_are_what_counting_gives():
     met = [r for r in rs if r["refused"]]
     assert figures["recovery"][0] == pytest.approx(sum(r["success"] for r in met) / len(met))
     assert figures["Pass@1"][1] <= figures["Pass@1"][0] <= figures["Pass@1"][2]
-    assert samples.difficulties()["hard"] == (1, 0.0, 0.0) and samples.difficulties()["easy"][0] == 2
+    assert by_difficulty(samples)["hard"] == (1, 0.0, 0.0) and by_difficulty(samples)["easy"][0] == 2
     assert "an episode takes 5.0 turns" in table([samples], [1], 100)
 
 
@@ -84,25 +85,44 @@ def test_no_figure_is_shown_for_more_samples_than_there_are():
 
 
 def test_sampling_goes_on_where_it_stopped_and_refuses_another_adapter(own_tiny, settings):
-    model, chat = own_tiny
-    add_lora(model, 4, 8, seed=0)
     cfg = settings("samples=4", "ks=[1,4]")
-    folder, tasks = RunFolder(cfg), Quest().tasks("test")[:6]
-    store = folder.jsonl("samples.jsonl")
-    sample(model, chat, cfg, store, "base", tasks)
-    whole = sorted(map(json.dumps, store.records))
-    store.close()
-    lines = (folder.path / "samples.jsonl").read_text().splitlines(keepends=True)
-    (folder.path / "samples.jsonl").write_text("".join(lines[:7]) + lines[7][:30])
-    store = folder.jsonl("samples.jsonl")
+
+    def started():
+        return run_of(cfg, own_tiny, folder=True, test_tasks=Quest().tasks("test")[:6])
+    run = started()
+    run.policy.parameters()
+    sample(run, "base")
+    store = run.store("samples.jsonl")
+    whole, told = sorted(map(json.dumps, store.records)), list(run.metrics.records)
+    run.folder.close()
+    lines = store.path.read_text().splitlines(keepends=True)
+    store.path.write_text("".join(lines[:7]) + lines[7][:30])
+    run.folder.lock.close()
+    run = started()
+    store = run.store("samples.jsonl")
     assert len(store.records) == 7
-    sample(model, chat, cfg, store, "base", tasks)
+    sample(run, "base")
     assert sorted(map(json.dumps, store.records)) == whole and len(whole) == 24
-    sample(model, chat, cfg, store, "leafe", tasks[:1])
+    assert run.metrics.records == told and len(told) == 1              # the same figures are not said again
+    run.test_tasks = run.test_tasks[:1]
+    sample(run, "leafe", 1)
     with torch.no_grad():
-        lora_parameters(model)[1].add_(1.0)
+        run.policy.parameters()[1].add_(1.0)
     with pytest.raises(UserError, match="samples of another policy"):
-        sample(model, chat, cfg, store, "leafe", tasks[:1])
+        sample(run, "leafe", 1)
+
+
+def test_the_policies_of_a_run_are_shown_in_the_order_in_which_they_came_to_be(settings):
+    cfg = settings("ks=[1]")
+    folder, tasks = RunFolder(cfg), pick_tasks(cfg, "test")[:2]
+    store = folder.store("samples.jsonl")
+    for policy in ("leafe", "leafe-2", "base", "leafe-10", "leafe-1"):
+        for record in records([0.1, 0.9], n=2, policy=policy):
+            store.append(record | dict(task=tasks[int(record["task"][1:])]))
+    folder.close()
+    expected = ["base", "leafe-1", "leafe-2", "leafe-10", "leafe"]
+    assert [one.label for one in read_policies(folder.path, tasks)] == expected
+    assert report(folder.path, cfg, tasks).splitlines()[0].split() == ["%", *expected]
 
 
 def test_every_figure_is_recomputed_from_samples_jsonl_without_a_model(settings, capsys):
@@ -126,7 +146,7 @@ def test_every_figure_is_recomputed_from_samples_jsonl_without_a_model(settings,
 def test_more_tasks_than_the_split_has_is_one_line(settings, tmp_path):
     with pytest.raises(UserError, match="has 512 tasks in its split test, not 600; lower test_tasks"):
         pick_tasks(settings("test_tasks=600"), "test")
-    with pytest.raises(UserError, match="has no tasks in its split train-shalow, not 8; lower train_tasks, or give anoth"):
+    with pytest.raises(UserError, match="has no tasks in its split train-shalow, not 8; lower train_tasks, or give"):
         pick_tasks(settings("train_split=train-shalow"), "train")
     (tmp_path / "only_train.txt").write_text("; 0\n#####\n#@$.#\n#####\n")
     with pytest.raises(UserError, match="has no tasks in its split test,"):
@@ -134,7 +154,7 @@ def test_more_tasks_than_the_split_has_is_one_line(settings, tmp_path):
 
 
 def test_the_engine_takes_its_settings_from_the_configuration(tiny, settings):
-    engine = make_engine(*tiny, settings("slots=5", "temperature=0.5", "snapshot_mb=3"))
+    engine = Policy(*tiny, settings("slots=5", "temperature=0.5", "snapshot_mb=3")).engine()
     assert (engine.slots, engine.temperature, engine.budget, engine.context) == (5, 0.5, 3 * 2**20, 768)
 
 
@@ -144,6 +164,8 @@ def test_samples_are_called_after_the_run_that_made_the_policy(settings, tmp_pat
     (tmp_path / "grpo" / "config.yaml").write_text("method: grpo\n")
     assert policy_name(settings(f"adapter={tmp_path}/grpo/adapter")) == "grpo"
     assert policy_name(settings(f"adapter={tmp_path}/elsewhere")) == "trained"
+    (tmp_path / "grpo" / "config.yaml").write_text("method: path/to/mine.py\n")
+    assert policy_name(settings(f"adapter={tmp_path}/grpo/adapter")) == "mine"
 
 
 @pytest.mark.parametrize("reply, action", [
@@ -155,22 +177,24 @@ def test_the_action_is_what_stands_in_the_last_tags_or_the_last_line(reply, acti
     assert Quest().action(reply) == action
 
 
-def test_with_react_the_rules_ask_for_a_thought_and_tags(settings):
-    rules = make_worlds(settings("react=true"))().rules
+def test_with_react_the_rules_ask_for_a_thought_and_tags(settings, tiny):
+    rules = run_of(settings("react=true"), tiny).world().rules
     assert rules.startswith(Quest.rules) and "<think>" in rules and rules.endswith("<action>one action</action>")
 
 
-def test_a_playbook_stands_behind_the_rules_and_marks_the_samples(own_tiny, settings, tmp_path):
-    model, chat = own_tiny
+def test_a_playbook_stands_behind_the_rules_and_marks_the_samples(settings, tmp_path):
     (tmp_path / "playbook.txt").write_text("the attic needs the torch\n")
-    cfg = settings(f"playbook={tmp_path}/playbook.txt", "samples=1", "ks=[1]")
-    rules = make_worlds(cfg)().rules
+    cfg = settings(f"playbook={tmp_path}/playbook.txt", "samples=1", "ks=[1]", "test_tasks=1")
+    run = open_run(cfg, "", training=False)
+    rules = run.world().rules
     assert rules.startswith(Quest.rules) and rules.endswith("\nthe attic needs the torch")
-    assert make_worlds(settings())().rules == Quest.rules
-    store = Jsonl(tmp_path / "samples.jsonl")
-    sample(model, chat, cfg, store, "ace", Quest().tasks("test")[:1])
-    (tmp_path / "playbook.txt").write_text("another\n")
+    assert run_of(settings(), (None, None)).world().rules == Quest.rules
+    sample(run, "ace")
+    sample(run, "base")                                                # the base has no playbook
+    sample(run, "ace")
+    run.playbook = "another"
     with pytest.raises(UserError, match="samples of another policy"):
-        sample(model, chat, cfg, store, "ace", Quest().tasks("test")[:1])
+        sample(run, "ace")
+    sample(run, "base")
     with pytest.raises(UserError, match="playbook: there is no file"):
-        make_worlds(settings("playbook=nowhere.txt"))
+        open_run(settings("playbook=nowhere.txt"), "", training=False)

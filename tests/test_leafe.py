@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 import leafe
-from baselines import read_lessons
-from envs import Outcome, Quest, UserError
-from leafe import (HINT, REFLECT, TURN, Branch, Tree, Turn, best_scores, corrections, episode, explore,
+from config import UserError
+from conftest import run_of
+from engine import Job
+from envs import Outcome, Quest
+from leafe import (HINT, REFLECT, TURN, Attempt, Branch, Tree, Turn, best_scores, corrections, episode, explore,
                    read_reflection, read_trees, targets)
-from model import Engine, Job
+from methods.other_lessons import read_lessons
 from run import Jsonl
 
 
@@ -61,10 +63,13 @@ def forever(text):
         yield text
 
 
+def plain(run, task="train-1-0000", reflect=True):
+    return episode(run, Quest(), Attempt(task, "0"), reflect)
+
+
 def test_reflections_are_asked_for_at_their_own_temperature_and_length(tiny, settings):
     cfg = settings("reflect_temperature=0.25", "reflect_tokens=33", "action_tokens=7")
-    attempt, asks = episode(Quest(), tiny[1], cfg, "train-1-0000", [], "", "0", True), []
-    reply = None
+    attempt, asks, reply = plain(run_of(cfg, tiny)), [], None
     try:
         while True:
             asks.append(attempt.send(reply))
@@ -80,7 +85,7 @@ def test_a_failed_episode_is_reflected_on_every_k_turns_and_at_its_end(tiny, set
     def replies():
         while True:
             yield from ["take hat"] * 3 + ["experience: the cat.\nstep: 2"]
-    branch, contexts = act(chat, episode(Quest(), chat, cfg, "train-1-0000", [], "", "0", True), replies())
+    branch, contexts = act(chat, plain(run_of(cfg, tiny)), replies())
     assert ([r.t for r in branch.reflections] == [3, 6, 8]
             and [r.final for r in branch.reflections] == [False, False, True])
     assert branch.end == "failure" and branch.steps == 8 and not any(turn.valid for turn in branch.turns)
@@ -90,14 +95,14 @@ def test_a_failed_episode_is_reflected_on_every_k_turns_and_at_its_end(tiny, set
 
 @pytest.mark.parametrize("keep", ["true", "false"])
 def test_the_branch_sees_e_at_tau_and_the_tree_never_holds_it(keep, tiny, settings):
-    cfg, chat = settings(f"keep_experience={keep}", "reflect_every=99"), tiny[1]
-    root, plain = act(chat, episode(Quest(), chat, cfg, "train-2-0001", [], "", "0", False),
-                      forever("take hat"))
-    branch, contexts = act(chat, episode(Quest(), chat, cfg, "train-2-0001", root.turns[:3],
-                                         "look behind the harp.", "0.0", False), forever("take spoon"))
+    run, chat, task = run_of(settings(f"keep_experience={keep}", "reflect_every=99"), tiny), tiny[1], "train-2-0001"
+    root, unhinted = act(chat, plain(run, task, reflect=False), forever("take hat"))
+    attempt = Attempt(task, "0.0", root.turns[:3], "look behind the harp.", parent=0, number=1)
+    branch, contexts = act(chat, episode(run, Quest(), attempt, False), forever("take spoon"))
+    assert (branch.name, branch.parent, branch.number) == ("0.0", 0, 1)
     assert branch.tau == 3 and branch.replayed == 2 and branch.turns[0].obs == root.turns[2].obs
     hint = HINT.format(e="look behind the harp.")
-    assert contexts[0].count(hint) == 1 and contexts[0].replace(hint, "") == plain[2]  # right behind o_tau
+    assert contexts[0].count(hint) == 1 and contexts[0].replace(hint, "") == unhinted[2]  # right behind o_tau
     assert all((hint in c) == (keep == "true") for c in contexts[1:])
     assert branch.turns[0].experience and not any(turn.experience for turn in branch.turns[1:])
     assert branch.turns[0].obs_ids == root.turns[2].obs_ids
@@ -106,15 +111,13 @@ def test_the_branch_sees_e_at_tau_and_the_tree_never_holds_it(keep, tiny, settin
 
 @pytest.mark.parametrize("said", ["", "dance", "go", "x y z " * 400])
 def test_whatever_the_model_says_the_episode_ends_in_order(said, tiny, settings):
-    cfg, chat = settings(), tiny[1]
-    branch, _ = act(chat, episode(Quest(), chat, cfg, "train-1-0000", [], "", "0", True), forever(said))
+    branch, _ = act(tiny[1], plain(run_of(settings(), tiny)), forever(said))
     assert branch.end == "failure" and len(branch.turns) == 8 and all(r.flaw for r in branch.reflections)
 
 
 def test_a_reply_that_was_cut_off_gets_its_end_of_turn_in_the_next_message(tiny, settings):
-    cfg, chat = settings("reflect_every=99"), tiny[1]
-    attempt, end = (episode(Quest(), chat, cfg, "train-1-0000", [], "", "0", False),
-                    chat.tokenizer.eos_token_id)
+    run, chat = run_of(settings("reflect_every=99"), tiny), tiny[1]
+    attempt, end = plain(run, reflect=False), chat.tokenizer.eos_token_id
     attempt.send(None)
     endless = chat.ids("go go go")
     ask = attempt.send(endless)
@@ -126,8 +129,8 @@ def test_a_reply_that_was_cut_off_gets_its_end_of_turn_in_the_next_message(tiny,
     except StopIteration as stop:
         branch = stop.value
     assert branch.turns[1].obs_ids[0] == end and branch.turns[1].action_ids == endless
-    again, _ = act(chat, episode(Quest(), chat, cfg, "train-1-0000", branch.turns[:3], "", "0.0", False),
-                   forever("go"))
+    attempt = Attempt("train-1-0000", "0.0", branch.turns[:3])
+    again, _ = act(chat, episode(run, Quest(), attempt, False), forever("go"))
     assert again.turns[0].obs_ids == branch.turns[2].obs_ids
 
 
@@ -140,44 +143,40 @@ class Drifting(Quest):
         return super().reset(task) + f" visit {Drifting.resets}."
 
 
-def test_a_branch_whose_replay_differs_is_dropped_and_counted(own_tiny, settings, tmp_path):
-    model, chat = own_tiny
+def test_a_branch_whose_replay_differs_is_dropped_and_counted(tiny, settings):
     cfg = settings("corrections=all")
-    store = Jsonl(tmp_path / "trees.jsonl")
-    trees = explore(engine_for(own_tiny, cfg), chat, Drifting, cfg, Quest().tasks("train")[:6], store)
+    trees = grow(tiny, cfg, tasks=6, world=Drifting)
     branches = [b for tree in trees for b in tree.branches if b.name != "0"]
     assert branches and all(b.end == "mismatch" and not b.turns for b in branches)
-    assert targets(trees, cfg, chat.stop).D_cf == []
+    assert targets(trees, cfg, tiny[1].stop).D_cf == []
 
 
 def test_a_horizon_shorter_than_the_world_s_ends_the_episode(tiny, settings):
-    cfg, chat = settings("horizon=3"), tiny[1]
-    branch, _ = act(chat, episode(Quest(), chat, cfg, "train-4-0003", [], "", "0", True), forever("take hat"))
+    branch, _ = act(tiny[1], plain(run_of(settings("horizon=3"), tiny), "train-4-0003"), forever("take hat"))
     assert branch.end == "horizon" and len(branch.turns) == 3 and branch.reflections[-1].final
 
 
 # trees
 
-def engine_for(tiny, cfg, slots=32):
-    return Engine(tiny[0], tiny[1].stop, slots, cfg.context, cfg.temperature, cfg.snapshot_mb)
-
-
-def grow(tiny, cfg, path, slots=32, tasks=10, **more):
-    store = Jsonl(path)
-    trees = explore(engine_for(tiny, cfg, slots), tiny[1], Quest, cfg, Quest().tasks("train")[:tasks], store, **more)
-    store.close()
+def grow(tiny, cfg, tasks=10, world=Quest, **more):
+    """Stage 1 as train.py runs it, in cfg.out."""
+    run = run_of(cfg, tiny, folder=True)
+    run.world = world
+    trees = explore(run, Quest().tasks("train")[:tasks], **more)
+    run.folder.close()
+    run.folder.lock.close()
     return trees
 
 
 def test_shuffled_experiences_come_from_other_tasks(tiny, settings, tmp_path):
     """The control: the same trees, but e is another task's."""
-    grow(tiny, settings("attempts=4"), tmp_path / "trees.jsonl", tasks=6)
-    lessons = read_lessons(str(tmp_path))
+    grow(tiny, settings("attempts=4"), tasks=6)
+    lessons = read_lessons(settings().out)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "trees.jsonl").write_text("")
     with pytest.raises(UserError, match="has reflections of 0 tasks"):
         read_lessons(str(tmp_path / "none"))
-    trees = grow(tiny, settings("attempts=4"), tmp_path / "other.jsonl", tasks=6, lessons=lessons)
+    trees = grow(tiny, settings("attempts=4", f"out={tmp_path}/other"), tasks=6, lessons=lessons)
     given = [(tree.task, b.experience) for tree in trees for b in tree.branches if b.experience]
     assert len(given) >= 6
     for task, e in given:
@@ -186,31 +185,33 @@ def test_shuffled_experiences_come_from_other_tasks(tiny, settings, tmp_path):
 
 
 def test_thoughts_may_come_before_the_action(tiny, settings):
-    attempt = episode(Quest(), tiny[1], settings(), "train-1-0000", [], "", "0", reflect=False)
-    branch, _ = act(tiny[1], attempt, forever("the hall\ntake hat"))
+    branch, _ = act(tiny[1], plain(run_of(settings(), tiny), reflect=False), forever("the hall\ntake hat"))
     assert {turn.action for turn in branch.turns} == {"take hat"}
     assert tiny[1].text(branch.turns[0].action_ids) == "the hall\ntake hat"      # the ids keep all of it
 
 
 def test_the_same_lesson_at_the_same_turn_is_tried_once(settings):
-    tree, ended = Tree("t"), {}
-    growing = leafe.grow(tree, settings("attempts=9"), ended, {})
-    assert next(growing) == [("0", [], "")]
+    tree = Tree("t")
+    growing = leafe.grow(tree, settings("attempts=9"), {})
+    assert next(growing) == [Attempt("t", "0")]
     turns = [Turn("o", [1], "a", [2], None), Turn("p", [1], "b", [2], None)]
     asked = [leafe.Reflection(1, "", 1, "x"), leafe.Reflection(2, "", 1, "x"), leafe.Reflection(2, "", 2, "x")]
-    ended["0"] = Branch("t", "0", 1, "", turns, "", asked, "failure", 2, 0, 0)
-    assert [(name, len(past), e) for name, past, e in next(growing)] == [("0.0", 1, "x"), ("0.2", 2, "x")]
+    level = growing.send([Branch("t", "0", 1, "", turns, "", asked, "failure", 2, 0, 0)])
+    assert [(a.name, len(a.past), a.tau, a.e) for a in level] == [("0.0", 1, 1, "x"), ("0.2", 2, 2, "x")]
+    assert [(a.parent, a.number) for a in level] == [(0, 1), (0, 2)]
 
 
-def test_trees_keep_to_the_budget_the_depth_and_breadth_first_order(tiny, settings, tmp_path):
-    cfg = settings("attempts=9", "max_depth=3", "roots=2", "reflect_every=4")
-    trees = grow(tiny, cfg, tmp_path / "t.jsonl")
+def test_trees_keep_to_the_budget_the_depth_and_breadth_first_order(tiny, settings):
+    trees = grow(tiny, settings("attempts=9", "max_depth=3", "roots=2", "reflect_every=4"))
     assert max(b.name.count(".") for tree in trees for b in tree.branches) > 1
     for tree in trees:
         depths = [b.name.count(".") for b in tree.branches]
         assert (len(tree.branches) <= 9 and max(depths) <= 3
                 and depths == sorted(depths) and depths[:2] == [0, 0])
+        names = [branch.name for branch in tree.branches]
         for number, branch in enumerate(tree.branches):
+            assert branch.number == number
+            assert (names[branch.parent] if branch.parent is not None else "") == branch.name.rpartition(".")[0]
             path = tree.branch_path(number)
             assert [tree.turns[i].obs for i in path[branch.tau - 1:]] == [turn.obs for turn in branch.turns]
             assert all(i < j for i, j in zip(path, path[1:]))
@@ -222,21 +223,50 @@ def test_trees_keep_to_the_budget_the_depth_and_breadth_first_order(tiny, settin
 
 
 def test_trees_do_not_depend_on_the_schedule_and_read_back_equal(tiny, settings, tmp_path):
-    cfg = settings("attempts=8")
-    one, two = grow(tiny, cfg, tmp_path / "a.jsonl", slots=32), grow(tiny, cfg, tmp_path / "b.jsonl", slots=3)
+    one = grow(tiny, settings("attempts=8", "slots=32", f"out={tmp_path}/a"))
+    two = grow(tiny, settings("attempts=8", "slots=3", f"out={tmp_path}/b"))
     assert one == two
-    assert read_trees(iter(Jsonl(tmp_path / "b.jsonl").records), 1, [tree.task for tree in one]) == one
+    assert read_trees(Jsonl(tmp_path / "b/trees.jsonl").records, 1, [tree.task for tree in one]) == one
 
 
 def test_an_interrupted_exploration_ends_with_the_same_trees(tiny, settings, tmp_path):
-    cfg = settings("attempts=8")
-    whole = grow(tiny, cfg, tmp_path / "whole.jsonl")
-    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    whole = grow(tiny, settings("attempts=8", f"out={tmp_path}/whole"))
+    lines = (tmp_path / "whole/trees.jsonl").read_text().splitlines(keepends=True)
     for kept in (0, 1, len(lines) // 2, len(lines)):
-        path = tmp_path / f"{kept}.jsonl"
+        path = tmp_path / f"{kept}/trees.jsonl"
+        path.parent.mkdir()
         path.write_text("".join(lines[:kept]))
-        assert grow(tiny, cfg, path) == whole
+        assert grow(tiny, settings("attempts=8", f"out={path.parent}")) == whole
         assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_reflection_is_stored_as_the_ids_that_were_sampled(tiny, settings, tmp_path):
+    """As actions are; the text beside them is what they say. Whether well formed, cut off or empty."""
+    chat, end, sampled = tiny[1], tiny[1].tokenizer.eos_token_id, []
+    run = run_of(settings("reflect_every=2", "reflect_tokens=9", "max_depth=0", "roots=6", "attempts=6"), tiny, True)
+
+    def noted(*args, **more):
+        attempt, reply, found = episode(*args, **more), None, []
+        try:
+            while True:
+                ask = attempt.send(reply)
+                reply = yield ask
+                found += [reply] * (ask.max_new == 9)
+        except StopIteration as ended:
+            sampled.append((ended.value.task, ended.value.name, found))
+            return ended.value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leafe, "episode", noted)
+        trees = explore(run, Quest().tasks("train")[:3])
+    run.folder.close()
+    branches = {(b.task, b.name): b for tree in trees for b in tree.branches}
+    assert len(sampled) == len(branches) == 18 and any(ids[-1] != end for *_, found in sampled for ids in found)
+    for task, name, found in sampled:
+        assert [reflection.ids for reflection in branches[task, name].reflections] == found
+        assert all(chat.text(r.ids) == r.text for r in branches[task, name].reflections)
+    assert read_trees(Jsonl(run.folder.path / "trees.jsonl").records, 1, [tree.task for tree in trees]) == trees
+    branch, _ = act(chat, plain(run), forever(""))
+    assert branch.reflections[-1].ids == [end] and branch.reflections[-1].text == ""
 
 
 # targets
@@ -249,12 +279,13 @@ def tree_by_hand():
     """0 (turns 0 1 2) fails; 0.0 (3 4) goes further; 0.1 (5) repeats the old action; 0.0.0 (6) succeeds."""
     tree = Tree("t")
 
-    def branch(name, tau, e, turns, end):
-        return Branch("t", name, tau, e, turns, "", [], end, len(turns), 0, 0)
-    tree.join(branch("0", 1, "", [turn("a", None), turn("b", None), turn("c", None)], "failure"), None)
-    tree.join(branch("0.0", 2, "e1", [turn("B", None, 0.5, "e1"), turn("d", None, 0.5)], "failure"), 0)
-    tree.join(branch("0.1", 3, "e2", [turn("c", None, 0.0, "e2")], "failure"), 1)
-    tree.join(branch("0.0.0", 3, "e3", [turn("D", None, 1.0, "e3", True)], "success"), 3)
+    def join(name, tau, e, turns, end, parent):
+        tree.join(Branch("t", name, tau, e, turns, "", [], end, len(turns), 0, 0, len(tree.branches), parent))
+    join("0", 1, "", [turn("a", None), turn("b", None), turn("c", None)], "failure", None)
+    join("0.0", 2, "e1", [turn("B", None, 0.5, "e1"), turn("d", None, 0.5)], "failure", 0)
+    join("0.1", 3, "e2", [turn("c", None, 0.0, "e2")], "failure", 0)
+    join("0.0.0", 3, "e3", [turn("D", None, 1.0, "e3", True)], "success", 1)
+    assert [turn.parent for turn in tree.turns] == [None, 0, 1, 0, 3, 1, 3]
     return tree
 
 
@@ -306,9 +337,7 @@ def test_worlds_without_sense_do_not_stop_the_engine(tiny, settings, tmp_path):
 
         def step(self, action):
             return Outcome("", 0.0, False, False, False)
-    cfg = settings("horizon=3", "attempts=3")
-    engine = engine_for(tiny, cfg)
-    jobs = deque(Job(episode(Empty(), tiny[1], cfg, "t", [], "", str(i), True), random.Random(i), "t")
-                 for i in range(4))
-    assert [job.result.end for job in engine.run(jobs)] == ["horizon"] * 4
+    run = run_of(settings("horizon=3", "attempts=3"), tiny)
+    jobs = deque(Job(episode(run, Empty(), Attempt("t", str(i)), True), random.Random(i), "t") for i in range(4))
+    assert [job.result.end for job in run.policy.engine().run(jobs)] == ["horizon"] * 4
     assert TURN and Path(tmp_path).exists()

@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
+from config import UserError
 from conftest import ROOT, family, shake
-from envs import UserError
+from lora import (LoRA, adapter_off, add_lora, check_attention, linear_4bit, load_adapter, load_model,
+                  lora_layers, lora_parameters, projections, save_adapter, weights_version)
 from packing import Segment, pack, packed_nll
-from weights import (LoRA, adapter_off, add_lora, check_attention, linear_4bit, load_adapter, load_model,
-                     lora_layers, lora_parameters, projections, save_adapter, weights_version)
 
 
 def test_the_adapter_loads_in_peft_and_peft_s_loads_here(own_tiny, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
     model, _ = own_tiny
-    base = AutoModelForCausalLM.from_pretrained(ROOT / "tiny").eval()
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny").eval()
     ids = torch.randint(6, 400, (2, 30))
     plain = model(input_ids=ids).logits
     add_lora(model, 8, 16, seed=0)
@@ -27,7 +27,7 @@ def test_the_adapter_loads_in_peft_and_peft_s_loads_here(own_tiny, tmp_path):
     save_adapter(model, tmp_path / "ours", "tiny")
     theirs = PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     assert torch.equal(theirs(input_ids=ids).logits, ours) and not torch.allclose(ours, plain)
-    made = get_peft_model(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), LoraConfig(
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny"), LoraConfig(
         r=3, lora_alpha=9, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
     made.save_pretrained(tmp_path / "theirs")
     load_adapter(model, tmp_path / "theirs")                      # another rank, fewer layers
@@ -90,7 +90,7 @@ def test_a_checkpoint_loaded_straight_into_4_bit_equals_one_quantised_whole(name
     whole.save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / file).write_text((ROOT / "tiny" / file).read_text())
+        (tmp_path / file).write_text((ROOT / "models/tiny" / file).read_text())
     straight, _ = load_model(str(tmp_path), True, 768)
     for parent, own, linear in projections(whole):
         setattr(parent, own, linear_4bit(linear, linear.weight.data, "cpu"))
@@ -105,12 +105,12 @@ def test_loading_in_4_bit_never_holds_the_checkpoint_whole(tmp_path):
                          intermediate_size=4096, max_position_embeddings=768)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40MB")
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / file).write_text((ROOT / "tiny" / file).read_text())
+        (tmp_path / file).write_text((ROOT / "models/tiny" / file).read_text())
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     script = """if True:
         import re, sys
         import bitsandbytes, torch
-        from weights import load_model
+        from lora import load_model
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
         load_model("tiny", True, 768)
         before = peak()
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_named(tmp_path):
     model = family("llama")
     model.save_pretrained(tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / file).write_text((ROOT / "tiny" / file).read_text())
+        (tmp_path / file).write_text((ROOT / "models/tiny" / file).read_text())
     tensors = {key: value for key, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in key}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="checkpoint lacks model.layers.1.mlp.up_proj.weight"):

@@ -11,11 +11,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from envs import UserError
-from eval import make_engine, make_worlds, sample
+from config import UserError, load_config
+from conftest import ROOT, run_of
+from envs import Quest
+from eval import sample
 from leafe import explore
-from report import SHOWN, page, tree
-from run import RunFolder, read_jsonl
+from run import read_jsonl
+from tools.pictures import tree
+from tools.report import SHOWN, main, page
 
 HOSTILE = '</script><script>document.title = "owned"</script><img src=x onerror=\'document.title = "owned"\'>'
 EVIL = [HOSTILE, "<!--<script>", "]]></style>", "\u2028&lt;b&gt; \" ' `", "@BODY@ @TREES@", "a" * 9000]
@@ -24,26 +27,20 @@ EVIL = [HOSTILE, "<!--<script>", "]]></style>", "\u2028&lt;b&gt; \" ' `", "@BODY
 @pytest.fixture(scope="module")
 def explored(tiny, tmp_path_factory):
     """(folder, settings) of a small run: trees, samples of two policies, metrics."""
-    from conftest import ROOT
-    from run import load_config
     cfg = load_config([str(ROOT / "config.yaml"), "preset=smoke", "train_tasks=6", "test_tasks=2", "samples=2",
                        "ks=[1,2]", f"out={tmp_path_factory.mktemp('page')}/run"])
-    model, chat = tiny
-    folder, make = RunFolder(cfg), make_worlds(cfg)
-    store, samples, metrics = (folder.jsonl(f"{name}.jsonl") for name in ("trees", "samples", "metrics"))
-    tasks = make().tasks("train")[:6]
-    trees = explore(make_engine(model, chat, cfg), chat, make, cfg, tasks, store)
-    for policy in ("base", "leafe"):
-        sample(model, chat, cfg, samples, policy, make().tasks("test")[:2])
+    run = run_of(cfg, tiny, folder=True, test_tasks=Quest().tasks("test")[:2])
+    trees = explore(run, Quest().tasks("train")[:6])
+    for round_, policy in enumerate(("base", "leafe")):
+        sample(run, policy, round_)
     for step in range(1, 5):
-        metrics.append(dict(round=1, step=step, L_cf=1 / step, beta_L_reh=0.5, gradient_norm=1.0, lr=0.01, tokens=9,
-                            seconds=1.0))
+        run.metrics.append(dict(round=1, step=step, L_cf=1 / step, beta_L_reh=0.5, gradient_norm=1.0, lr=0.01,
+                                tokens=9, seconds=1.0))
     where = [(tree.task, i) for tree in trees for i in range(len(tree.turns))][:3]
-    (folder.path / "distilled.json").write_text(json.dumps(dict(
+    (run.folder.path / "distilled.json").write_text(json.dumps(dict(
         round=1, pairs=[(*pair, -2.0, -0.25) for pair in where])))
-    for one in (store, samples, metrics):
-        one.close()
-    return folder.path, cfg
+    run.folder.close()
+    return run.folder.path, cfg
 
 
 def spoiled(explored, tmp_path):
@@ -62,6 +59,8 @@ def spoiled(explored, tmp_path):
     samples = (folder / "samples.jsonl").read_text()
     (folder / "samples.jsonl").write_text(re.sub(r'"difficulty":"[^"]*"', lambda _: '"difficulty":'
                                                  + json.dumps(HOSTILE), samples))
+    made = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(made | dict(command=HOSTILE)))
     return folder
 
 
@@ -100,6 +99,34 @@ def test_a_page_holds_verdict_curves_budget_training_difficulties_and_trees(expl
     assert seen == ["13.53% before distillation, 77.88% after"] * 3
 
 
+def test_a_page_says_what_made_its_run(explored, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(explored[0], folder)
+    made = json.loads((folder / "run.json").read_text())
+    told = dict(command="python train.py 'a & b'", commit="0123456789abcdef", changed=False, gpu=None,
+                processor="a processor", cores=2, threads=1, torch="2.9", date="today")
+    for changed, expected in [(dict(), "commit 0123456789ab; "), (dict(commit=None, changed=None), "no commit; "),
+                              (dict(changed=True), "commit 0123456789ab (with changes); "),
+                              (dict(gpu="a GPU"), "; a GPU; today")]:
+        (folder / "run.json").write_text(json.dumps(made | told | changed))
+        text = page(folder)
+        assert "python train.py &#x27;a &amp; b&#x27;" in text and expected in text
+    assert "torch 2.9" in text and "a processor, 2 cores" not in text and "went on with it" not in text
+    (folder / "run.json").write_text(json.dumps(made | told | dict(continued=[dict(date="later")] * 2)))
+    assert "a processor, 2 cores, 1 threads; today; 2 starts went on with it" in page(folder)
+    (folder / "run.json").unlink()                                     # a run from before there was one
+    assert "<h2>Settings</h2>" in page(folder)
+
+
+def test_a_page_is_made_anew_on_demand(explored, tmp_path, capsys):
+    shutil.copytree(explored[0], tmp_path / "run")
+    main(["page", str(tmp_path / "run")])
+    assert capsys.readouterr().out == f"results: {tmp_path}/run/report.html\n"
+    assert (tmp_path / "run/report.html").read_text() == page(tmp_path / "run")
+    with pytest.raises(UserError, match="usage: python -m tools.report page out/run"):
+        main(["pages", str(tmp_path / "run")])
+
+
 def test_a_tree_is_drawn_with_all_its_attempts_turns_and_experiences(explored):
     records = list(read_jsonl(explored[0] / "trees.jsonl"))
     task = max(Counter(record["task"] for record in records).items(), key=lambda found: found[1])[0]
@@ -134,7 +161,7 @@ def test_a_thousand_trees_stay_below_ten_megabytes_and_the_selection_is_stated(e
     shutil.copytree(explored[0], folder)
     records = list(read_jsonl(folder / "trees.jsonl"))
     names = sorted({record["task"] for record in records})
-    tasks = make_worlds(explored[1])().tasks("train")[:1000]
+    tasks = Quest().tasks("train")[:1000]
     with open(folder / "trees.jsonl", "w") as file:
         for n, task in enumerate(tasks):
             for record in records:

@@ -27,7 +27,7 @@ if not apart:                                   # as in a container: unshare is 
     libc.prctl(38, 1, 0, 0, 0)
     assert libc.prctl(22, 2, struct.pack("@HP", 4, ctypes.addressof(kept)), 0, 0) == 0
 sys.path.insert(0, folder)
-from sandbox import Limits, run
+from worlds.sandbox import Limits, run
 os.environ["SECRET"] = "swordfish"
 victim = subprocess.Popen(["sleep", "600"])
 open(folder + f"/mine-{user}-{apart}", "w").write("swordfish")
@@ -35,7 +35,8 @@ server = socket.create_server(("127.0.0.1", 0)); met = []
 def accept():
     while True: met.append(server.accept())
 threading.Thread(target=accept, daemon=True).start()
-post = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); post.bind(folder + f"/mine-{user}-{apart}-socket-{os.getpid()}")
+post = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+post.bind(folder + f"/mine-{user}-{apart}-socket-{os.getpid()}")
 heard = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); heard.bind(("127.0.0.1", 0)); heard.setblocking(False)
 post.setblocking(False)
 about = dict(pid=os.getpid(), victim=victim.pid, file=folder + f"/mine-{user}-{apart}", port=server.getsockname()[1],
@@ -66,8 +67,9 @@ victim.kill()
 
 class Harness:
     def __init__(self, root: bool, apart: bool, folder, **env):
-        for name in ("sandbox.py", "launcher.py"):
-            shutil.copy(ROOT / name, folder)
+        (folder / "worlds").mkdir(exist_ok=True)
+        for name in ("__init__.py", "sandbox.py", "launcher.py"):
+            shutil.copy(ROOT / "worlds" / name, folder / "worlds")
         (folder / "harness.py").write_text(HARNESS)
         os.chmod(folder, 0o777)
         user = 0 if root or os.geteuid() else 65534
@@ -75,7 +77,8 @@ class Harness:
         self.folder, self.again = folder, lambda **env: Harness(root, apart, folder, **env)
         self.process = subprocess.Popen(
             [python, "-S", str(folder / "harness.py"), str(user), str(apart), str(folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **env})
 
     def __call__(self, source, stdin="", **limits):
         limits = dict(dict(seconds=2, memory_mb=256), **limits)
@@ -137,7 +140,8 @@ def test_under_root_every_program_has_a_user_of_its_own(hold, request):
     "import time; time.sleep(600)",
     "while 1: pass",
     "import signal, time\nfor s in range(1, 65):\n try: signal.signal(s, signal.SIG_IGN)\n"
-    " except (OSError, ValueError): pass\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile 1: pass",             # ignored signals
+    " except (OSError, ValueError): pass\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
+    "while 1: pass",                                                                             # ignored signals
     "import os\nos.closerange(0, 256)\nwhile 1: pass",                                           # closed descriptors
     "import os\nfor _ in range(8):\n if os.fork() == 0: break\nwhile 1: pass",                   # CPU bomb
     "import os, time\nos.fork()\nos.setsid() if os.getpid() != os.getsid(0) else None\nos.fork()\ntime.sleep(600)",
@@ -355,8 +359,9 @@ print(os.getuid() != 0 and os.geteuid() != 0, os.getgroups() in ([], [os.getgid(
 
 
 def test_threads_are_bounded(hold):
-    found = hold("import os, threading, time\nn = 0\ntry:\n while 1:\n  threading.Thread(target=time.sleep, args=(60,),"
-                 " daemon=True).start()\n  n += 1\nexcept RuntimeError: print(n, flush=True)\nos._exit(0)", seconds=5)
+    found = hold("import os, threading, time\nn = 0\ntry:\n while 1:\n  threading.Thread(target=time.sleep, "
+                 "args=(60,), daemon=True).start()\n  n += 1\nexcept RuntimeError: print(n, flush=True)\n"
+                 "os._exit(0)", seconds=5)
     assert 4 <= int(found["out"]) <= 16
 
 

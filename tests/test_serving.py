@@ -14,13 +14,13 @@ from random import Random
 
 import pytest
 
-from conftest import ROOT, needs_package, shake
-from envs import UserError
-from eval import fingerprint, make_engine, make_worlds, sample
+from config import UserError
+from conftest import ROOT, needs_package, run_of, shake
+from engine import Ask, Chat, Engine, Job
+from eval import sample
 from leafe import explore
-from model import Ask, Chat, Engine, Job
-from run import Jsonl
-from weights import add_lora, load_adapter, load_model, lora_layers
+from lora import add_lora, load_adapter, load_model, lora_layers
+from run import Policy
 
 GREEDY = ["temperature=0", "reflect_temperature=0", "train_tasks=2", "test_tasks=2", "attempts=3",
           "engine_patience=5"]
@@ -32,7 +32,7 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def transformers_serve(tmp_path_factory):
-    """The address of a real server on loopback, with tiny/ to load."""
+    """The address of a real server on loopback, with models/tiny to load."""
     needs_package("fastapi")
     log = open(tmp_path_factory.mktemp("serve") / "log", "w")
     port = 20_000 + os.getpid() % 20_000
@@ -53,16 +53,13 @@ def transformers_serve(tmp_path_factory):
 
 @pytest.mark.slow
 def test_trees_from_transformers_serve_are_those_of_the_engine(transformers_serve, tiny, settings, tmp_path, capsys):
-    model, chat = tiny
     found = {}
     for engine in ("", transformers_serve):
-        cfg = settings(*GREEDY, f"engine={engine}", "samples=1", "ks=[1]")
-        store = Jsonl(tmp_path / f"trees{bool(engine)}.jsonl")
-        tasks = [f"train-{n}-000{n - 1}" for n in (1, 2)]
-        explore(make_engine(model, chat, cfg), chat, make_worlds(cfg), cfg, tasks, store)
-        samples = Jsonl(tmp_path / f"samples{bool(engine)}.jsonl")
-        sample(model, chat, cfg, samples, "base", ["test-1-0000"])
-        found[engine] = lines(store.path), lines(samples.path)
+        cfg = settings(*GREEDY, f"engine={engine}", "samples=1", "ks=[1]", f"out={tmp_path}/{bool(engine)}")
+        run = run_of(cfg, tiny, folder=True, test_tasks=["test-1-0000"])
+        explore(run, [f"train-{n}-000{n - 1}" for n in (1, 2)])
+        sample(run, "base")
+        found[engine] = [lines(run.store(name).path) for name in ("trees.jsonl", "samples.jsonl")]
     assert found[""] == found[transformers_serve] and len(found[""][0]) > 2
     assert any(json.loads(line)["reflections"] for line in found[""][0])
     assert "changed their ids" not in capsys.readouterr().err
@@ -72,11 +69,11 @@ def test_a_server_that_takes_no_adapter_samples_the_base_only(transformers_serve
     model, chat = own_tiny
     add_lora(model, 4, 8, seed=0)
     cfg = settings(f"engine={transformers_serve}", "temperature=0")
-    base = one_reply(make_engine(model, chat, cfg), chat)                   # B = 0: still the base
+    base = one_reply(Policy(model, chat, cfg).engine(), chat)                   # B = 0: still the base
     assert capsys.readouterr().out == ""
     shake(model)
-    here = make_engine(model, chat, settings("temperature=0"))
-    assert one_reply(make_engine(model, chat, cfg), chat) == one_reply(here, chat) != base
+    here = Policy(model, chat, settings("temperature=0")).engine()
+    assert one_reply(Policy(model, chat, cfg).engine(), chat) == one_reply(here, chat) != base
     assert "the trained policy is sampled here" in capsys.readouterr().out
 
 
@@ -119,8 +116,8 @@ class Speaker(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def vllm(own_tiny):
-    """(address, state) of a server that decodes with tiny/, greedily."""
+def vllm(own_tiny, settings):
+    """(address, state) of a server that decodes with models/tiny, greedily."""
     model, chat = own_tiny
     server, lock = ThreadingHTTPServer(("localhost", 0), Speaker), threading.Lock()
 
@@ -128,7 +125,7 @@ def vllm(own_tiny):
         with lock:
             if body["model"] in server.state["adapters"] and not lora_layers(model):
                 load_adapter(model, server.state["folder"](body["model"]))
-            engine = Engine(model, chat.stop, 1, 768, 0.0, 0)
+            engine = Engine(model, chat.stop, settings("slots=1", "context=768", "temperature=0", "snapshot_mb=0"))
 
             def one():
                 return (yield Ask(body["prompt"], body["max_tokens"]))
@@ -150,18 +147,19 @@ def test_a_server_of_ids_gives_the_engine_s_trees_of_base_and_adapter(vllm, tiny
             shake(model, size=0.1)
         found = []
         for engine in ("", address):
-            cfg = settings(*GREEDY, f"engine={engine}")
-            store = Jsonl(tmp_path / f"{trained}{bool(engine)}.jsonl")
-            explore(make_engine(model, chat, cfg), chat, make_worlds(cfg), cfg, ["train-1-0000"], store)
-            found.append(lines(store.path))
+            cfg = settings(*GREEDY, f"engine={engine}", f"out={tmp_path}/{trained}{bool(engine)}")
+            run = run_of(cfg, (model, chat), folder=True)
+            explore(run, ["train-1-0000"])
+            found.append(lines(run.store("trees.jsonl").path))
         assert found[0] == found[1]
-    name = f"leafe-{fingerprint(model, '')}"
+    policy = run.policy
+    name = f"leafe-{policy.fingerprint()}"
     assert list(state["adapters"]) == [name] and state["asked"][-1][1]["model"] == name
     assert [path.name for path in Path(cfg.out, "served").iterdir()] == [name]
     shake(model, seed=2)
-    one_reply(make_engine(model, chat, cfg), chat)       # the server lists its adapters, too; they are no base
-    assert state["asked"][-1][1]["model"] == f"leafe-{fingerprint(model, '')}" != name
-    assert [path.name for path in Path(cfg.out, "served").iterdir()] == [f"leafe-{fingerprint(model, '')}"]
+    one_reply(policy.engine(), chat)                     # the server lists its adapters, too; they are no base
+    assert state["asked"][-1][1]["model"] == f"leafe-{policy.fingerprint()}" != name
+    assert [path.name for path in Path(cfg.out, "served").iterdir()] == [f"leafe-{policy.fingerprint()}"]
     asked = state["asked"][-1][1]                        # pi itself, whatever the model's own defaults are
     assert (asked["top_p"], asked["top_k"], asked["min_p"], asked["repetition_penalty"]) == (1.0, -1, 0.0, 1.0)
 
@@ -174,7 +172,7 @@ def one_reply(server, chat, seed=0):
 
 def test_a_busy_server_is_asked_again_and_its_seeds_are_the_episode_s(vllm, tiny, settings):
     address, state = vllm
-    server = make_engine(*tiny, settings(f"engine={address}", "engine_patience=20", "temperature=0.5"))
+    server = Policy(*tiny, settings(f"engine={address}", "engine_patience=20", "temperature=0.5")).engine()
     one_reply(server, tiny[1])
     state["asked"].clear()
     state["ill"] = 2
@@ -188,10 +186,12 @@ def test_a_busy_server_is_asked_again_and_its_seeds_are_the_episode_s(vllm, tiny
 
 def test_a_server_that_is_gone_is_one_line_and_the_rerun_goes_on(vllm, tiny, settings, tmp_path):
     address, state = vllm
-    model, chat = tiny
     cfg = settings(*GREEDY, f"engine={address}", "engine_patience=0.6", "samples=2", "ks=[1]", "slots=1")
-    store, whole = Jsonl(tmp_path / "samples.jsonl"), state["reply"]
-    sample(model, chat, cfg, Jsonl(tmp_path / "whole.jsonl"), "base", ["test-1-0000", "test-2-0001"])
+    tasks, whole = ["test-1-0000", "test-2-0001"], state["reply"]
+    uninterrupted = run_of(cfg.but(out=f"{tmp_path}/whole"), tiny, folder=True, test_tasks=tasks)
+    sample(uninterrupted, "base")
+    run = run_of(cfg, tiny, folder=True, test_tasks=tasks)
+    store = run.store("samples.jsonl")
 
     def until_gone(body):
         if len(store.records) == 2:
@@ -199,18 +199,19 @@ def test_a_server_that_is_gone_is_one_line_and_the_rerun_goes_on(vllm, tiny, set
         return whole(body)
     state["reply"] = until_gone
     with pytest.raises(UserError, match="does not answer.*nothing is lost: start the server"):
-        sample(model, chat, cfg, store, "base", ["test-1-0000", "test-2-0001"])
+        sample(run, "base")
     assert len(store.records) in (2, 3)
     state["ill"], state["reply"] = 0, whole
-    sample(model, chat, cfg, store, "base", ["test-1-0000", "test-2-0001"])
-    assert lines(store.path) == lines(tmp_path / "whole.jsonl")
+    sample(run, "base")
+    assert lines(store.path) == lines(uninterrupted.store("samples.jsonl").path)
 
 
 def test_a_server_that_is_none_or_speaks_otherwise_is_one_line(vllm, tiny, settings, capsys):
     address, state = vllm
 
     def ask(address, *args):
-        return one_reply(make_engine(*tiny, settings(f"engine={address}", "engine_patience=0", *args)), tiny[1])
+        cfg = settings(f"engine={address}", "engine_patience=0", *args)
+        return one_reply(Policy(*tiny, cfg).engine(), tiny[1])
     with pytest.raises(UserError, match="engine: http://localhost:9/v1 does not answer"):
         ask("http://localhost:9/v1")
     state["name"] = "served-under-another-name"
@@ -229,21 +230,22 @@ def test_a_server_that_is_none_or_speaks_otherwise_is_one_line(vllm, tiny, setti
 
 def test_what_has_nothing_to_sample_needs_no_server(tiny, settings, tmp_path):
     cfg = settings("engine=http://localhost:9/v1", "engine_patience=0", "samples=1", "ks=[1]")
-    store = Jsonl(tmp_path / "samples.jsonl")
-    sample(*tiny, replace(cfg, engine=""), store, "base", ["test-1-0000"])
-    sample(*tiny, cfg, store, "base", ["test-1-0000"])
+    run = run_of(cfg.but(engine=""), tiny, folder=True, test_tasks=["test-1-0000"])
+    sample(run, "base")
+    sample(replace(run, cfg=cfg, policy=Policy(*tiny, cfg)), "base")
     with pytest.raises(UserError, match="does not answer"):
-        sample(*tiny, cfg, store, "base", ["test-2-0001"])
+        sample(replace(run, cfg=cfg, policy=Policy(*tiny, cfg), test_tasks=["test-2-0001"]), "base")
 
 
 def test_a_world_that_runs_apart_has_no_more_processes_with_a_server(tiny, settings):
     cfg = settings("engine=http://localhost:9/v1", "env=code", "data=tests/data/mbpp_sample.jsonl", "workers=3")
-    assert make_engine(*tiny, cfg).slots == 3
+    assert Policy(*tiny, cfg).engine().slots == 3
 
 
 NEVER = """
 import os, signal, socket, sys, threading, time
-import eval, run, serving
+import config, eval
+from scale import serving
 listen = socket.create_server(("localhost", 0))                # accepts, and never answers
 serving.Server._meet = lambda server: vars(server).update(dialect=0, model={})
 
@@ -254,7 +256,7 @@ threading.Thread(target=late, daemon=True).start()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv[1:] = ["config.yaml", "preset=smoke", f"engine=http://localhost:{listen.getsockname()[1]}/v1",
                 "engine_timeout=300", "out=" + sys.argv[1]]
-run.guarded(eval.main)
+config.guarded(eval.main)
 """
 
 
@@ -265,5 +267,5 @@ def test_ctrl_c_ends_a_program_at_once_though_requests_are_under_way(tmp_path):
 
 
 def test_an_address_that_is_none_is_refused(settings):
-    with pytest.raises(UserError, match="engine must be a server's address"):
+    with pytest.raises(UserError, match="engine is 'localhost:8000', but must be a server's address"):
         settings("engine=localhost:8000")

@@ -8,22 +8,19 @@ import time
 
 import pytest
 
-import show
-from conftest import ROOT
-from envs import UserError
-from eval import make_engine, make_worlds
+from config import UserError
+from conftest import ROOT, run_of
 from leafe import explore
-from run import Jsonl
+from tools import show
 
 ARGS = ["config.yaml", "task=train-1-0000", "attempts=3"]
 
 
-def test_the_tree_that_is_watched_is_the_one_that_exploration_grows(tiny, settings, tmp_path):
+def test_the_tree_that_is_watched_is_the_one_that_exploration_grows(tiny, settings):
     done = subprocess.run([sys.executable, "leafe.py", *ARGS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "\033" not in done.stdout, done.stderr
     cfg = settings("attempts=3")
-    tree, = explore(make_engine(*tiny, cfg), tiny[1], make_worlds(cfg), cfg, ["train-1-0000"],
-                    Jsonl(tmp_path / "trees.jsonl"))
+    tree, = explore(run_of(cfg, tiny, folder=True), ["train-1-0000"])
     assert len(tree.branches) > 1
     for branch in tree.branches:
         told = done.stdout.split(f"attempt {branch.name}: ")[1]

@@ -9,13 +9,14 @@ from collections import deque
 import pytest
 import torch
 
-import smollm2
-import warm_start
-from conftest import ROOT, needs_package
-from envs import Env, Outcome, Quest, UserError
+from config import UserError
+from conftest import ROOT, needs_package, run_of
+from engine import Ask, Chat, Engine, Job
+from envs import Env, Outcome, Quest
 from leafe import read_reflection
-from model import Ask, Chat, Engine, Job
-from weights import load_model
+from lora import load_model
+from methods import warm_start
+from tools import smollm2
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +66,14 @@ def test_its_chat_template_is_the_file_s(real):
 
 
 @pytest.mark.slow
-def test_it_answers_as_a_language_model_does_and_the_engine_as_generate(real):
+def test_it_answers_as_a_language_model_does_and_the_engine_as_generate(real, settings):
     model, chat = real
     prompts = [chat.first("You are a helpful assistant.", question) for question in
                ("What is the capital of France?", "What is the capital of Italy?")]
 
     def one(prompt):
         return (yield Ask(prompt, 12))
-    engine = Engine(model, chat.stop, 2, 256, 0.0, 64)
+    engine = Engine(model, chat.stop, settings("slots=2", "context=256", "temperature=0", "snapshot_mb=64"))
     jobs = list(engine.run(deque(Job(one(prompt), random.Random(0), "a") for prompt in prompts)))
     assert {"Paris" in chat.text(job.result) or "Rom" in chat.text(job.result) for job in jobs} == {True}
     for prompt, reply in zip(sorted(prompts), [job.result for job in sorted(jobs, key=lambda job: job.ids)]):
@@ -91,7 +92,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch, tmp_
 
 
 def shown(tiny, settings, *args):
-    return warm_start.rows(tiny[1], settings("warm_start=12", "train_tasks=4", *args))
+    return warm_start.rows(run_of(settings("warm_start=12", "train_tasks=4", *args), tiny))
 
 
 def test_a_warm_start_shows_solved_episodes_lessons_that_parse_and_none_of_the_explored_tasks(tiny, settings, capsys):
@@ -165,7 +166,7 @@ def test_a_world_that_shows_no_solution_or_too_few_tasks_is_one_line(tiny, setti
         shown(tiny, settings, "warm_start=5000")
     with pytest.raises(UserError, match="warm_start: none of the 12 solved episodes fits into row_tokens=40"):
         shown(tiny, settings, "row_tokens=40", "context=40")
-    with pytest.raises(UserError, match="warm_start=12 goes with neither init="):
+    with pytest.raises(UserError, match="warm_start is 12, but goes with neither init="):
         shown(tiny, settings, "init=somewhere")
 
 
@@ -174,7 +175,8 @@ def test_a_world_that_shows_no_solution_or_too_few_tasks_is_one_line(tiny, setti
                                    ["preset=smollm2-mbpp", "data=tests/data/mbpp_sample.jsonl"]])
 def test_the_whole_loop_runs_on_the_real_model(world, cache, tmp_path, alone):
     small = ["warm_start=2", "warm_steps=1", "train_tasks=2", "test_tasks=1", "samples=2", "ks=[1,2]", "attempts=3",
-             "steps=1", "horizon=2", "corrections=all", "action_tokens=8", "reflect_tokens=8", "warmup=0", "workers=2"]
+             "steps=1", "horizon=2", "corrections=all", "action_tokens=8", "reflect_tokens=8", "warmup=0",
+             "workers=2"]
     done = subprocess.run([sys.executable, "train.py", "config.yaml", *world, *small, f"out={tmp_path}/run"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr

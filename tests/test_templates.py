@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conftest import needs_package
-from model import Chat
+from engine import Chat
 
 TRL, AXOLOTL = "trl/chat_templates/", "axolotl/utils/chat_templates/templates/"
 MODELS = {                                             # template -> (the end of a turn, has a system role)

@@ -2,10 +2,11 @@ import random
 
 import pytest
 
-import tiny_sokoban
 from conftest import ROOT
-from sokoban import MOVES, InWords, push
-from tiny import Corpus, Reader, follow, hindsight, make_tokenizer
+from tools import tiny_sokoban
+from tools.tiny import Corpus, Reader, follow, hindsight, make_tokenizer
+from worlds.sokoban import MOVES, push
+from worlds.sokoban_words import InWords
 
 FIRST = ("find the harp. the harp is in the attic. your candle lasts 8 turns. you are in the hall. "
          "doors: attic, cellar.")
@@ -55,9 +56,9 @@ def test_the_tokenizer_knows_every_word_of_the_corpus_and_gives_it_back(teacher)
 
 @pytest.mark.parametrize("name, teacher", (("tiny", None), ("tiny-sokoban", tiny_sokoban)))
 def test_a_shipped_model_is_small_and_has_the_tokenizer_that_tiny_py_makes(name, teacher):
-    assert sum(path.stat().st_size for path in (ROOT / name).iterdir()) < 4 * 2**20
+    assert sum(path.stat().st_size for path in (ROOT / "models" / name).iterdir()) < 4 * 2**20
     from transformers import AutoTokenizer
-    assert AutoTokenizer.from_pretrained(ROOT / name).get_vocab() == make_tokenizer(teacher).get_vocab()
+    assert AutoTokenizer.from_pretrained(ROOT / "models" / name).get_vocab() == make_tokenizer(teacher).get_vocab()
 
 
 # Sokoban

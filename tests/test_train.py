@@ -1,35 +1,44 @@
 import json
 import os
+import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from html import escape
-from urllib.parse import unquote
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from baselines import packed_rows
-from conftest import ROOT
-from envs import Quest, UserError
-from eval import comparison
-from leafe import chat_pairs, rows_of, targets
-from model import Chat
-from packing import Segment, pack
-from run import Jsonl, spent
+import tools.report
+from config import UserError
+from conftest import ROOT, run_of
+from engine import Chat
+from leafe import targets
+from lora import load_model, lora_parameters
+from packing import Segment, pack, rows_of, training_rows
+from run import Jsonl, read_jsonl
 from test_leafe import grow, tree_by_hand
-from train import COMPARED, epoch, fit, loss_weights, optimise, sft_batches
-from weights import add_lora, load_model, lora_parameters
+from tools.report import STAGE_1, about, chat_pairs, reflections_in_words
+from train import Objective, epoch, fit, loss_weights, optimise, sft_batches
 
 
 def train(out, *args, **kwargs):
     return subprocess.Popen([sys.executable, "train.py", "config.yaml", "preset=smoke", f"out={out}", *args],
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def under_two_ranks(out, *args, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
+         "train.py", "config.yaml", "preset=smoke", f"out={out}", *args],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
 
 
 def results(out):
@@ -39,11 +48,34 @@ def results(out):
             load_file(out / "adapter" / "adapter_model.safetensors"))
 
 
+def figures(out):
+    """What metrics.jsonl says, but for the time that it took."""
+    return [{key: value for key, value in record.items() if key != "seconds"}
+            for record in read_jsonl(out / "metrics.jsonl")]
+
+
 def assert_same(a, b):
     for name in a[0]:
         assert a[0][name] == b[0][name], name
     assert a[1] == b[1] and a[2].keys() == b[2].keys()
     assert all(torch.equal(a[2][key], b[2][key]) for key in a[2])
+
+
+THREE = '''"""SFT on plain rollouts, with three losses."""
+from leafe import explore
+from packing import training_rows
+from train import fit
+
+KEYS = """
+allowed: 0.5                  # what an action weighs that the world allowed
+"""
+
+def train(run, round_):
+    trees = explore(run, run.train_tasks, round_, reflect=False)
+    weights = [{i: (float(turn.success), run.cfg.allowed * turn.valid, 0.1 * (not turn.valid))
+                for i, turn in enumerate(tree.turns)} for tree in trees]
+    fit(run, round_, ("L_won", "L_allowed", "L_refused"), training_rows(trees, weights, run.cfg.row_tokens))
+'''
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +94,66 @@ def test_a_run_ends_with_the_table_the_figures_and_where_the_results_lie(whole):
     assert [line.split()[0] for line in shown.splitlines() if line.startswith("Pass@")] == [
         "Pass@1", "Pass@2", "Pass@4", "Pass@8"]
     assert f"results: {out}/" in shown
-    for name in ("config.yaml", "sft.jsonl", "trees.jsonl", "samples.jsonl", "metrics.jsonl", "passk.json",
-                 "adapter/adapter_model.safetensors"):
+    for name in ("config.yaml", "run.json", "trees.jsonl", "samples.jsonl", "metrics.jsonl", "sft.jsonl",
+                 "passk.json", "report.html", "adapter/adapter_model.safetensors"):
         assert (out / name).stat().st_size > 0, name
-    assert [json.loads(line)["step"]
-            for line in (out / "metrics.jsonl").read_text().splitlines()] == list(range(1, 7))
+    assert [record["step"] for record in read_jsonl(out / "metrics.jsonl") if "step" in record] == list(range(1, 7))
+
+
+def test_metrics_hold_every_figure_of_stage_1_the_reflections_and_pass_at_k(whole):
+    out, shown, _ = whole
+    records, passk = figures(out), json.loads((out / "passk.json").read_text())
+    explored, = [record for record in records if "stage_1/tasks" in record]
+    parts = {part: {key.partition("/")[2]: value for key, value in explored.items() if key.startswith(part + "/")}
+             for part in ("stage_1", "reflections")}
+    assert STAGE_1.format(**parts["stage_1"]) in shown and reflections_in_words(parts["reflections"]) in shown
+    told = {record["policy"]: record for record in records if "policy" in record}
+    assert [(name, record["round"]) for name, record in told.items()] == [("base", 0), ("leafe", 1)]
+    for name, estimates in passk.items():
+        assert set(estimates) == {"Pass@1", "Pass@2", "Pass@4", "Pass@8", "recovery"}
+        for key, figure in estimates.items():
+            assert told[name][key] == pytest.approx(figure["estimate"], abs=1e-6)
+    assert len(records) == 2 + 1 + 6
+
+
+def test_run_json_says_what_made_a_run_and_who_went_on_with_it(whole, tmp_path):
+    out, args = tmp_path / "a run", ["config.yaml", "preset=smoke"]
+    shutil.copytree(whole[0], out)
+    first = json.loads((out / "run.json").read_text())
+    assert first["command"] == shlex.join(["python", "train.py", *args, f"out={whole[0]}"])
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = git.stdout.strip() if (ROOT / ".git").exists() else None
+    assert first["commit"] == commit and first["changed"] in ((True, False) if commit else (None,))
+    assert first["torch"] == torch.__version__ and first["python"] == platform.python_version()
+    assert all(first[key] for key in ("transformers", "processor", "cores", "threads", "processes"))
+    assert first["gpu"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}", first["date"])
+    process = train(out)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    told = json.loads((out / "run.json").read_text())
+    *_, again = told.pop("continued")
+    assert told == {key: value for key, value in first.items() if key != "continued"}
+    assert again["date"] and again["command"] == shlex.join(["python", "train.py", *args, f"out={out}"])
+    assert not {"torch", "processor", "python"} & set(again)           # what is as it was is not said again
+    html = (out / "report.html").read_text()
+    assert escape(first["command"]) in html and (f"commit {commit[:12]}" if commit else "no commit") in html
+    assert "1 starts went on with it" in html or len(first["continued"])
+
+
+def test_a_copy_without_git_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tools.report, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert (about()["commit"], about()["changed"]) == (None, None)
+    monkeypatch.setenv("PATH", "")                                     # nor is there a git
+    assert (about()["commit"], about()["changed"]) == (None, None)
 
 
 def test_a_mistyped_train_split_is_refused_before_anything_is_written(tmp_path):
     process = train(tmp_path / "run", "train_split=train-shalow")
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 1 and "no tasks in its split train-shalow" in errors and not (tmp_path / "run").exists()
+    assert process.returncode == 1 and "no tasks in its split train-shalow" in errors
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -86,11 +167,12 @@ def test_sokoban_runs_whole_with_its_own_embedded_model_and_its_trees_solve_room
 
 def test_the_same_command_again_changes_nothing_and_shows_the_same_table(whole):
     out, shown, _ = whole
-    before = results(out)
+    before, told = results(out), (out / "metrics.jsonl").read_text()
     process = train(out)
     again, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert_same(before, results(out))
+    assert (out / "metrics.jsonl").read_text() == told
     assert (again.split("%", 1)[1].split("results:")[0]
             == shown[shown.index("%         "):].split("%", 1)[1].split("results:")[0])
 
@@ -120,50 +202,78 @@ def test_a_run_killed_at_ten_random_moments_ends_as_if_it_had_not_been(whole, tm
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert_same(expected, results(out))
+    assert figures(out) == figures(whole[0])           # nothing is missing, nothing is there twice
     assert killed >= 5
+
+
+def started_by(pid):
+    """The processes that it started, and those that they did."""
+    told = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    own = [int(child) for child, parent in map(str.split, told.splitlines()) if int(parent) == pid]
+    return own + [pid for child in own for pid in started_by(child)]
 
 
 @pytest.mark.slow
 def test_two_ranks_end_as_one_process_does_and_killed_as_one_goes_on_alone(tmp_path):
     env = dict(os.environ, OMP_NUM_THREADS="1")        # products are summed in an order that depends on threads
     small = ["train_tasks=6", "test_tasks=4", "samples=4", "ks=[1]"]
-
-    def ranks(out):
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
-             "train.py", "config.yaml", "preset=smoke", f"out={out}", *small],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
     one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
     alone = train(one, *small, env=env)
     assert alone.wait(timeout=300) == 0, alone.stderr.read()
-    both = ranks(two)
+    both = under_two_ranks(two, *small, env=env)
     shown, errors = both.communicate(timeout=300)
     assert both.returncode == 0, errors
     assert_same(results(one), results(two))
     assert shown.count("stage 1:") == 1 and not list(two.glob("*.part"))
     assert (one / "sft.jsonl").read_text() == (two / "sft.jsonl").read_text()
-    dying, until = ranks(killed), time.time() + 200
+    dying, until = under_two_ranks(killed, *small, env=env), time.time() + 200
     while not (killed / "trees.jsonl.1.part").exists() and time.time() < until:
         time.sleep(0.02)
-    os.killpg(dying.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-9", "-f", f"out={killed}"])
+    for pid in [dying.pid, *started_by(dying.pid)]:
+        os.kill(pid, signal.SIGKILL)
     dying.communicate()
     assert list(killed.glob("trees.jsonl.*.part")) and not (killed / "passk.json").exists()
     alone = train(killed, *small, env=env)
     assert alone.wait(timeout=300) == 0, alone.stderr.read()
     assert_same(results(one), results(killed))
-    assert not list(killed.glob("*.part"))
+    assert figures(one) == figures(two) == figures(killed) and not list(killed.glob("*.part"))
 
 
 @pytest.mark.slow
-def test_two_rounds_explore_anew_with_the_improved_policy(tmp_path):
-    process = train(tmp_path / "run", "rounds=2", "evaluate_base=false", "corrections=all")
+def test_two_ranks_with_three_losses_end_as_one_process_does(tmp_path):
+    (tmp_path / "three.py").write_text(THREE)
+    env, out = dict(os.environ, OMP_NUM_THREADS="1"), [tmp_path / "one", tmp_path / "two"]
+    args = [f"method={tmp_path}/three.py", "evaluate_base=false", "test_tasks=2", "samples=2", "ks=[1]", "steps=3"]
+    for process in (train(out[0], *args, env=env), under_two_ranks(out[1], *args, env=env)):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert_same(*map(results, out))
+    steps = [record for record in figures(out[0]) if "step" in record]
+    assert figures(out[0]) == figures(out[1]) and len(steps) == 3
+    assert all(record[name] > 0 for record in steps for name in ("L_allowed", "L_refused"))
+
+
+@pytest.mark.slow
+def test_two_rounds_explore_anew_with_the_improved_policy_and_each_is_sampled(tmp_path):
+    process = train(tmp_path / "run", "rounds=2", "evaluate_base=false", "corrections=all", "evaluate_rounds=true",
+                    "samples=4", "ks=[1,4]")
     shown, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     rounds = [json.loads(line)["round"] for line in (tmp_path / "run/trees.jsonl").read_text().splitlines()]
     assert set(rounds) == {1, 2} and shown.count("stage 1:") == 2
     one, two = (load_file(tmp_path / f"run/adapter_{r}/adapter_model.safetensors") for r in (1, 2))
     assert any(not torch.equal(one[key], two[key]) for key in one)
+    heads = next(line.split() for line in shown.splitlines() if line.startswith("%  "))
+    assert heads == ["%", "leafe-1", "leafe", "difference"]
+    passk = json.loads((tmp_path / "run/passk.json").read_text())
+    assert list(passk) == ["leafe-1", "leafe"]
+    told = [record for record in figures(tmp_path / "run") if "policy" in record]
+    assert [(record["policy"], record["round"]) for record in told] == [("leafe-1", 1), ("leafe", 2)]
+    for record in told:
+        for key in ("Pass@1", "Pass@4", "recovery"):
+            assert record[key] == pytest.approx(passk[record["policy"]][key]["estimate"], abs=1e-6)
+    explored = [record["round"] for record in figures(tmp_path / "run") if "stage_1/tasks" in record]
+    assert explored == [1, 2] and "<h2>Pass@k</h2>" in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.mark.slow
@@ -175,8 +285,8 @@ def test_l_reh_alone_runs_on_the_trees_of_another_run(whole, tmp_path):
         assert process.returncode == 1 and "Traceback" not in errors
     else:
         assert process.returncode == 0, errors
-        assert all(json.loads(line)["L_cf"] == 0
-                   for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+        steps = [record for record in read_jsonl(tmp_path / "run/metrics.jsonl") if "step" in record]
+        assert steps and all(record["L_cf"] == 0 < record["beta_L_reh"] for record in steps)
     assert not (tmp_path / "run/trees.jsonl").exists()
 
 
@@ -192,82 +302,17 @@ def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
     assert process.returncode == 130 and "nothing is lost" in errors and "Traceback" not in errors
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """A comparison of all methods: (folder, stdout)."""
-    out = tmp_path_factory.mktemp("compared") / "run"
-    process = train(out, "method=compare")
-    shown, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
-    return out, shown
-
-
-@pytest.mark.slow
-def test_a_comparison_runs_every_method_within_leafes_steps_and_shows_one_table(compared):
-    out, shown = compared
-    assert {path.name for path in out.iterdir()} == {f"{name}-0" for name in COMPARED} | {"report.html"}
-    *lines, where = shown[shown.rindex("%  "):].splitlines()
-    html = (out / "report.html").read_text()
-    assert where == f"results: {out}/report.html" and html.count("<polyline") == len(COMPARED) + 1
-    assert re.search(r"<b>leafe</b> wins .*: a difference of", html) and escape(lines[-1]) in html
-    links = [unquote(link) for link in re.findall('href="([^"]*)"', html)]
-    assert links == sorted(f"{name}-0/report.html" for name in COMPARED) and all((out / one).exists() for one in links)
-    assert [line.split()[0] for line in lines[1:len(COMPARED) + 2]] == ["base", *sorted(COMPARED)]
-    allowed = spent(out / "leafe-0")["steps"]
-    for name in COMPARED:
-        took = spent(out / f"{name}-0")
-        assert took["seconds"] > 0 and (took["steps"] <= allowed or name == "grpo+leafe") and took["steps"] > 0
-        assert (took["trained"] == 0) == (name == "ace" or not (out / f"{name}-0/checkpoint.pt").exists())
-    policies = {json.loads(line)["policy"] for line in (out / "leafe-0/samples.jsonl").read_text().splitlines()}
-    assert policies == {"base", "leafe"} and (out / "ace-0/playbook.txt").exists()
-    again = subprocess.run([sys.executable, "eval.py", "compare", str(out)], cwd=ROOT, capture_output=True, text=True)
-    assert again.stdout.splitlines() == lines
-
-
-@pytest.mark.slow
-def test_a_comparison_goes_on_where_it_was_killed(compared, tmp_path):
-    """Late in GRPO and late in ACE; every method's part then ends as if it had not been."""
-    out, rows = compared[0], lambda path: sorted(path.read_text().splitlines())                      # noqa: E731
-    shutil.copytree(out, tmp_path / "whole")
-    for name in ("grpo-0", "ace-0"):
-        folder = out / name
-        for made in ("adapter", "adapter_1", "playbook.txt", "samples.jsonl", "passk.json"):
-            path = folder / made
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        os.truncate(folder / "trees.jsonl", (folder / "trees.jsonl").stat().st_size - 2000)
-    (out / "grpo-0/checkpoint.pt").unlink()
-    process = train(out, "method=compare")
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
-    for name in ("grpo-0", "ace-0"):
-        for made in ("trees.jsonl", "samples.jsonl"):
-            assert rows(out / name / made) == rows(tmp_path / "whole" / name / made), (name, made)
-
-
-@pytest.mark.slow
-def test_a_comparison_shows_which_methods_are_unfinished(compared, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(compared[0], out)
-    (out / "leafe-0").rename(out / "leafe-1")
-    shutil.copytree(out / "leafe-1", out / "leafe-2")
-    shown = comparison(out)
-    assert "grpo              0 of 2 seeds so far" in shown and "means over 2 seeds" in shown
-
-
 # distillation alone
 
 def distilled(folder, settings, trees, stop, until=None, **extra):
     """The adapter after cfg.steps; with `until`, killed there first and gone on with from the checkpoint."""
-    cfg = settings("corrections=all", "rehearsal_share=1", "steps=7", "checkpoint_every=2",
-                   "batch_tokens=1024", *[f"{k}={v}" for k, v in extra.items()])
-    rows = packed_rows(trees, loss_weights(trees, targets(trees, cfg, stop), cfg.beta), cfg)
+    cfg = settings("corrections=all", "rehearsal_share=1", "steps=7", "checkpoint_every=2", "batch_tokens=1024",
+                   "lora_rank=4", "lora_alpha=8", f"out={folder}", *[f"{k}={v}" for k, v in extra.items()])
+    rows = training_rows(trees, loss_weights(trees, targets(trees, cfg, stop), cfg.beta), cfg.row_tokens)
 
     def start():
         model, tokenizer = load_model("tiny", None, 768)
-        add_lora(model, 4, 8, seed=0)
-        return model, Chat(tokenizer)
-    folder.mkdir(exist_ok=True)
-    model, _ = start()
+        return run_of(cfg, (model, Chat(tokenizer)), folder=True)
     if until:
         class Killed(Exception):
             pass
@@ -277,17 +322,19 @@ def distilled(folder, settings, trees, stop, until=None, **extra):
                 super().append(record)
                 if record["step"] == until:
                     raise Killed
+        run = start()
+        run.folder.stores["metrics.jsonl"] = Dying(folder / "metrics.jsonl")
         with pytest.raises(Killed):
-            fit(model, [], rows, ("L_cf", "beta_L_reh"), cfg, folder, Dying(folder / "metrics.jsonl"), 1)
-        model, _ = start()
-    metrics = Jsonl(folder / "metrics.jsonl")
-    fit(model, [], rows, ("L_cf", "beta_L_reh"), cfg, folder, metrics, 1)
-    return [p.detach().clone() for p in lora_parameters(model)], metrics.records
+            fit(run, 1, ("L_cf", "beta_L_reh"), rows)
+        run.folder.lock.close()
+    run = start()
+    fit(run, 1, ("L_cf", "beta_L_reh"), rows)
+    return [p.detach().clone() for p in lora_parameters(run.policy.model)], run.metrics.records
 
 
 def test_a_resumed_distillation_equals_an_uninterrupted_one(tiny, settings, tmp_path):
     cfg = settings("attempts=6")
-    trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=6)
+    trees = grow(tiny, cfg, tasks=6)
     whole, records = distilled(tmp_path / "a", settings, trees, tiny[1].stop)
     assert records[-1]["L_cf"] < records[0]["L_cf"]
     for until in (1, 2, 5, 7):
@@ -297,12 +344,12 @@ def test_a_resumed_distillation_equals_an_uninterrupted_one(tiny, settings, tmp_
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(whole, checkpointed))
 
 
-def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings, tmp_path):
+def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings):
     """A pair is in one batch an epoch; weights add up to 1 (L_cf) and beta (L_reh) times tokens an action."""
     cfg = settings("beta=0.5", "corrections=all", "rehearsal_share=1", "batch_tokens=1024")
-    trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=8)
+    trees = grow(tiny, cfg, tasks=8)
     pairs = targets(trees, cfg, tiny[1].stop)
-    rows = packed_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg)
+    rows = training_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)
     batches = epoch(rows, cfg, 3)
     assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows)) and len(batches) > 1
     total = sum(row.weights.double().sum(0) for row in rows)
@@ -313,12 +360,12 @@ def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings, tmp_path):
     assert len(orders) > 1                                            # shuffled anew each epoch
 
 
-def test_exported_pairs_render_to_the_very_ids_that_are_trained_on(tiny, settings, tmp_path):
+def test_exported_pairs_render_to_the_very_ids_that_are_trained_on(tiny, settings):
     chat = tiny[1]
     cfg = settings("corrections=all", "rehearsal_share=1")
-    trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=6)
+    trees = grow(tiny, cfg, tasks=6)
     pairs = targets(trees, cfg, chat.stop)
-    told = list(chat_pairs(trees, pairs, chat, Quest.rules))
+    told = [json.loads(line) for line in chat_pairs(run_of(cfg, tiny), trees, pairs)]
     assert [pair["part"] for pair in told] == ["D_cf"] * len(pairs.D_cf) + ["D_reh"] * len(pairs.D_reh)
     assert all(not any("experience:" in m["content"] for m in pair["prompt"]) for pair in told)
     whole = 0
@@ -331,16 +378,13 @@ def test_exported_pairs_render_to_the_very_ids_that_are_trained_on(tiny, setting
     assert whole > 5
 
 
-def test_out_of_memory_in_training_is_one_line_with_the_key(own_tiny, settings, tmp_path):
-    model, _ = own_tiny
-    add_lora(model, 4, 8, seed=0)
-
+def test_out_of_memory_in_training_is_one_line_with_the_key(own_tiny, settings):
     def fails(*_):
         raise torch.OutOfMemoryError
     rows = [pack([[Segment([3, 4, 5], [(0.0, 0.0), (1.0, 0.0), (1.0, 0.0)], None)]])]
+    run = run_of(settings(), own_tiny, folder=True)
     with pytest.raises(UserError, match="row_tokens: out of memory in a training row of 3 tokens; lower row_tokens="):
-        optimise(model, lambda first: sft_batches([], rows, settings(), first), fails, ("a", "b"), settings(), tmp_path,
-                 Jsonl(tmp_path / "m.jsonl"), 1, 1)
+        optimise(run, 1, Objective(("a", "b"), fails, 1), partial(sft_batches, [], rows, run.cfg))
 
 
 def test_beta_infinite_leaves_l_reh_alone(settings):
@@ -351,11 +395,11 @@ def test_beta_infinite_leaves_l_reh_alone(settings):
     assert total.tolist() == pytest.approx([0.0, 1.0])
 
 
-def test_no_row_is_longer_than_its_budget(tiny, settings, tmp_path):
+def test_no_row_is_longer_than_its_budget(tiny, settings):
     cfg = settings("corrections=all", "rehearsal_share=1", "attempts=12", "row_tokens=768")
-    trees = grow(tiny, cfg, tmp_path / "t.jsonl", tasks=6)
+    trees = grow(tiny, cfg, tasks=6)
     pairs = targets(trees, cfg, tiny[1].stop)
-    rows = packed_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg)
+    rows = training_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)
     assert max(len(row.ids) for row in rows) <= 768
     bearing = sum(len(trees[k].turns[i].action_ids) for k, i in {*pairs.D_cf, *pairs.D_reh})
     assert sum(len(row.targets) for row in rows) == bearing           # every target once

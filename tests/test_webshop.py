@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import webshop
+import worlds.webshop as webshop
 from conftest import SHARED, needs_shared_data
-from envs import UserError, make_env, rollback
-from webshop import WebShop, ratio, reward, token_set_ratio
+from config import UserError
+from envs import make_env
+from worlds.webshop import WebShop, ratio, reward, token_set_ratio
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def test_it_works_at_once_with_a_catalogue_of_its_own():
     for task in tasks["test"][:20]:
         outcomes, turns = buy(env, task)
         assert outcomes[-1].success and outcomes[-1].score == 1 and all(outcome.valid for outcome in outcomes)
-        assert rollback(env, task, turns[:4]) == turns[3].obs
+        assert env.rollback(task, turns[:4]) == turns[3].obs
 
 
 def test_the_public_catalogue_gives_the_originals_goals_and_can_be_bought_from():
@@ -111,7 +112,7 @@ ITEM = dict(name="Alder lamp, solid wood", query="table lamps", product_category
 
 
 @pytest.mark.parametrize("change, chosen, expected", [
-    ({}, {"color": "light blue", "size": "small"}, 1),                     # 2 attributes, 2 options, the price: 5 of 5
+    ({}, {"color": "light blue", "size": "small"}, 1),                   # 2 attributes, 2 options, the price: 5 of 5
     ({}, {"color": "blue", "size": "smaller"}, 4 / 5),                     # a size must be the same
     ({}, {}, 3 / 5),
     (dict(price=31.0), {"color": "blue", "size": "small"}, 4 / 5),
@@ -160,8 +161,8 @@ def test_the_public_download_is_read_with_the_files_beside_it(tmp_path):
 
 def test_peoples_instructions_are_the_goals_where_there_are_many(tmp_path):
     wish = dict(instruction="i want a lamp.", instruction_attributes=["bright"], instruction_options=["black"])
-    lines = [dict(asin=f"B{n:09d}", name="Lamp", category="garden", query="lamps", product_category="A", description="",
-                  bullet_points=[], pricing=[5.0], options={}, attributes=[], instruction="x",
+    lines = [dict(asin=f"B{n:09d}", name="Lamp", category="garden", query="lamps", product_category="A",
+                  description="", bullet_points=[], pricing=[5.0], options={}, attributes=[], instruction="x",
                   instruction_attributes=["y"], human_instructions=[wish, dict(wish, instruction_attributes=[])])
              for n in range(1001)]
     (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, lines)))

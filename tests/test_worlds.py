@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import SHARED, needs_shared_data
-from envs import UserError, make_env, rollback
+from config import UserError, installed
+from envs import make_env
 
 DATA = Path(__file__).parent / "data" / "alfworld_sample.jsonl"
 
@@ -28,7 +29,7 @@ def needs(package: str, program: str = ""):
 def science():
     """Two instances, so that replays are read on another than the first reading."""
     needs("scienceworld", "java")
-    from worlds import ScienceWorld
+    from worlds.scienceworld import ScienceWorld
     worlds = ScienceWorld("easy"), ScienceWorld("easy")
     yield worlds
     for world in worlds:
@@ -38,7 +39,7 @@ def science():
 @pytest.fixture(scope="module")
 def house():
     needs("alfworld")
-    from worlds import ALFWorld
+    from worlds.alfworld import ALFWorld
     return ALFWorld(str(DATA))
 
 
@@ -59,9 +60,16 @@ def test_sixty_scienceworld_episodes_replay_byte_for_byte_on_another_instance(sc
     rng, tasks = random.Random(0), science[0].tasks("train")[:60]
     walks = [wander(science[0], task, 25, rng) for task in tasks]
     for task, walk in zip(tasks, walks):
-        assert rollback(science[1], task, walk) == walk[-1].obs
-        assert rollback(science[0], task, walk[:5]) == walk[:5][-1].obs
+        assert science[1].rollback(task, walk) == walk[-1].obs
+        assert science[0].rollback(task, walk[:5]) == walk[:5][-1].obs
     assert len({task.split("/")[0] for task in tasks}) == 30
+
+
+def test_both_are_right_when_they_are_examined():
+    needs("scienceworld", "java")
+    needs("alfworld")
+    assert make_env("scienceworld", "easy").examine("train") == []
+    assert make_env("alfworld", str(DATA)).examine("valid") == []
 
 
 def test_scienceworld_has_the_packages_splits(science):
@@ -101,7 +109,7 @@ def test_scienceworld_refuses_what_it_does_not_know_and_the_packages_reset(scien
 def test_scienceworlds_java_ends_with_its_process():
     needs("scienceworld", "java")
     env = make_env("scienceworld", "easy")
-    env.reset("boil/0")
+    env.reset("boil/0").result()
     pid = env.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     assert children
@@ -118,18 +126,18 @@ def test_scienceworlds_java_ends_with_its_process():
 def test_twenty_alfworld_games_are_won_by_the_planner_and_replay_byte_for_byte():
     needs_shared_data()
     needs("alfworld")
-    from worlds import ALFWorld
+    from worlds.alfworld import ALFWorld
     env, other = ALFWorld(str(SHARED / "alfworld")), ALFWorld(str(SHARED / "alfworld"))
     assert (len(env.tasks("train")), len(env.tasks("valid")), len(env.tasks("test"))) == (3553, 140, 0)
     rng = random.Random(0)
-    tasks = sorted(env.tasks("valid"), key=lambda task: len(env.problems[task][1]))[:20]       # small ones: seconds each
+    tasks = sorted(env.tasks("valid"), key=lambda task: len(env.problems[task][1]))[:20]   # small ones: seconds
     for task in tasks:
         said, plan = env.reset(task), env.plan()
         outcomes = [env.step(action) for action in plan]
         assert outcomes[-1].success and outcomes[-1].done and outcomes[-1].score == 1
         walk = wander(env, task, 8, rng)
-        assert walk[0].obs == said and rollback(other, task, walk) == walk[-1].obs
-        assert rollback(env, task, walk[:3]) == walk[:3][-1].obs
+        assert walk[0].obs == said and other.rollback(task, walk) == walk[-1].obs
+        assert env.rollback(task, walk[:3]) == walk[:3][-1].obs
 
 
 def test_alfworld_speaks_as_published_and_refuses_in_two_words(house):
@@ -180,16 +188,17 @@ def test_the_official_folder_is_read_with_either_kind_of_file(house, tmp_path):
 
 
 def test_what_is_missing_is_named_in_one_line(monkeypatch):
-    import worlds
     with pytest.raises(UserError, match="needs the package some-package .* pip install some-package"):
-        worlds.installed("no_such_module", "some-package")
+        installed("no_such_module", "some-package")
     if shutil.which("java"):
         needs("scienceworld")
+        from worlds.scienceworld import ScienceWorld
         monkeypatch.setenv("PATH", "")
         with pytest.raises(UserError, match="needs a Java runtime"):
-            worlds.ScienceWorld()
+            ScienceWorld()
     needs("alfworld")
+    from worlds.alfworld import ALFWorld
     with pytest.raises(UserError, match="alfworld-download fetches it"):
-        worlds.ALFWorld()
+        ALFWorld()
     with pytest.raises(UserError, match="no file or folder nowhere"):
-        worlds.ALFWorld("nowhere")
+        ALFWorld("nowhere")

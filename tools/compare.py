@@ -10,9 +10,9 @@ import torch
 
 import ranks
 from config import Config, UserError, load_config
-from eval import Samples, cell, read_samples, spread
-from run import spent, write_aside
-from tools.report import chart, framed, over_seeds, verdict
+from eval import Samples, read_samples, spread
+from run import write_aside
+from tools.report import cell, chart, framed, over_seeds, spent, verdict
 
 
 def show(folder: Path) -> None:

@@ -61,6 +61,8 @@ def main(args: list[str]) -> None:
             print(ready(name, options.get("data", "")))
         return
     env = open_env(words[0], options.get("data", ""))
+    for note in env.examine("train"):
+        print(f"note: {note}\n")
     tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]
     play(env, words[1] if len(words) > 1 else tasks[0])
     env.close()

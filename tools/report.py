@@ -23,11 +23,11 @@ import torch
 
 import ranks
 from config import ROOT, Config, UserError, guarded, load_config
-from eval import STARTS, Samples, cell, read_samples, spread
+from eval import STARTS, Samples, read_samples, spread
 from envs import Env
 from leafe import TURN, Targets, Tree, read_trees
 from packing import pack, rows_of, token_logp
-from run import Run, pick_tasks, read_jsonl, spent, write_aside
+from run import Run, pick_tasks, read_jsonl, write_aside
 
 COLOURS = ("#8a8f98", "#1f6feb", "#d9730d", "#2da44e", "#a475f9", "#c2255c", "#0b7285", "#846358")
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 700, 380, 52, 44, 150, 16
@@ -160,7 +160,26 @@ def reflections_in_words(figures: dict[str, int]) -> str:
     return line
 
 
+def spent(folder: Path) -> dict[str, float]:
+    """What training took so far: environment steps (replayed ones included), sampled tokens, trained tokens, seconds;
+    from the run's files. Of out/<run>/warm_start, its trained tokens (its seconds are not kept apart)."""
+    def records(of: Path, name: str) -> list[dict]:
+        return list(read_jsonl(of / name)) if (of / name).exists() else []
+    run = folder.parent if folder.name == "warm_start" else folder
+    trained = {r["round"]: r["tokens"] for r in records(run, "metrics.jsonl") if "tokens" in r}      # of the last step
+    if folder.name == "warm_start":
+        return dict(steps=0, sampled=0, trained=trained[0], seconds=0.0)
+    lived = records(folder, "trees.jsonl") + records(folder, "alternatives.jsonl")
+    seconds = folder / "seconds.json"
+    return dict(steps=sum(r["steps"] + r["replayed"] for r in lived), sampled=sum(r["tokens"] for r in lived),
+                trained=sum(trained.values()), seconds=json.loads(seconds.read_text()) if seconds.exists() else 0.0)
+
+
 # ------------------------------------------------------------------------------------------------------ its table
+
+def cell(figure: tuple[float, float, float], sign: str = "") -> str:
+    return "{:{s}6.1f} [{:{s}5.1f}, {:{s}5.1f}]".format(*(100 * v for v in figure), s=sign)
+
 
 def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
     """passk.json and the printed table of a run, from its samples.jsonl alone."""

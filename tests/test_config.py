@@ -1,0 +1,305 @@
+import ast
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import train
+from config import ROOT, SHIPPED, UserError, keys_of, load_config, method_names, owners_of, shipped
+from run import RunFolder
+
+METHODS = ["leafe", *method_names()]
+PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def config_text(**changes):
+    return yaml.safe_dump({**yaml.safe_load(SHIPPED.read_text()), **changes})
+
+
+def load(*args):
+    return load_config([str(SHIPPED), *args])
+
+
+def write(path, **settings):
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def brought(method):
+    return yaml.safe_load(keys_of(method)) or {}
+
+
+# mistakes
+
+@pytest.mark.parametrize("args, message", [
+    (["stepz=3"], "the command line: there is no key 'stepz'; did you mean 'steps'?"),
+    (["qqqqqq=3"], "the command line: there is no key 'qqqqqq'"),
+    (["steps=many"], "steps is 'many', but must be a whole number"),
+    (["steps=1.5"], "steps is 1.5, but must be a whole number"),
+    (["steps=true"], "steps is True, but must be a whole number"),
+    (["lr=fast"], "lr is 'fast', but must be a number"),
+    (["keep_experience=3"], "keep_experience is 3, but must be true or false"),
+    (["load_in_4bit=3"], "load_in_4bit is 3, but must be true, false or null"),
+    (["workers=all"], "workers is 'all', but must be a whole number or null"),
+    (["ks=3"], "ks is 3, but must be"),
+    (["ks=[1,256]"], "the command line: ks is [1, 256], but samples is 128: k can be at most the number of samples"),
+    (["samples=4"], "config.yaml: ks is [1, 2, 4, 8, 16, 32, 64, 128], but samples is 4"),
+    (["ks=[]"], "ks is [], but must be a list of numbers of 1 or more, like [1, 8]"),
+    (["horizon=0"], "horizon is 0, but must be 1 or more, or null"),
+    (["train_tasks=0"], "train_tasks is 0, but must be 1 or more"),
+    (["test_tasks=0"], "test_tasks is 0, but must be 1 or more"),
+    (["temperature=-1"], "temperature is -1, but must be 0 or more"),
+    (["observation_tokens=7"], "observation_tokens is 7, but must be 8 or more"),
+    (["rehearsal_share=2"], "rehearsal_share is 2, but must lie in 0..1"),
+    (["corrections=best"], "corrections is 'best', but must be all, improved or successful"),
+    (["correct=last"], "correct is 'last', but must be branch or first"),
+    (["split=tests"], "split is 'tests', but must be train, valid or test, or a part of one"),
+    (["train_split=valid"], "train_split is 'valid', but must be train, or a part of it"),
+    (["engine=localhost:8000"], "engine is 'localhost:8000', but must be a server's address"),
+    (["out= "], "out is ' ', but must name a folder"),
+    (["row_tokens=100"], "row_tokens is 100, but must be at least context (768)"),
+    (["lr=0"], "lr is 0, but must be above 0"), (["lr=nan"], "lr is 'nan'"), (["lr=.nan"], "lr is nan"),
+    (["warm_start=4", "react=true"], "warm_start is 4, but goes with neither init= nor react=true"),
+    (["steps=["], "cannot be read as a value"),
+    (["preset=smok"], f"there are {', '.join(PRESETS)}; did you mean 'smoke'?"),
+    (["method=grpa"], f"method: there is no 'grpa'; there are {', '.join(METHODS)}, and path/to/file.py; "
+                      f"did you mean 'grpo'?"),
+    (["method=[grpo]"], "method: there is no '[grpo]'; there are leafe, ace"),
+    (["method=nowhere/my.py"], "method: there is no file nowhere/my.py"),
+    (["other.yaml", "x"], "x: not understood; write options as key=value"),
+    (["nowhere.yaml"], "nowhere.yaml: there is no such file"),
+    # a method's keys, and what it asks of the loop's
+    (["env_steps=9"], "there is no key 'env_steps'; it is a key of method=ace, compare, early_experience, grpo, rft"),
+    (["grpo_kl=1"], "the command line: there is no key 'grpo_kl'; it is a key of method=compare, grpo"),
+    (["experiences=a", "trees=b"], "there is no key 'experiences'; it is a key of method=other_lessons"),
+    (["method=rft", "grpo_kl=1"], "there is no key 'grpo_kl'; it is a key of method=compare, grpo"),
+    (["method=grpo", "grpo_kk=1"], "the command line: there is no key 'grpo_kk'; did you mean 'grpo_kl'?"),
+    (["method=grpo", "grpo_group=1"], "grpo_group is 1, but must be 2 or more: a rollout is judged against its"),
+    (["method=grpo", "grpo_group=two"], "grpo_group is 'two', but must be a whole number"),
+    (["method=grpo", "grpo_statistics=all"], "grpo_statistics is 'all', but must be episodes or steps"),
+    (["method=rft", "rounds=2"], "rounds is 2, but a baseline has one; rounds are for leafe"),
+    (["method=rft", "env_steps=0"], "env_steps is 0, but must be 1 or more, or null for what trees= took"),
+    (["method=early_experience", "early_experience=reflection"], "raise action_tokens above reflect_tokens (110)"),
+    (["method=other_lessons", "trees=b"], "trees is 'b', but this control explores anew"),
+    (["method=ace", "warm_start=4"], "warm_start is 4, but does not go with method=ace"),
+    (["method=compare", "warm_start=4"], "warm_start is 4, but does not go with method=compare"),
+    (["method=compare", "seeds=[]"], "seeds is [], but must be a list of numbers of 0 or more, like [0, 1]")])
+def test_a_mistake_in_the_configuration_is_one_line_with_the_key_and_the_fix(args, message):
+    with pytest.raises(UserError) as error:
+        load_config(args if args[0].endswith(".yaml") else [str(SHIPPED), *args])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["seed=3"], "seed: method=compare sets it for each of its runs; use seeds="),
+    (["init=a"], "init: method=compare sets it"), (["trees=a"], "trees: method=compare sets it"),
+    (["evaluate_base=false"], "evaluate_base: method=compare sets it")])
+def test_what_a_comparison_sets_for_each_of_its_runs_is_refused(args, message):
+    with pytest.raises(UserError, match=message):
+        train.main([str(SHIPPED), "method=compare", *args])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a: [", "not YAML"), ("just words", "expected lines"), ("", "expected lines"),
+    (config_text(stepz=3), "mine.yaml: there is no key 'stepz'"),
+    ("steps: many", "mine.yaml: steps is 'many'"),
+    ("methods: {leafe: {stps: 1}}", "mine.yaml, method leafe: there is no key 'stps'; did you mean 'steps'?"),
+    ("preset: smok", "preset=smok: there is no such file in configs/.*did you mean 'smoke'")])
+def test_a_mistake_in_the_file_names_the_file(text, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="mine.yaml" if "preset" not in text else "preset"):
+        load_config([str(path)])
+    with pytest.raises(UserError, match=message):
+        load_config([str(path)])
+
+
+def test_a_mistake_in_a_preset_names_its_file(tmp_path):
+    path = write(tmp_path / "mine.yaml", stps=1)
+    with pytest.raises(UserError, match=f"{path}: there is no key 'stps'; did you mean 'steps'?"):
+        load(f"preset={path}")
+    write(tmp_path / "mine.yaml", methods=dict(rft=dict(stps=7)))
+    with pytest.raises(UserError, match=f"{path}, method rft: there is no key 'stps'"):
+        load(f"preset={path}", "method=rft")
+    with pytest.raises(UserError, match="preset=nowhere.yaml: there is no such file"):
+        load("preset=nowhere.yaml")
+
+
+# what goes over what
+
+def test_what_a_file_leaves_out_is_as_in_the_project_s(tmp_path):
+    usual = load()
+    assert load_config([write(tmp_path / "mine.yaml", steps=3)]) == usual.but(steps=3)
+    old = {key: value for key, value in vars(usual).items() if key != "beta"}       # a run from before it
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run/config.yaml", **old)
+    with pytest.raises(UserError, match="holds a run with beta=1.0, not 2.0"):
+        RunFolder(usual.but(out=str(tmp_path / "run"), beta=2.0))
+    RunFolder(usual.but(out=str(tmp_path / "run")))
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["beta"] == 1.0
+
+
+def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_file():
+    assert load().samples == 128 and load("preset=smoke").samples == 8
+    cfg = load("samples=16", "preset=smoke", "lr=1e-4", "beta=.inf", "horizon=null", "model=0")
+    assert (cfg.samples, cfg.lr, cfg.beta, cfg.horizon, cfg.model) == (16, 1e-4, float("inf"), None, "0")
+
+
+def test_a_method_brings_its_own_keys_and_the_others_have_none_of_them():
+    assert load("method=grpo").grpo_group == brought("grpo")["grpo_group"]
+    assert not any(hasattr(load("method=rft"), key) for key in ("grpo_group", "alternatives", "playbook_tokens"))
+    for method in METHODS:
+        assert set(vars(load(f"method={method}"))) == {*shipped(), *brought(method)}
+    assert owners_of("grpo_clip") == ["compare", "grpo"] and owners_of("lr_") == []
+
+
+def test_each_layer_goes_over_the_one_before(tmp_path):
+    """The project's, the method's, a file, its part for the method, a preset, its part for the method, the command
+    line."""
+    tuned = brought("rft")                              # env_steps, its own; lr and steps, of the loop's keys
+    mine, preset = tmp_path / "mine.yaml", tmp_path / "preset.yaml"
+    plain = [write(mine, clip=0.25), "method=rft"]
+    cfg = load_config(plain)
+    assert (cfg.env_steps, cfg.lr, cfg.steps, cfg.clip) == (tuned["env_steps"], tuned["lr"], tuned["steps"], 0.25)
+    assert load_config(plain[:1]).lr == shipped()["lr"] != tuned["lr"]              # it sets them for itself alone
+    write(mine, lr=0.5, warmup=3, env_steps=7)
+    cfg = load_config(plain)
+    assert (cfg.env_steps, cfg.lr, cfg.steps, cfg.warmup) == (7, 0.5, tuned["steps"], 3)
+    write(mine, lr=0.5, warmup=3, methods=dict(rft=dict(lr=0.25, warmup=1), grpo=dict(lr=0.75)))
+    assert (load_config(plain).lr, load_config(plain).warmup) == (0.25, 1)
+    assert (load_config(plain[:1]).lr, load_config(plain[:1]).warmup) == (0.5, 3)
+    plain.append(f"preset={write(preset, lr=0.125, steps=8)}")
+    cfg = load_config(plain)
+    assert (cfg.lr, cfg.steps, cfg.warmup) == (0.125, 8, 1)
+    write(preset, lr=0.125, steps=8, methods=dict(rft=dict(steps=9), grpo=dict(steps=10)))
+    assert (load_config(plain).lr, load_config(plain).steps) == (0.125, 9)
+    assert load_config([*plain, "steps=11", "clip=0.75"]) == load_config(plain).but(steps=11, clip=0.75)
+
+
+def test_a_copy_of_the_project_s_file_leaves_a_method_what_it_sets(tmp_path):
+    """A line that stands there as it was shipped is not meant for the method; one that was changed is."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(config_text(clip=0.5))
+    assert load_config([str(path), "method=rft"]) == load("method=rft", "clip=0.5")
+    path.write_text(config_text(lr=0.5))
+    assert load_config([str(path), "method=rft"]) == load("method=rft", "lr=0.5")
+    path = write(tmp_path / "mine.yaml", preset="smoke", samples=shipped()["samples"])       # it is meant
+    assert load_config([path, "method=grpo"]).samples == load_config([path]).samples == shipped()["samples"]
+
+
+def test_the_method_may_be_named_by_any_layer(tmp_path):
+    mine, preset = write(tmp_path / "mine.yaml", method="grpo", grpo_kl=0.5), write(tmp_path / "p.yaml", method="rft")
+    assert load_config([mine]).grpo_kl == 0.5
+    assert load_config([mine, f"preset={preset}"]).method == "rft"                  # what serves another is left out
+    assert load_config([mine, f"preset={preset}", "method=ace"]).playbook_tokens == brought("ace")["playbook_tokens"]
+    assert load_config([write(tmp_path / "on.yaml", preset=preset)]).method == "rft"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_configuration_that_a_run_kept_is_taken_as_it_is(method, tmp_path):
+    cfg = load(f"method={method}", "lr=0.01", "steps=7", f"out={tmp_path}/run")
+    RunFolder(cfg).lock.close()
+    kept = f"{tmp_path}/run/config.yaml"
+    assert load_config([kept]) == cfg                   # whatever the method would set for lr and steps
+    assert load_config([kept, "lr=0.5"]) == cfg.but(lr=0.5)
+    RunFolder(load_config([kept])).lock.close()
+
+
+def test_a_file_that_names_some_of_a_method_s_keys_is_no_run_s(tmp_path):
+    """A file with a budget alone: the method's values for lr and steps hold."""
+    cfg = load_config([write(tmp_path / "mine.yaml", method="rft", env_steps=400)])
+    assert (cfg.env_steps, cfg.lr, cfg.steps) == (400, brought("rft")["lr"], brought("rft")["steps"])
+
+
+def test_a_method_of_one_s_own_brings_its_keys_and_its_checks(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text('KEYS = """\nheads: 3    # of a hydra\nlr: 0.125\n"""\n'
+                    'CHECKS = [("heads", lambda v, s: v > 1, "must be 2 or more")]\n\n\n'
+                    'def train(run, round_):\n    pass\n')
+    cfg = load(f"method={path}", "heads=4")
+    assert (cfg.heads, cfg.lr, cfg.method) == (4, 0.125, str(path))
+    with pytest.raises(UserError, match="the command line: heads is 1, but must be 2 or more"):
+        load(f"method={path}", "heads=1")
+    with pytest.raises(UserError, match="there is no key 'headz'; did you mean 'heads'?"):
+        load(f"method={path}", "headz=1")
+
+
+# presets
+
+def test_a_preset_may_build_on_another_and_only_says_what_differs():
+    base, built = load("preset=qwen7b"), load("preset=llama8b")
+    own = yaml.safe_load((ROOT / "configs/llama8b.yaml").read_text())
+    assert own.pop("preset") == "qwen7b" and built == base.but(**own)
+
+
+def test_a_preset_may_be_a_file_of_one_s_own_that_builds_on_a_shipped_one(tmp_path):
+    path = write(tmp_path / "mine.yaml", preset="smoke", steps=3)
+    assert load(f"preset={path}") == load("preset=smoke", "steps=3")
+
+
+def test_a_file_may_build_on_a_preset_and_goes_over_it(tmp_path):
+    path = write(tmp_path / "mine.yaml", preset="smoke", steps=3)
+    assert load_config([path]) == load("preset=smoke", "steps=3")
+    cfg = load_config([path, "preset=class"])           # and one that is asked for goes over both
+    assert (cfg.samples, cfg.steps) == (load("preset=class").samples, 3)
+
+
+def test_of_several_presets_the_later_goes_over_the_earlier():
+    smoke, lesson = (yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()) for name in ("smoke", "class"))
+    cfg = load("preset=smoke", "preset=class")
+    assert (cfg.steps, cfg.samples, cfg.out) == (smoke["steps"], lesson["samples"], lesson["out"])
+
+
+def test_what_a_preset_says_for_a_method_holds_wherever_the_preset_is_named(tmp_path):
+    said = yaml.safe_load((ROOT / "configs/sokoban.yaml").read_text())["methods"]["early_experience"]["lr"]
+    path = write(tmp_path / "mine.yaml", preset="sokoban")
+    assert load("preset=sokoban", "method=early_experience").lr == said != brought("early_experience")["lr"]
+    assert load_config([path, "method=early_experience"]).lr == said
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_valid_with_every_method(preset):
+    for method in METHODS:
+        load(f"preset={preset}", f"method={method}")
+    text = (ROOT / f"configs/{preset}.yaml").read_text()
+    assert set(yaml.safe_load(text).get("methods", {})) <= set(METHODS) and text.startswith("# ")
+
+
+@pytest.mark.parametrize("preset", ["qwen7b", "llama8b", "qwen3"])
+def test_a_language_model_s_preset_goes_with_any_world_and_fits_its_own_numbers(preset):
+    cfg = load(f"preset={preset}", "env=alfworld", "data=x")
+    assert cfg.react and cfg.load_in_4bit and cfg.env == "alfworld" and cfg.out == f"out/{preset}"
+    assert cfg.action_tokens + cfg.reflect_tokens < cfg.context <= cfg.row_tokens
+    assert cfg.observation_tokens + cfg.action_tokens < cfg.context
+
+
+# keys
+
+def test_every_key_is_explained_where_it_stands():
+    lines = [line for line in SHIPPED.read_text().splitlines() if line and not line.startswith("#")]
+    assert [line.partition(":")[0] for line in lines] == list(shipped())
+    assert all(" # " in line for line in lines) and len(SHIPPED.read_text().splitlines()) <= 115
+    for method in METHODS:                              # those that it sets for the loop are explained there
+        own = [line for line in keys_of(method).splitlines() if line and line.partition(":")[0] not in shipped()]
+        assert {line.partition(":")[0] for line in own} == set(brought(method)) - set(shipped())
+        assert all(" # " in line for line in own), method
+
+
+def test_a_key_that_nothing_reads_is_found():
+    """No option is parsed and ignored: every key is used outside config.py."""
+    keys, read = {*shipped(), *(key for method in METHODS for key in brought(method))}, set()
+    for path in {*ROOT.glob("*.py"), *ROOT.glob("*/*.py")} - {ROOT / "config.py", *ROOT.glob("tests/*.py")}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] in ("cfg", "config"):
+                read.add(node.attr)
+    assert keys - read == set()
+
+
+def test_a_method_s_help_shows_its_keys_with_what_they_mean():
+    done = subprocess.run([sys.executable, "train.py", "config.yaml", "method=grpo", "-h"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and keys_of("grpo").strip() in done.stdout
+    assert done.stdout.startswith("GRPO: groups of rollouts") and "method=grpo trees=out/quest" in done.stdout
+    done = subprocess.run([sys.executable, "train.py", "method=grpa", "-h"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: method: there is no 'grpa'")

@@ -1,0 +1,32 @@
+"""A world played by hand, and the list of worlds: `python envs.py`."""
+import subprocess
+import sys
+
+from conftest import ROOT
+from envs import Quest
+
+
+def play(*args, typed):
+    return subprocess.run([sys.executable, "envs.py", *args], input=typed, capture_output=True, text=True,
+                          cwd=ROOT, timeout=60)
+
+
+def test_a_person_plays_undoes_and_wins():
+    env, moves = Quest(), []
+    env.reset("test-1-0000")
+    while action := env.next_best():
+        moves.append(action)
+        env.step(action)
+    out = play("quest", "test-1-0000", typed="\n".join(["hint", "go nowhere", "undo", *moves]) + "\n")
+    assert out.returncode == 0 and "(refused) you cannot do that." in out.stdout
+    assert f"{len(moves)}> {moves[-1]}\n" in out.stdout  # piped in, actions are shown: a transcript
+    assert f"success after {len(moves)} turns" in out.stdout, out.stdout  # undone, the refusal cost nothing
+
+
+def test_playing_ends_with_the_input_and_names_mistakes():
+    assert play("sokoban", typed="up\nhint\nundo\n").returncode == 0
+    assert play("chess", typed="").stderr == (
+        "error: env: there is no 'chess'; there are quest, alfworld, code, scienceworld, sokoban, sokoban-words, "
+        "webshop, and path/to/file.py:Class\n")
+    assert "has no task 'x'" in play("quest", "x", typed="").stderr
+    assert "python envs.py quest" in play(typed="").stdout
