@@ -137,22 +137,23 @@ def load_config(args: list[str]) -> Config:
     for _, layer in [*reversed(presets), (path, file), *reversed(below), ("", shipped())]:
         method = method or layer.get("method")
     brought = yaml.safe_load(keys_of(str(method))) or {}
-    # what the method sets and a file has as it was shipped, it does not mean; in a run's own file, settled, it does
-    settled = set(brought) <= set(file)
-    file = {key: value for key, value in file.items()
-            if settled or key not in brought or value != shipped().get(key)}
+    # what the method sets and a copy of config.yaml has as it was shipped is not meant; in a run's own file it is
+    if set(shipped()) <= set(file) and not set(brought) <= set(file):
+        file = {key: value for key, value in file.items() if key not in brought or value != shipped().get(key)}
     kinds = {key: kind_of(key, value) for key, value in {**brought, **shipped()}.items()}
     given = {key: read_value(key, text, kinds.get(key)) for key, text in options.items()}
 
     settings: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", brought), *below, (path, file), *presets,
-                         ("the command line", given)]:
+    for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", brought), *below, (path, file), *presets]:
         for where, part in [(where, layer), (f"{where}, method {method}", of_method(layer, str(method)))]:
             for key, value in part.items():
-                serves_another = where != "the command line" and key not in kinds and owners_of(key)
+                serves_another = key not in kinds and owners_of(key)
                 if key not in ("methods", "preset") and not serves_another:
-                    settings[key], sources[key] = number(value), where
+                    settings[key], sources[key] = value, where
+    settings |= given
+    sources |= dict.fromkeys(given, "the command line")
+    settings = {key: number(value) for key, value in settings.items()}
     check(settings, kinds, sources, method_file(str(method)))
     return Config(**settings)
 
@@ -166,12 +167,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such file; {fix}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UserError(f"{path}: expected lines of `key: value`")
+    methods = settings.get("methods") or {}
+    if not isinstance(methods, dict) or not all(isinstance(part, dict) for part in methods.values()):
+        raise UserError(f"{path}: methods must hold the name of a method, and below it lines of `key: value`")
+    if not isinstance(settings.get("preset", ""), str):
+        raise UserError(f"{path}: preset must be the name of a file in configs/, or a .yaml file")
     return settings
 
 
-def read_presets(name: str) -> list[tuple[str, dict[str, Any]]]:
+def read_presets(name: str, above: tuple = ()) -> list[tuple[str, dict[str, Any]]]:
     """(where, settings) of configs/<name>.yaml, or of a .yaml file; what it builds on (`preset: other`) first."""
     if not name:
         return []
@@ -180,8 +186,10 @@ def read_presets(name: str) -> list[tuple[str, dict[str, Any]]]:
         there = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
         raise UserError(f"preset={name}: there is no such file in configs/; there are {', '.join(there)}"
                         f"{nearest(name, there)}")
+    if path in above:
+        raise UserError(f"{above[-1]}: preset: {name} builds on this file itself")
     settings = read_yaml(path)
-    return [*read_presets(settings.get("preset", "")), (f"{path}", settings)]
+    return [*read_presets(settings.get("preset", ""), (*above, path)), (f"{path}", settings)]
 
 
 def of_method(layer: dict[str, Any], method: str) -> dict[str, Any]:

@@ -66,8 +66,7 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
     store.gather()
     tasks = set(run.test_tasks)
     found = Samples([r for r in store.records if r["policy"] == policy and r["task"] in tasks], policy)
-    figures = {name: estimate for name, (estimate, *_) in found.figures(cfg.ks, 1).items() if estimate == estimate}
-    run.say(round=round_, policy=policy, **figures)    # without recovery, where no refusal was met
+    run.say(round=round_, policy=policy, **report_file().policy_figures(found, cfg.ks))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -230,6 +230,7 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
             failed = not outcome.success and (outcome.done or t == horizon)
             if reflect and (failed or (t % cfg.reflect_every == 0 and not outcome.done)):
                 shown = chat.glimpse(obs, cfg.observation_tokens)
+                branch.clipped += failed and shown != obs         # else it comes again, as the next turn's
                 question = chat.next(TURN.format(t=t + 1, obs=shown) + REFLECT, cut)
                 answer = yield Ask(h + question, cfg.reflect_tokens, cfg.reflect_temperature)
                 if answer is not None:
@@ -350,7 +351,10 @@ def in_order_of_birth(branches: list[Branch]) -> list[Branch]:
         numbers = {branch.name: number for number, branch in enumerate(branches)}
         for branch in branches:
             branch.number, branch.parent = numbers[branch.name], numbers.get(branch.name.rpartition(".")[0])
-    return sorted(branches, key=lambda branch: branch.number)
+    branches.sort(key=lambda branch: branch.number)
+    if [branch.number for branch in branches] != list(range(len(branches))):
+        raise UserError(f"trees.jsonl: the tree of {branches[0].task} is not whole, or was grown in two orders")
+    return branches
 
 
 # ------------------------------------------------------------------------------------------------------ the targets

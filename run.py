@@ -23,7 +23,7 @@ import ranks
 from config import Config, UserError, keys_of, shipped
 from engine import Chat, Engine
 from envs import Env, ask, env_class, make_env
-from lora import adapter_off, add_lora, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
+from lora import adapter_off, add_lora, find_model, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true
@@ -132,6 +132,7 @@ def open_run(cfg: Config, adapter: str, training: bool) -> Run:
     test_tasks = pick_tasks(cfg, "test")
     train_tasks = pick_tasks(cfg, "train") if training else []
     playbook = Path(cfg.playbook).read_text(encoding="utf-8").strip() if cfg.playbook else ""
+    find_model(cfg.model)
     folder = RunFolder(cfg)
     return Run(cfg, Policy.open(cfg, adapter), folder, train_tasks, test_tasks, playbook)
 

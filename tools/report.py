@@ -213,6 +213,21 @@ def by_difficulty(samples: Samples) -> dict[str, tuple[int, float, float]]:
             for name, g in sorted(groups.items())}
 
 
+def policy_figures(samples: Samples, ks: list[int]) -> dict[str, float]:
+    """What the table says of a policy, for metrics.jsonl: no intervals; no recovery where no refusal was met."""
+    found = {name: estimate for name, (estimate, *_) in samples.figures(ks, 1).items() if estimate == estimate}
+    found |= {f"mean {key}": value for key, value in means(samples).items()}
+    for group, (_, one, ever) in by_difficulty(samples).items():
+        found |= {f"{group}/Pass@1": one, f"{group}/solved": ever}
+    return {name: round(value, 6) for name, value in found.items()}
+
+
+def means(samples: Samples) -> dict[str, float]:
+    """Of an episode: turns, sampled tokens, refused actions."""
+    records = [record for found in samples.by_task.values() for record in found]
+    return {key: sum(record[key] for record in records) / len(records) for key in ("turns", "tokens", "refused")}
+
+
 def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, tuple[float, float, float]]:
     """b minus a: estimate and paired 95 % interval of each figure. UserError if their tasks differ."""
     if list(a.by_task) != list(b.by_task):
@@ -238,10 +253,10 @@ def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
             lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>{wide}}"
                                                 for i, c in enumerate(columns)))
     for policy in policies:
-        rs, n = [r for found in policy.by_task.values() for r in found], len(policy.by_task)
-        means = {key: sum(r[key] for r in rs) / len(rs) for key in ("turns", "tokens", "refused")}
-        lines.append(f"{policy.label}: {n} tasks x {policy.n} samples; an episode takes {means['turns']:.1f} "
-                     f"turns, {means['tokens']:.0f} sampled tokens, meets {means['refused']:.1f} refusals")
+        mean = means(policy)
+        lines.append(f"{policy.label}: {len(policy.by_task)} tasks x {policy.n} samples; an episode takes "
+                     f"{mean['turns']:.1f} turns, {mean['tokens']:.0f} sampled tokens, meets {mean['refused']:.1f} "
+                     f"refusals")
         lines += [f"  {name}: {tasks} tasks, Pass@1 {100 * one:.1f}, solved at least once {100 * any_:.1f}"
                   for name, (tasks, one, any_) in by_difficulty(policy).items()]
     lines.append("recovery: success among episodes that met at least one refused action")

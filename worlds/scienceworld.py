@@ -7,6 +7,7 @@ Actions and observations are the package's own; the horizon of 100 is its envSte
 """
 import os
 import shutil
+from functools import lru_cache
 
 from config import UserError, installed
 from envs import Env, Outcome
@@ -39,6 +40,7 @@ class ScienceWorld(Env):
             raise UserError(f"data: scienceworld has no simplification {odd[0]!r}; there are easy, "
                             f"{', '.join(self.env.get_possible_simplifications())}")
 
+    @lru_cache                                       # seconds, the first time
     def tasks(self, split: str) -> list[str]:
         pick = dict(train=self.env.get_variations_train, valid=self.env.get_variations_dev,
                     test=self.env.get_variations_test).get(split)
