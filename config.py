@@ -146,7 +146,8 @@ def load_config(args: list[str]) -> Config:
     settings: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", brought), *below, (path, file), *presets]:
-        for where, part in [(where, layer), (f"{where}, method {method}", of_method(layer, str(method)))]:
+        own = layer.get("methods", {}).get(method, {})             # what it says for this method alone
+        for where, part in [(where, layer), (f"{where}, method {method}", own)]:
             for key, value in part.items():
                 serves_another = key not in kinds and owners_of(key)
                 if key not in ("methods", "preset") and not serves_another:
@@ -169,7 +170,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UserError(f"{path}: expected lines of `key: value`")
-    methods = settings.get("methods") or {}
+    methods = settings.get("methods", {})
     if not isinstance(methods, dict) or not all(isinstance(part, dict) for part in methods.values()):
         raise UserError(f"{path}: methods must hold the name of a method, and below it lines of `key: value`")
     if not isinstance(settings.get("preset", ""), str):
@@ -190,11 +191,6 @@ def read_presets(name: str, above: tuple = ()) -> list[tuple[str, dict[str, Any]
         raise UserError(f"{above[-1]}: preset: {name} builds on this file itself")
     settings = read_yaml(path)
     return [*read_presets(settings.get("preset", ""), (*above, path)), (f"{path}", settings)]
-
-
-def of_method(layer: dict[str, Any], method: str) -> dict[str, Any]:
-    """What a file says for one method alone, under `methods:`."""
-    return (layer.get("methods") or {}).get(method) or {}
 
 
 def read_value(key: str, text: str, kind: Any) -> Any:

@@ -26,8 +26,7 @@ class Chat:
     token, next(..., cut=True) adds that token, so that every context is well formed."""
     def __init__(self, tokenizer, thinking: bool = False):
         if not tokenizer.chat_template:
-            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; "
-                            f"choose an instruction-tuned model")
+            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; choose an instruction-tuned model")
         self.tokenizer, self.thinking = tokenizer, thinking
         marks = ["\u27e6sys\u27e7", "\u27e6one\u27e7", "\u27e6two\u27e7", "\u27e6three\u27e7"]
         turns = [dict(role=r, content=mark) for r, mark in zip(("system", "user", "assistant", "user"), marks)]

@@ -31,8 +31,7 @@ STARTS = ("base", "warm_start")                    # policies that a run starts 
 
 
 def sample(run: Run, policy: str, round_: int = 0) -> None:
-    """Draw what is missing of cfg.samples episodes for each test task; `policy`: base (adapter off), warm_start, or
-    the method. What came out goes into metrics.jsonl, too."""
+    """Draw what is missing of cfg.samples episodes a test task; `policy`: base (adapter off), warm_start, the method."""
     run = replace(run, playbook="") if policy in STARTS else run
     cfg, store, world = run.cfg, run.store("samples.jsonl"), run.world()
     weights = "base" if policy == "base" else run.policy.fingerprint(world.rules if run.playbook else "")
@@ -151,22 +150,8 @@ def policy_name(cfg: Config) -> str:
     return Path(yaml.safe_load(made.read_text()).get("method", "trained")).stem if made.is_file() else "trained"
 
 
-def evaluate(args: list[str]) -> None:
-    ranks.join()
-    cfg = load_config(args)
-    refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=",
-           warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
-    run = open_run(cfg, cfg.adapter, training=False)
-    sample(run, policy_name(cfg))
-    run.folder.close()
-    print(report_file().report(run.folder.path, cfg, run.test_tasks))
-    print(f"results: {run.folder.path}/samples.jsonl, {run.folder.path}/passk.json")
-
-
 def main(args: list[str]) -> None:
-    if args[0] not in ("table", "compare"):
-        evaluate(args)
-    elif args[0] == "table" and len(args) == 2:
+    if args[0] == "table" and len(args) == 2:
         cfg = load_config([str(Path(args[1]) / "config.yaml")])
         print(report_file().report(Path(args[1]), cfg, pick_tasks(cfg, "test")))
     elif args[0] == "compare" and len(args) == 2:
@@ -175,8 +160,18 @@ def main(args: list[str]) -> None:
     elif args[0] == "compare" and len(args) == 3:
         cfg = load_config([str(Path(args[-1].partition(":")[0]) / "config.yaml")])
         print(report_file().table([read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples))
-    else:
+    elif args[0] in ("table", "compare"):
         raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
+    else:
+        ranks.join()
+        cfg = load_config(args)
+        refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=",
+               warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
+        run = open_run(cfg, cfg.adapter, training=False)
+        sample(run, policy_name(cfg))
+        run.folder.close()
+        print(report_file().report(run.folder.path, cfg, run.test_tasks))
+        print(f"results: {run.folder.path}/samples.jsonl, {run.folder.path}/passk.json")
 
 
 if __name__ == "__main__":

@@ -267,8 +267,7 @@ def grow(tree: Tree, cfg: Config, lessons: dict[str, list[str]]) -> Generator[li
 
 
 def requests(tree: Tree, branch: Branch, cfg: Config, lessons: dict[str, list[str]]) -> Iterator[Attempt]:
-    """The branches that an attempt's reflections ask for. If there are any `lessons` (a control), each is given one
-    of another task in place of its own."""
+    """The branches that an attempt's reflections ask for; with `lessons` (a control), each with another task's."""
     if branch.name.count(".") >= cfg.max_depth:
         return
     path = tree.branch_path(branch.number)
@@ -368,11 +367,10 @@ def best_scores(tree: Tree) -> list[float]:
 
 
 def corrections(tree: Tree, cfg: Config) -> Iterator[list[int]]:
-    """For each branch that counts, the turns whose actions are targets of D_cf: its first, a'_tau, and with
-    cfg.correct = branch also those that follow with e still in view, for they owe it as much. What counts is
-    cfg.corrections: "all", or turns from which the attempt, or one that grew from it, got further than the attempt
-    it corrects did ("improved") or succeeded ("successful"). A branch that repeats the action that it should
-    replace corrects nothing: left out."""
+    """For each branch that counts, the turns whose actions are targets of D_cf: its first, a'_tau, and with cfg.correct
+    = branch those that follow with e still in view, for they owe it as much. What counts is cfg.corrections: "all", or
+    turns from which it, or what grew from it, got further than the attempt it corrects ("improved") or succeeded
+    ("successful"). A branch that repeats the action that it should replace corrects nothing: left out."""
     best = best_scores(tree)
     got = [max([turn.score for turn in branch.turns], default=0.0) for branch in tree.branches]
     for branch, start in zip(tree.branches, tree.starts):

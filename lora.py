@@ -212,8 +212,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             key = f"base_model.model.{name}.{part}.weight"     # left out: no change (B = 0), yet it can be trained
             new = tensors.pop(key, old if part == "lora_A" else torch.zeros_like(old))
             if new.shape[side] != old.shape[side]:
-                raise UserError(f"adapter: {folder} was made for another model: "
-                                f"{name}.{part} is {tuple(new.shape)}")
+                raise UserError(f"adapter: {folder} was made for another model: {name}.{part} is {tuple(new.shape)}")
             setattr(layer, part, nn.Parameter(new.to(old), requires_grad=old.requires_grad))
     if tensors:
         raise UserError(f"adapter: {folder} holds {next(iter(tensors))}, which this model does not have")

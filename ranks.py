@@ -9,14 +9,12 @@ the others sample lies in *.part files until it takes them over. A process that 
 import datetime
 import os
 import sys
-from typing import Sequence, TypeVar
+from typing import Any, Sequence
 
 import torch
 import torch.distributed as dist
 
 from config import UserError
-
-T = TypeVar("T")
 
 
 def join() -> None:
@@ -41,7 +39,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(items: Sequence[T]) -> list[T]:
+def share(items: Sequence[Any]) -> list[Any]:
     return list(items)[rank()::world()]
 
 

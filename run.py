@@ -50,8 +50,7 @@ class Policy:
         return policy
 
     def engine(self) -> Any:
-        """What samples from the policy as it is now: the forking engine, or, the door of the servers, with cfg.engine
-        one that answers as it does."""
+        """What samples from the policy as it is now: the forking engine, or a server (cfg.engine), whose door this is."""
         cfg = self.cfg
         slots = min(cfg.slots, cfg.workers or os.cpu_count()) if env_class(cfg.env).apart else cfg.slots
         engine = Engine(self.model, self.chat.stop, cfg.but(slots=slots))
@@ -60,8 +59,7 @@ class Policy:
         from scale.serving import Server
         return Server(self, engine)
 
-    def off(self, off: bool = True) -> ContextManager[None]:
-        """Inside, the policy is the base."""
+    def off(self, off: bool = True) -> ContextManager[None]:           # inside, the policy is the base
         return adapter_off(self.model, off)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -102,8 +100,7 @@ class Run:
         env.rules += (REACT if self.cfg.react else "") + (PLAYBOOK + self.playbook if self.playbook else "")
         return env
 
-    def but(self, **settings: Any) -> "Run":
-        """The same run under other settings."""
+    def but(self, **settings: Any) -> "Run":                           # the same run under other settings
         return replace(self, cfg=self.cfg.but(**settings))
 
     def store(self, name: str) -> "Jsonl":
@@ -195,8 +192,7 @@ def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
                 if file.read(1):
                     raise UserError(f"{path}: line {number} is damaged, and is not the last; "
                                     f"restore the file or delete it") from None
-                print(f"{path}: the last line was cut short (killed while writing?) and is dropped",
-                      file=sys.stderr)
+                print(f"{path}: the last line was cut short (killed while writing?) and is dropped", file=sys.stderr)
                 break
             good += len(line)
             yield record
@@ -223,8 +219,7 @@ def write_aside(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """out/<name>/: config.yaml (resolved), run.json, {trees,samples,metrics}.jsonl, adapter/, passk.json; held by one
-    process at a time (of several ranks, by rank 0 for all)."""
+    """out/<name>/, with all that a run leaves; held by one process at a time (of several ranks, by rank 0 for all)."""
     def __init__(self, config: Config):
         self.path = Path(config.out)
         self.stores: dict[str, Jsonl] = {}
