@@ -320,7 +320,8 @@ def page(folder: Path) -> str:
     if (folder / "metrics.jsonl").exists():
         parts.append(("Training", training(folder)))
     trees, says = [], ""
-    if (folder / "trees.jsonl").exists() and cfg.method == "leafe":
+    of_rollbacks = cfg.method == "leafe" or (folder / "distilled.json").exists()
+    if (folder / "trees.jsonl").exists() and of_rollbacks:
         records = list(read_jsonl(folder / "trees.jsonl"))
         round_ = max(record["round"] for record in records)
         trees, says = chosen(read_trees(records, round_, pick_tasks(cfg, "train")), folder, round_)
