@@ -26,7 +26,7 @@ from engine import Ask, Episode, Job
 from envs import Env, ReplayMismatch, ask, visit
 from run import Run
 
-# All that the policy reads in Stage 1, besides the world's rules and observations.
+# All that the policy reads in Stage 1, besides observations and the rules with what run.py puts behind them.
 TURN = "step {t}: {obs}"                          # a user message: turn t's observation
 HINT = "\nexperience: {e}"                        # behind the observation at tau, in a branch only
 REFLECT = ("\nlook back: what should have been known, and from which step on? answer:\n"

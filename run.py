@@ -2,7 +2,7 @@
 
     Policy   pi: a model with its chat and its adapter; engine() samples from it as it is now
     Run      what every function of the loop is handed: cfg, policy, tasks, folder; world() makes an environment
-    Jsonl    append-only records, one key a line: whatever stopped a run, the same command goes on where it was
+    Jsonl    append-only, a record a line: whatever stopped a run, the same command goes on where it was
 """
 import fcntl
 import hashlib

@@ -1,6 +1,6 @@
 """The whole loop: evaluate the base, train a policy by `method` (LEAFE: explore, distil), evaluate.
 
-    python train.py config.yaml                       about seven minutes on two CPU cores with the embedded model
+    python train.py config.yaml                       about six minutes on two CPU cores with the embedded model
     python train.py config.yaml preset=smoke          seconds; to see that all of it runs
     python train.py config.yaml method=grpo trees=out/quest out=out/grpo   a baseline, with that run's budget of steps
     python train.py config.yaml method=compare out=out/compare             all methods, on all cfg.seeds
@@ -130,7 +130,7 @@ def optimise(run: Run, round_: int, objective: Objective, batches: Callable[[int
         # say what it did, and keep where to go on from
         shown = dict(zip(names, sums.tolist()))
         told = dict(round=round_, step=state["step"])
-        if not any(told.items() <= record.items() for record in run.metrics.records):    # or taken before a kill
+        if not any(told.items() <= record.items() for record in run.metrics.records):    # before a kill it may have been told
             run.metrics.append(dict(**told, **shown, gradient_norm=float(norm), lr=cfg.lr * batch.lr,
                                     tokens=state["tokens"], seconds=round(time.time() - began, 2)))
         bar.update()
