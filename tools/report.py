@@ -185,7 +185,7 @@ def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
     """passk.json and the printed table of a run, from its samples.jsonl alone."""
     found = read_policies(folder, tasks)
     passk = {p.label: {name: dict(zip(("estimate", "low", "high"), f))
-                       for name, f in p.figures(cfg.ks, cfg.resamples).items() if f[0] == f[0]} for p in found}
+                       for name, f in p.figures(cfg.ks, cfg.resamples).items()} for p in found}
     if ranks.rank() == 0:
         write_aside(folder / "passk.json", json.dumps(passk, indent=1) + "\n")
     return table(found, cfg.ks, cfg.resamples)
@@ -249,7 +249,7 @@ def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
     wide = max(24, *(len(head) + 2 for head in heads))
     lines = [f"{'%':10}" + "".join(f"{head:>{wide}}" for head in heads)]
     for name in columns[0]:
-        if all(name in column for column in columns) and columns[0][name][0] == columns[0][name][0]:   # no 0 / 0
+        if all(name in column for column in columns):
             lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>{wide}}"
                                                 for i, c in enumerate(columns)))
     for policy in policies:
