@@ -77,21 +77,25 @@ def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, st
             fix = f"; it is a key of method={owners}" if owners else nearest(key, kinds)
             raise UserError(f"{sources[key]}: there is no key {key!r}{fix}")
         if not fits(value, kinds[key]):
-            raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {SAYS.get(kinds[key], 'a list of whole numbers')}")
+            raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {SAYS.get(kinds[key], kinds[key])}")
     for key, holds, must in [*CHECKS, *getattr(method, "CHECKS", [])]:
         if not holds(settings[key], settings):
-            raise UserError(f"{sources[key]}: {key} is {settings[key]!r}, but {must.format(**settings)}")
+            raise UserError(f"{sources[key]}: {key} is {settings[key]!r}, but "
+                            + re.sub(r"\{(\w+)\}", lambda name: str(settings.get(name[1], name[0])), must))
 
 
 SAYS = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
-        int | None: "a whole number or null", bool | None: "true, false or null"}
+        int | None: "a whole number or null", bool | None: "true, false or null", list[int]: "a list of whole numbers",
+        list[float]: "a list of numbers", list[str]: "a list of texts"}
 
 
 def kind_of(key: str, shipped_value: Any) -> Any:
     """What a key's value must be: what its shipped value is. A key that ships as null takes a whole number, too."""
     if shipped_value is None:
         return bool | None if key == "load_in_4bit" else int | None
-    return list[int] if isinstance(shipped_value, list) else type(shipped_value)
+    if isinstance(shipped_value, list):
+        return list[type(shipped_value[0]) if shipped_value else int]      # type: ignore[misc]
+    return type(shipped_value)
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -99,8 +103,8 @@ def fits(value: Any, kind: Any) -> bool:
         return kind in (bool, bool | None)
     if kind is float:
         return isinstance(value, (int, float)) and value == value
-    if kind == list[int]:
-        return isinstance(value, list) and all(fits(v, int) for v in value)
+    if hasattr(kind, "__origin__"):
+        return isinstance(value, list) and all(fits(v, *kind.__args__) for v in value)
     return isinstance(value, kind)
 
 
@@ -109,8 +113,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def refuse(cfg: Config, **reasons: str) -> None:
-    """Raise UserError if one of these keys is set: the script would not heed it."""
+def refuse(cfg: Config, **reasons: str) -> None:       # keys that are set, and that a script would not heed
     for key, reason in reasons.items():
         if getattr(cfg, key):
             raise UserError(f"{key}: {reason}")
@@ -136,7 +139,7 @@ def load_config(args: list[str]) -> Config:
     below = read_presets(file.get("preset", ""))       # what the file itself builds on
     for _, layer in [*reversed(presets), (path, file), *reversed(below), ("", shipped())]:
         method = method or layer.get("method")
-    brought = yaml.safe_load(keys_of(str(method))) or {}
+    brought = brought_by(str(method))
     # what the method sets and a copy of config.yaml has as it was shipped is not meant; in a run's own file it is
     if set(shipped()) <= set(file) and not set(brought) <= set(file):
         file = {key: value for key, value in file.items() if key not in brought or value != shipped().get(key)}
@@ -151,10 +154,9 @@ def load_config(args: list[str]) -> Config:
             for key, value in part.items():
                 serves_another = key not in kinds and owners_of(key)
                 if key not in ("methods", "preset") and not serves_another:
-                    settings[key], sources[key] = value, where
-    settings |= given
+                    settings[key], sources[key] = number(value), where
+    settings |= {key: number(value) for key, value in given.items()}
     sources |= dict.fromkeys(given, "the command line")
-    settings = {key: number(value) for key, value in settings.items()}
     check(settings, kinds, sources, method_file(str(method)))
     return Config(**settings)
 
@@ -173,6 +175,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     methods = settings.get("methods", {})
     if not isinstance(methods, dict) or not all(isinstance(part, dict) for part in methods.values()):
         raise UserError(f"{path}: methods must hold the name of a method, and below it lines of `key: value`")
+    if settings.get("experiences") and settings.get("method") == "leafe":           # as it was called
+        settings["method"] = "other_lessons"
     if not isinstance(settings.get("preset", ""), str):
         raise UserError(f"{path}: preset must be the name of a file in configs/, or a .yaml file")
     return settings
@@ -222,6 +226,8 @@ def method_file(name: str) -> ModuleType | None:
         there = ", ".join(["leafe", *method_names()])
         raise UserError(f"method: there is no {name!r}; there are {there}, and path/to/file.py"
                         f"{nearest(name, method_names())}")
+    if Path(name).stem in ("base", "warm_start"):
+        raise UserError(f"method: rename {name}; {Path(name).stem} is what the samples of a run's start are called")
     module = load_file(name, "method") if name.endswith(".py") else import_module(f"methods.{name}")
     if not hasattr(module, "train") and not hasattr(module, "several_runs"):
         raise UserError(f"method: {name} has no function train(run, round_)")
@@ -233,9 +239,18 @@ def keys_of(method: str) -> str:
     return getattr(method_file(method), "KEYS", "")
 
 
+def brought_by(method: str) -> dict[str, Any]:
+    """The same as values."""
+    try:
+        brought = yaml.safe_load(keys_of(method)) or {}
+        return {str(key): number(value) for key, value in brought.items()}
+    except (yaml.YAMLError, AttributeError):
+        raise UserError(f"method: KEYS of {method} must be text, a line `key: value` each") from None
+
+
 @lru_cache
 def owners_of(key: str) -> list[str]:
-    return [name for name in method_names() if key in (yaml.safe_load(keys_of(name)) or {})]
+    return [name for name in method_names() if key in brought_by(name)]
 
 
 @lru_cache

@@ -75,13 +75,13 @@ class Env:
         """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack): len(turns) - 1 environment steps. `turns` are
         those before and including tau (anything with .obs and .action); the last one's action is not replayed; without
         turns it is a reset. Returns o_tau. Raises ReplayMismatch if any observation differs from the recorded one."""
-        obs = self.reset(task)
+        obs = checked(self, "reset", self.reset(task))
         for t, turn in enumerate(turns, 1):
             if obs != turn.obs:
                 raise ReplayMismatch(f"{task}: turn {t} read {turn.obs!r} and now reads {obs!r}")
             if t == len(turns):
                 break
-            outcome = self.step(turn.action)
+            outcome = checked(self, "step", self.step(turn.action))
             obs = outcome.obs
             if outcome.done and t + 1 < len(turns):
                 raise ReplayMismatch(f"{task}: the replay ended at turn {t} of {len(turns)}")
@@ -94,15 +94,18 @@ class Env:
 
 def ask(env: Env, what: str, *args: Any) -> Any:
     """env.what(*args). What a world raises is told in two lines: what was asked of it, and its own file and line."""
-    shown = repr(args[0])[:80] if args else ""
-    with blaming(getfile(type(env)), f"env: {type(env).__name__} failed in {what}({shown})"):
-        return getattr(env, what)(*args)
+    with blaming(getfile(type(env)), f"env: {type(env).__name__} failed in {what}({repr(args[0])[:80] if args else ''})"):
+        answer = getattr(env, what)(*args)
+    return answer if isinstance(answer, Future) else checked(env, what, answer)
 
 
 def visit(env: Env, what: str, *args: Any) -> Generator[Future, Any, Any]:
     """`ask` in an episode: where the world answers with a Future, yield it, and go on with its result."""
     answer = ask(env, what, *args)
-    return (yield answer) if isinstance(answer, Future) else answer
+    if isinstance(answer, Future):
+        with blaming(getfile(type(env)), f"env: {type(env).__name__} failed in {what}({repr(args[0])[:80]})"):
+            answer = checked(env, what, (yield answer))
+    return answer
 
 
 # ------------------------------------------------------------------------------------------- a world is examined
@@ -110,40 +113,54 @@ RETURN = "return Outcome(obs, score=reward, done=terminated or truncated, succes
 INSTEAD = {(str, 2): "; Gymnasium's pair is (obs, info): return obs alone",
            (Outcome, 4): f"; Gym's four are (obs, reward, terminated or truncated, info): {RETURN}",
            (Outcome, 5): f"; Gymnasium's five are (obs, reward, terminated, truncated, info): {RETURN}"}
+TEXTS = {"reset": "reset(task) must return the first observation, which is text",
+         "rollback": "rollback(task, turns) must return the observation at tau, which is text",
+         "difficulty": "difficulty(task) must return the name of a group, which is text",
+         "action": "action(reply) must return the action that the reply asks for, which is text"}
+
+
+def must(env: Env, value: Any, kind: Any, what: str, hint: str = "") -> None:
+    """Raises UserError with the file, the class, and what a value must be, if it is not of this kind."""
+    if not isinstance(value, kind) or kind is int and (isinstance(value, bool) or value < 1):
+        text = " ".join(repr(value).split())
+        shown = f"{type(value).__name__} {text[:60]}" + "..." * (len(text) > 60)
+        hint = INSTEAD.get((kind, len(value)), "") if isinstance(value, (tuple, list)) else hint
+        raise UserError(f"env: {getfile(type(env))}, class {type(env).__name__}: {what}, not {shown}{hint}")
+
+
+def checked(env: Env, what: str, answer: Any) -> Any:
+    """What a world's method returned, if it is of the right shape; see `must`."""
+    if what in TEXTS:
+        must(env, answer, str, TEXTS[what])
+    if what == "step":
+        must(env, answer, Outcome, "step(action) must return an Outcome(obs, score, done, success, valid) of envs")
+        must(env, answer.obs, str, "the obs of an Outcome must be text")
+        must(env, answer.score, (int, float), "the score of an Outcome must be a number of 0..1", "; write float(...)")
+        for name in ("done", "success", "valid"):
+            value = getattr(answer, name)
+            must(env, value, bool, f"{name} of an Outcome must be True or False", "; write bool(...)")
+    return answer
 
 
 def examine(env: Env, split: str) -> list[str]:
-    """Before anything is sampled: has the world all that it must have, of the right shape? Raises UserError with
-    the file, the class, and what it must be. Returns notes on what is not wrong but will be regretted."""
+    """Before anything is sampled: has the world all that it must have, of the right shape? Returns notes on what is
+    not wrong but will be regretted."""
     where = f"env: {getfile(type(env))}, class {type(env).__name__}"
-
-    def must(value: Any, kind: Any, what: str, hint: str = "") -> None:
-        if not isinstance(value, kind) or kind is int and (isinstance(value, bool) or value < 1):
-            text = " ".join(repr(value).split())
-            shown = text[:60] + "..." * (len(text) > 60)
-            hint = INSTEAD.get((kind, len(value)), "") if isinstance(value, (tuple, list)) else hint
-            raise UserError(f"{where}: {what}, not {type(value).__name__} {shown}{hint}")
 
     def told(what: str, *args: Any) -> Any:
         answer = ask(env, what, *args)
-        return answer.result() if isinstance(answer, Future) else answer
+        return checked(env, what, answer.result()) if isinstance(answer, Future) else answer
 
     def texts(what: str, *args: Any) -> list[str]:
         found, form = told(what, *args), f"{what}({', '.join(map(repr, args))}) must return a list of texts"
-        must(found, (list, tuple), form)
-        must(next((text for text in found if not isinstance(text, str)), ""), str, form)
+        must(env, found, (list, tuple), form)
+        must(env, next((text for text in found if not isinstance(text, str)), ""), str, form)
         return list(found)
 
     def play(task: str) -> list[str]:
         said = [told("reset", task)]
-        must(said[0], str, "reset(task) must return the first observation, which is text")
         for action in [*texts("actions")[:1], "look"]:         # one that is admissible, then one that hardly is
             outcome = told("step", action)
-            must(outcome, Outcome, "step(action) must return an Outcome(obs, score, done, success, valid) of envs")
-            must(outcome.obs, str, "the obs of an Outcome must be text")
-            must(outcome.score, (int, float), "the score of an Outcome must be a number of 0..1", "; write float(...)")
-            for name in ("done", "success", "valid"):
-                must(getattr(outcome, name), bool, f"{name} of an Outcome must be True or False", "; write bool(...)")
             said.append(outcome.obs)
             if outcome.done:
                 break
@@ -152,14 +169,15 @@ def examine(env: Env, split: str) -> list[str]:
     for name in ("tasks", "reset", "step"):
         if getattr(type(env), name) is getattr(Env, name) or not callable(getattr(env, name)):
             raise UserError(f"{where}: it must have a method {name}{signature(getattr(Env, name))}")
-    must(getattr(env, "rules", None), str, "rules must be text, the system prompt")
-    must(getattr(env, "max_turns", None), int, "max_turns must be the turns an episode may have, like max_turns = 20")
+    must(env, getattr(env, "rules", None), str, "rules must be text, the system prompt")
+    turns = getattr(env, "max_turns", None)
+    must(env, turns, int, "max_turns must be the turns an episode may have, like max_turns = 20")
     tasks = texts("tasks", split)
     if not tasks:
         return []
     differ = [pair for pair in zip(play(tasks[0]), play(tasks[0])) if pair[0] != pair[1]]
-    must(told("difficulty", tasks[0]), str, "difficulty(task) must return the name of a group, which is text")
-    must(told("action", "look"), str, "action(reply) must return the action that the reply asks for, which is text")
+    told("difficulty", tasks[0])
+    told("action", "look")
     notes = []
     for pair in differ[:1]:
         at = max(0, len(commonprefix(pair)) - 30)

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-import yaml
 from tqdm import tqdm
 
 import ranks
-from config import Config, UserError, guarded, load_config, refuse
+from config import UserError, guarded, load_config, refuse
 from engine import Job
 from envs import ask
 from leafe import Attempt, episode
-from run import Run, open_run, pick_tasks, read_jsonl, report_file
+from run import Run, open_run, pick_tasks, report_file
 
 STARTS = ("base", "warm_start")                    # policies that a run starts from
 
@@ -123,33 +122,6 @@ class Samples:
         return {name: spread(f, len(self.by_task), resamples) for name, f in self.estimates(ks).items()}
 
 
-def read_samples(name: str, policy: str | None = None, tasks: list[str] | None = None) -> Samples:
-    """`out/run` (its trained policy if it has one) or `out/run:base`, on `tasks`; None: those of its config.yaml."""
-    folder, _, wanted = name.partition(":")
-    path = Path(folder) / "samples.jsonl"
-    if not path.is_file():
-        raise UserError(f"{folder}: there is no samples.jsonl; run train.py or eval.py with out={folder} first")
-    records = list(read_jsonl(path))
-    cfg = load_config([f"{folder}/config.yaml"])
-    tasks = tasks or pick_tasks(cfg, "test")
-    there = {record["policy"]: None for record in records}                     # in order, each once
-    trained = [name for name in there if name not in STARTS] or list(there)
-    own = Path(cfg.method).stem                        # of a method of one's own, its file's name
-    wanted = wanted or policy or (own if own in there else trained[0])
-    chosen = [r for r in records if r["policy"] == wanted and r["task"] in set(tasks)]
-    return Samples(chosen, f"{folder}:{wanted}" if policy is None else wanted)
-
-
-def policy_name(cfg: Config) -> str:
-    """What eval.py's samples are called: the method of the run that the adapter or the playbook came from."""
-    made = Path(cfg.playbook or cfg.adapter).parent / "config.yaml"
-    if Path(cfg.adapter).name == "warm_start" and not cfg.playbook:
-        return "warm_start"
-    if not (cfg.adapter or cfg.playbook):
-        return "base"
-    return Path(yaml.safe_load(made.read_text()).get("method", "trained")).stem if made.is_file() else "trained"
-
-
 def main(args: list[str]) -> None:
     if args[0] == "table" and len(args) == 2:
         cfg = load_config([str(Path(args[1]) / "config.yaml")])
@@ -159,7 +131,8 @@ def main(args: list[str]) -> None:
         show(Path(args[1]))
     elif args[0] == "compare" and len(args) == 3:
         cfg = load_config([str(Path(args[-1].partition(":")[0]) / "config.yaml")])
-        print(report_file().table([read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples))
+        report = report_file()
+        print(report.table([report.read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples))
     elif args[0] in ("table", "compare"):
         raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
     else:
@@ -168,7 +141,7 @@ def main(args: list[str]) -> None:
         refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=",
                warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
         run = open_run(cfg, cfg.adapter, training=False)
-        sample(run, policy_name(cfg))
+        sample(run, report_file().policy_name(cfg))
         run.folder.close()
         print(report_file().report(run.folder.path, cfg, run.test_tasks))
         print(f"results: {run.folder.path}/samples.jsonl, {run.folder.path}/passk.json")

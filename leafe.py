@@ -121,16 +121,14 @@ class Tree:
     branches: list[Branch] = field(default_factory=list)       # in order of birth
     starts: list[int] = field(default_factory=list)            # each branch's first turn, -1 if it has none
 
-    def ancestors(self, index: int | None) -> list[int]:
-        """Turn `index` and those before it, from the root."""
+    def ancestors(self, index: int | None) -> list[int]:       # turn `index` and those before it, from the root
         found: list[int] = []
         while index is not None:
             found.append(index)
             index = self.turns[index].parent
         return found[::-1]
 
-    def path(self, index: int | None) -> list[Turn]:
-        """h and a up to and including turn `index`."""
+    def path(self, index: int | None) -> list[Turn]:           # h and a up to and including turn `index`
         return [self.turns[i] for i in self.ancestors(index)]
 
     def join(self, branch: Branch) -> None:

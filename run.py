@@ -20,7 +20,7 @@ import yaml
 from torch import nn
 
 import ranks
-from config import Config, UserError, keys_of, shipped
+from config import Config, UserError, brought_by, read_yaml, shipped
 from engine import Chat, Engine
 from envs import Env, ask, env_class, make_env
 from lora import adapter_off, add_lora, find_model, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
@@ -63,8 +63,7 @@ class Policy:
         return adapter_off(self.model, off)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained; a new adapter the first time, if none was loaded."""
-        if not lora_layers(self.model):
+        if not lora_layers(self.model):                # the first time, if none was loaded
             add_lora(self.model, self.cfg.lora_rank, self.cfg.lora_alpha, self.cfg.seed)
         return lora_parameters(self.model)
 
@@ -107,12 +106,10 @@ class Run:
         return self.folder.store(name)
 
     @property
-    def metrics(self) -> "Jsonl":
-        """Every figure that the run prints; written by rank 0 alone, since all ranks have the same."""
+    def metrics(self) -> "Jsonl":          # every figure that the run prints; rank 0 writes it, all have the same
         return self.folder.store("metrics.jsonl", alone=True)
 
-    def say(self, **figures: Any) -> None:
-        """Into metrics.jsonl, once: a run that was resumed may come by again."""
+    def say(self, **figures: Any) -> None:                             # once: a resumed run comes by again
         if figures not in self.metrics.records:
             self.metrics.append(figures)
 
@@ -248,8 +245,7 @@ class RunFolder:
         """Keep config.yaml; refuse to mix results of two configurations in one folder."""
         kept, now = self.path / "config.yaml", dict(vars(config))
         if kept.exists():
-            before = {**shipped(), **(yaml.safe_load(keys_of(config.method)) or {}),
-                      **(yaml.safe_load(kept.read_text()) or {})}
+            before = {**shipped(), **brought_by(config.method), **read_yaml(kept)}
             odd = [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]
             if odd:
                 raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, "

@@ -9,10 +9,8 @@ A key of one of the methods (grpo_kl= and the like) is passed on to the runs tha
 import gc
 from pathlib import Path
 
-import yaml
-
 import eval
-from config import Check, Config, UserError, keys_of, load_config, shipped
+from config import Check, Config, UserError, brought_by, load_config, refuse, shipped
 from methods import ace, early_experience, grpo, rft
 from train import whole_run
 
@@ -38,6 +36,7 @@ def several_runs(cfg: Config, args: list[str]) -> None:
         key = arg.partition("=")[0]
         if "=" in arg and key in ("seed", "trees", "init", "evaluate_base"):
             raise UserError(f"{key}: method=compare sets it for each of its runs{'; use seeds=' * (key == 'seed')}")
+    refuse(cfg, trees="method=compare sets it for each of its runs", init="method=compare sets it for each of its runs")
     for seed in cfg.seeds:
         for name in COMPARED:
             print(f"\n{name}, seed {seed}")
@@ -54,6 +53,8 @@ def arguments(cfg: Config, args: list[str], name: str, seed: int) -> list[str]:
         own["init"] = out / f"grpo-{seed}" / "adapter" if name == "grpo+leafe" else ""
     else:
         own |= dict(trees=out / f"leafe-{seed}", env_steps=cfg.env_steps, rounds=1)
-    known = {*shipped(), *(yaml.safe_load(keys_of(method)) or {}), "preset"}
+    known = {*shipped(), *brought_by(method), "preset"}
+    own |= {key: value for key, value in vars(cfg).items()             # of a method's own, what a file sets for all
+            if key in OWN and key in known and key not in own and value != brought_by("compare")[key]}
     passed = [arg for arg in args if "=" not in arg or arg.partition("=")[0] in known]
     return [*passed, *(f"{key}={'null' if value is None else value}" for key, value in own.items())]

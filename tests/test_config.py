@@ -303,3 +303,63 @@ def test_a_method_s_help_shows_its_keys_with_what_they_mean():
     assert done.stdout.startswith("GRPO: groups of rollouts") and "method=grpo trees=out/quest" in done.stdout
     done = subprocess.run([sys.executable, "train.py", "method=grpa", "-h"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: method: there is no 'grpa'")
+
+
+def method(path, **parts):
+    """A method's file with these parts of its text."""
+    path.write_text("\n".join(f"{name} = {value}" for name, value in parts.items())
+                    + "\ndef train(run, round_): pass\n")
+    return f"method={path}"
+
+
+def test_a_method_s_keys_may_be_numbers_as_people_write_them_and_lists_of_any_one_kind(tmp_path):
+    mine = method(tmp_path / "mine.py", KEYS=repr("eps: 1e-3\nsigmas: [0.1, 2.0]\nnames: [a, b]\nlayers: [1, 2]"))
+    cfg = load(mine, "eps=2e-4", "sigmas=[0.5]", "names=[c]")
+    assert (cfg.eps, cfg.sigmas, cfg.names, cfg.layers) == (2e-4, [0.5], ["c"], [1, 2])
+    for wrong, says in (("sigmas=[a]", "a list of numbers"), ("names=[1]", "a list of texts"),
+                        ("layers=[0.5]", "a list of whole numbers"), ("eps=fast", "a number")):
+        with pytest.raises(UserError, match=f"must be {says}"):
+            load(mine, wrong)
+
+
+@pytest.mark.parametrize("keys", ["'a: ['", "'just words'", "'- a'", "[1]", "dict(a=1)"])
+def test_keys_that_are_no_lines_of_keys_are_one_line(tmp_path, keys):
+    with pytest.raises(UserError, match=r"method: KEYS of .*mine\.py must be text, a line `key: value` each"):
+        load(method(tmp_path / "mine.py", KEYS=keys))
+
+
+def test_a_check_may_speak_of_braces_and_of_other_keys(tmp_path):
+    mine = method(tmp_path / "mine.py", KEYS="'form: x'",
+                  CHECKS="""[("form", lambda v, s: False, 'must be like {"a": 1}, below {context}')]""")
+    with pytest.raises(UserError, match="form is 'x', but must be like {\"a\": 1}, below 768"):
+        load(mine)
+
+
+@pytest.mark.parametrize("name", ["base", "warm_start"])
+def test_a_method_may_not_be_called_what_the_samples_of_a_start_are_called(tmp_path, name):
+    with pytest.raises(UserError, match=f"rename .*{name}.py; {name} is what the samples of a run's start are called"):
+        load(method(tmp_path / f"{name}.py"))
+
+
+def test_a_run_of_the_control_from_before_it_was_a_method_is_read_as_one(tmp_path):
+    old = {**vars(load()), "experiences": "out/other", "out": str(tmp_path)}
+    write(tmp_path / "config.yaml", **old)
+    cfg = load_config([f"{tmp_path}/config.yaml"])
+    assert (cfg.method, cfg.experiences) == ("other_lessons", "out/other")
+    with pytest.raises(UserError, match="holds a run with method='other_lessons', not 'leafe'"):
+        RunFolder(load(f"out={tmp_path}"))
+    RunFolder(cfg)
+
+
+def test_a_comparison_hands_on_what_a_file_sets_for_all_its_runs(tmp_path):
+    from methods.compare import arguments
+    write(tmp_path / "mine.yaml", method="compare", methods=dict(compare=dict(grpo_group=7)), out=str(tmp_path / "out"))
+    args = [f"{tmp_path}/mine.yaml"]
+    cfg = load_config(args)
+    assert load_config(arguments(cfg, args, "grpo", 0)).grpo_group == 7
+    assert load_config(arguments(cfg, args, "rft", 0)).method == "rft"
+    smoke = load("preset=smoke", "method=compare")
+    assert load_config(arguments(smoke, [str(SHIPPED), "preset=smoke", "method=compare"], "grpo", 0)).grpo_group == 4
+    write(tmp_path / "mine.yaml", method="compare", trees="out/other")
+    with pytest.raises(UserError, match="trees: method=compare sets it"):
+        train.main(args)

@@ -9,9 +9,9 @@ import torch
 from config import UserError
 from conftest import run_of
 from envs import Quest
-from eval import Samples, bootstrap, interval, main, pass_at_k, policy_name, read_samples, sample
+from eval import Samples, bootstrap, interval, main, pass_at_k, sample
 from run import Policy, RunFolder, open_run, pick_tasks
-from tools.report import by_difficulty, compare, read_policies, report, table
+from tools.report import by_difficulty, compare, policy_name, read_policies, read_samples, report, table
 
 
 @pytest.mark.parametrize("n, c, k", [(6, 2, 3), (6, 0, 3), (6, 6, 1), (5, 1, 5), (7, 3, 2), (128, 1, 128),

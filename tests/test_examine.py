@@ -381,6 +381,38 @@ def test_what_it_raises_later_in_an_episode_is_two_lines_too(world, settings, ti
     assert re.fullmatch(rf"  {file_of(name)}, line \d+, in step: OSError: out of film", second)
 
 
+LATE = {
+    "five": ("return 'a', 0.5, False, False, {}", r"must return an Outcome.*Gymnasium's five are"),
+    "None": ("return None", "must return an Outcome.*not NoneType None"),
+    "obs": ("return Outcome(None)", "the obs of an Outcome must be text, not NoneType None"),
+    "score": ("return Outcome('a', '1')", "the score of an Outcome must be a number of 0..1, not str '1'"),
+    "done": ("return Outcome('a', 0, None)", "done of an Outcome must be True or False, not NoneType None"),
+}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["here", "apart"])
+@pytest.mark.parametrize("kind", LATE)
+def test_a_shape_that_goes_wrong_late_in_an_episode_is_that_line_and_writes_nothing(world, settings, tiny, kind, apart):
+    body, says = LATE[kind]
+    name = world("Right", f"def step(self, action):\n if self.left == 1: {body}\n return super().step(action)", apart)
+    assert make_env(name).examine("train") == []
+    run = run_of(settings(f"env={name}", "workers=2"), tiny, folder=True)
+    with pytest.raises(UserError, match=says) as caught:
+        explore(run, ["train-0"])
+    assert str(caught.value).startswith(f"env: {file_of(name)}, class Odd: ") and not run.store("trees.jsonl").records
+
+
+def test_a_future_that_fails_or_brings_a_wrong_shape_is_told_like_any_answer(world, settings, tiny):
+    later = ("def later(self, work, *args):\n future = Future()\n try: future.set_result(work(*args))\n"
+             " except Exception as error: future.set_exception(error)\n return future\n")
+    for body, says in (("raise KeyError('late')", r"env: Odd failed in step\('.*'\)\n  .*KeyError: 'late'"),
+                       ("return 'a', 1.0, True, {}", "class Odd: step.action. must return an Outcome.*Gym's four are")):
+        name = world("Right", later + "def step(self, action): return self.later(self.now, action)\n"
+                     f"def now(self, action):\n if self.left == 1: {body}\n return Right.step(self, action)")
+        with pytest.raises(UserError, match=says):
+            explore(run_of(settings(f"env={name}", f"out={file_of(name)}.run"), tiny, folder=True), ["train-0"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("body, apart, says", [
     ("def step(self, action): return 'a', 0.5, False, False, {}", False,

@@ -14,7 +14,6 @@ from config import UserError, load_config, method_names
 from conftest import ROOT, run_of
 from engine import Job
 from envs import Quest
-from eval import read_samples
 from leafe import Branch, Tree, Turn, explore
 from lora import add_lora, lora_parameters
 from methods import ace, early_experience, grpo, rft
@@ -27,7 +26,7 @@ from packing import Segment, pack, packed_nll, rows_of, token_logp
 from run import Policy, read_jsonl
 from test_leafe import act, grow
 from test_train import THREE, train
-from tools.report import spent
+from tools.report import read_samples, spent
 
 
 # the contenders of Stage 1

@@ -10,9 +10,9 @@ import torch
 
 import ranks
 from config import Config, UserError, load_config
-from eval import Samples, read_samples, spread
+from eval import Samples, spread
 from run import write_aside
-from tools.report import cell, chart, framed, over_seeds, spent, verdict
+from tools.report import cell, chart, framed, over_seeds, read_samples, spent, verdict
 
 
 def show(folder: Path) -> None:

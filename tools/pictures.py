@@ -9,11 +9,10 @@ from html import escape
 from pathlib import Path
 
 from config import UserError, guarded, load_config
-from eval import read_samples
 from leafe import read_trees
 from run import pick_tasks, read_jsonl, write_aside
 from tools.compare import curves, ended
-from tools.report import chart
+from tools.report import chart, read_samples
 
 
 def passk(names: list[str]) -> str:

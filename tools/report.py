@@ -22,9 +22,9 @@ from typing import Any, Callable, Iterator
 import torch
 
 import ranks
-from config import ROOT, Config, UserError, guarded, load_config
-from eval import STARTS, Samples, read_samples, spread
-from envs import Env
+from config import Config, ROOT, UserError, guarded, load_config, read_yaml
+from eval import STARTS, Samples, spread
+from envs import Env, ask
 from leafe import TURN, Targets, Tree, read_trees
 from packing import pack, rows_of, token_logp
 from run import Run, pick_tasks, read_jsonl, write_aside
@@ -136,16 +136,16 @@ def stage1_figures(trees: list[Tree], pairs: Targets) -> dict[str, int]:
 def reflection_figures(trees: list[Tree], env: Env) -> dict[str, int]:
     """How good the policy's reflections are, which bounds what Stage 1 can give; where the world can judge them
     (env.judge), of the failures whose transcript says what was missing."""
-    judge = getattr(env, "judge", None)
+    judges = hasattr(env, "judge")
     found = Counter(asked=0, told=0, named=0, works=0)
     for tree in trees:
         for branch in tree.branches:
             for reflection in branch.reflections:
                 found["asked"] += 1
                 found[f"flaw {reflection.flaw}"] += bool(reflection.flaw)
-                if judge and reflection.final:
+                if judges and reflection.final:
                     actions = [tree.turns[i].action for i in tree.branch_path(branch.number)]
-                    verdict = judge(tree.task, actions, reflection.tau, reflection.e)
+                    verdict = ask(env, "judge", tree.task, actions, reflection.tau, reflection.e)
                     found.update(dict(zip(("told", "named", "works"), map(int, verdict))))
     return {key: count for key, count in sorted(found.items()) if count or not key.startswith("flaw")}
 
@@ -189,6 +189,33 @@ def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
     if ranks.rank() == 0:
         write_aside(folder / "passk.json", json.dumps(passk, indent=1) + "\n")
     return table(found, cfg.ks, cfg.resamples)
+
+
+def read_samples(name: str, policy: str | None = None, tasks: list[str] | None = None) -> Samples:
+    """`out/run` (its trained policy if it has one) or `out/run:base`, on `tasks`; None: those of its config.yaml."""
+    folder, _, wanted = name.partition(":")
+    path = Path(folder) / "samples.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder}: there is no samples.jsonl; run train.py or eval.py with out={folder} first")
+    records = list(read_jsonl(path))
+    cfg = load_config([f"{folder}/config.yaml"])
+    tasks = tasks or pick_tasks(cfg, "test")
+    there = {record["policy"]: None for record in records}                     # in order, each once
+    trained = [name for name in there if name not in STARTS] or list(there)
+    own = Path(cfg.method).stem                        # of a method of one's own, its file's name
+    wanted = wanted or policy or (own if own in there else trained[0])
+    chosen = [r for r in records if r["policy"] == wanted and r["task"] in set(tasks)]
+    return Samples(chosen, f"{folder}:{wanted}" if policy is None else wanted)
+
+
+def policy_name(cfg: Config) -> str:
+    """What eval.py's samples are called: the method of the run that the adapter or the playbook came from."""
+    made = Path(cfg.playbook or cfg.adapter).parent / "config.yaml"
+    if Path(cfg.adapter).name == "warm_start" and not cfg.playbook:
+        return "warm_start"
+    if not (cfg.adapter or cfg.playbook):
+        return "base"
+    return Path(read_yaml(made).get("method", "trained")).stem if made.is_file() else "trained"
 
 
 def read_policies(folder: Path, tasks: list[str]) -> list[Samples]:
