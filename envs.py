@@ -3,11 +3,11 @@
     python envs.py                          what there is, and whether it is ready here
     python envs.py quest                    play by hand: `undo` is a rollback by replay, `hint` lists actions
     python envs.py sokoban test-1-0003      play that task
-    python envs.py sokoban data=levels.txt  play level files in Boxoban's format
+    python envs.py sokoban data=levels.txt  play level files, Boxoban's or others'
     python envs.py my/world.py:World        a world of your own
 
     quest                                   here; every other world is a file of worlds/, found by its name
-    sokoban, sokoban-words                  rooms made from the task id; sokoban also plays Boxoban's files
+    sokoban, sokoban-words                  rooms made from the task id; sokoban also plays level files
     webshop                                 a small catalogue made there, or data= the public one
     code                                    data= CodeContests, MBPP or HumanEval
     scienceworld                            pip install scienceworld, and Java

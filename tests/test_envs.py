@@ -1,3 +1,4 @@
+import gzip
 import random
 from collections import deque
 from heapq import heappop, heappush
@@ -12,7 +13,7 @@ from engine import Job
 from envs import Outcome, Quest, ReplayMismatch, make_env
 from leafe import Attempt, episode
 from tools import tiny as tiny_module
-from worlds.sokoban import MOVES, Level, Sokoban, boxoban_level, push, read_boxoban, reverse_play
+from worlds.sokoban import MOVES, Level, Sokoban, push, read_levels, reverse_play, split_of
 from worlds.sokoban_words import InWords
 
 
@@ -316,27 +317,121 @@ def test_a_clone_of_boxoban_is_read_as_a_folder(tmp_path):
     assert env.tasks("train") == [f"unfiltered_train_000/{i}" for i in range(count)]
     assert len(env.tasks("valid")) == count and env.tasks("test")[0] == "levels_hard_003/0"
     assert env.reset("unfiltered_valid_000/1") == env.reset(env.tasks("test")[1])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"there is no file .*empty/\*.txt"):
-        make_env("sokoban", str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("text, message", [("no levels here", "no level found"),
-                                           ("; 0\n####\n#@.#\n####\n", "0 boxes"),
-                                           ("; 0\n######\n#@@$.#\n######\n", "2 men")])
-def test_a_file_that_holds_no_level_is_named(tmp_path, text, message):
-    (tmp_path / "levels.txt").write_text(text)
-    with pytest.raises(UserError, match=f"levels.txt: .*{message}"):
-        make_env("sokoban", str(tmp_path / "levels.txt"))
+BOARD = "#####\n#@$.#\n#####\n"
+
+
+def shown_levels(tmp_path, text: str | bytes) -> list[str]:
+    """How the levels of a file are shown. Each is then won by the last of two steps to the right."""
+    path = tmp_path / "test_levels.txt"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    env = Sokoban(str(path))
+    shown = [env.reset(task).partition("\n")[2] for task in env.tasks("test")]
+    for task in env.tasks("test"):
+        env.reset(task)
+        assert env.step("right").success or env.step("right").success
+    return shown
+
+
+@pytest.mark.parametrize("text, count", [
+    ("; 0\n" + BOARD + "\n; 1\n" + BOARD, 2),                                # as Boxoban is published
+    ("A set (by X. Y)\n\n" + BOARD + "; 1\n\n" + BOARD + "; 2\n", 2),        # as Microban is: names under the boards
+    (BOARD + "\n" + BOARD, 2),
+    ("; 0\n" + BOARD + "\n" + BOARD, 2),
+    (BOARD + "Title: A.B. * $\nAuthor: #2\n", 1),
+    (BOARD + "...\n\n***\n" + BOARD, 2),
+    ("; 0 a;b\n" + BOARD + ";\n", 1),
+    ("#########\n# Mine! #\n#########\n\n" + BOARD, 1),
+    (BOARD.replace("\n", "\r\n"), 1),
+    (BOARD.replace("\n", "\r"), 1),
+    (BOARD[:-1], 1),
+    (BOARD.replace("#\n", "# \t\n"), 1),
+    ("\t" + BOARD.replace("\n#", "\n\t#"), 1),
+    (b"\xef\xbb\xbf" + BOARD.encode(), 1),
+    ("; \xe9\n".encode("latin-1") + BOARD.encode(), 1),
+    (BOARD.encode("utf-16"), 1),
+    (gzip.compress(BOARD.encode()), 1)])
+def test_level_files_are_read_as_collections_are_published(tmp_path, text, count):
+    assert shown_levels(tmp_path, text) == [BOARD.strip()] * count
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("######\n#@-$.#\n#_####\n###\n", "######\n#@ $.#\n# ####\n###   "),
+    ("--#####\n-##@$.#\n-######\n", " #####\n##@$.#\n######"),
+    ("#####\n#@$.#\n####\n", "#####\n#@$.#\n#### "),                            # only a corner is missing
+    ("#######\n#@$.#*#\n#######\n", "#######\n#@$.#*#\n#######")])
+def test_a_board_is_shown_in_one_manner(tmp_path, text, shown):
+    assert shown_levels(tmp_path, text) == [shown]
+
+
+@pytest.mark.parametrize("bad, message", [
+    ("####\n# @#\n####\n", "level 1 .at line 5. is no Sokoban level: 1 men, 0 boxes, 0 goals"),
+    ("######\n#@$.@#\n######\n", "level 1 .at line 5. .* 2 men"),
+    ("#####\n# $.#\n#####\n", "0 men"),
+    ("######\n#@$..#\n######\n", "1 boxes, 2 goals; it must have one man, and as many goals as boxes"),
+    ("####\n @$.\n####\n", "its walls are not closed around the man"),
+    ("## ##\n#@$.#\n#####\n", "not closed"),
+    ("#####\n#@$.#\n", "not closed"),
+    ("#@$.#\n", "not closed"),
+    ("######\n#@ *.#\n######\n", "1 boxes, 2 goals"),
+    ("#####\n#@ *#\n#####\n", "every box is on a goal already"),
+    ("#####\n#@x.#\n#####\n", "line 6: 'x' is no square of a level"),
+    ("5#|#@$.#|5#\n", "line 5: .* is run-length encoded")])
+def test_a_bad_level_is_named_before_anything_is_played(tmp_path, bad, message):
+    path = tmp_path / "levels.txt"
+    path.write_text(BOARD + "\n" + bad)
+    with pytest.raises(UserError, match=f"^data: {path}.*{message}") as error:
+        make_env("sokoban", str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for name, boards in {"u/train_000.txt": 1, "m/train_000.txt": 2, "m/train_001.txt": 1}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((BOARD + "\n") * boards)
+    names = ["m_train_000/0", "m_train_000/1", "train_001/0", "u_train_000/0"]
+    assert Sokoban(str(tmp_path)).tasks("train") == names
+    both = f"{tmp_path}/u/train_000.txt,{tmp_path}/m/train_000.txt,{tmp_path}/u/../u/train_000.txt"
+    assert Sokoban(both).tasks("train") == [names[3], *names[:2]]
+
+
+def test_a_split_is_a_word_of_a_files_name():
+    names = "unfiltered_train_000 training validation contest_validation Test latest contest constrained levels".split()
+    assert [split_of(name) for name in names] == ["train", "train", "valid", "valid", "test", "", "", "", ""]
+
+
+def test_what_is_no_level_file_is_skipped_and_named_in_one_line(tmp_path):
+    for name, text in {"a.txt": BOARD, "sub/b.SOK": BOARD, "LICENSE.txt": "#####\n# ...\nMIT; as is\n",
+                       "README.md": "# Levels", "empty.xsb": "", ".git/x.txt": "#####\n#@ #\n#####\n"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    env = make_env("sokoban", str(tmp_path))
+    assert sum(len(env.tasks(split)) for split in ("train", "valid", "test")) == 2
+    assert env.examine("valid")[:1] == [
+        f"data: {tmp_path}: skipped what is no level file: LICENSE.txt, README.md, empty.xsb"]
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/LICENSE.txt").write_text("MIT")
+    with pytest.raises(UserError, match=r"no level found.*; in a folder, .txt, .sok, .xsb files are read"):
+        make_env("sokoban", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("content", ["no levels here", "", b"\0\1\2" * 99, b"\x80\xff" * 99])
+def test_a_file_that_holds_no_level_is_named(tmp_path, content):
+    path = tmp_path / "levels.txt"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=f"^data: {path}: no level found; a level is rows of "):
+        make_env("sokoban", str(path))
     with pytest.raises(UserError, match="for files, use env=sokoban"):
         make_env("sokoban-words", "levels.txt")
 
 
 def test_all_shared_boxoban_levels_are_read():
     needs_shared_data()
-    files = read_boxoban(str(SHARED / "boxoban"))
-    counts = {stem: len([boxoban_level(block, stem) for block in blocks]) for stem, blocks in files.items()}
-    assert len(counts) == 3 and all(count == 1000 for stem, count in counts.items() if "unfiltered" in stem), counts
+    files, notes = read_levels(str(SHARED / "boxoban"))
+    counts = {name: len(file.boards) for name, file in files.items()}
+    assert notes == ["data: " + str(SHARED / "boxoban") + ": skipped what is no level file: LICENSE"]
+    assert sorted(counts.values()) == [1000, 1000, 1000]
 
 
 def test_boxoban_levels_that_the_solver_solves_are_solved_when_played():
