@@ -6,10 +6,10 @@
     python envs.py webshop data=products.jsonl.xz             one product a line, with attributes and instructions
 
 Pages, actions (search[...], click[...]), goals and reward follow the original's code (its `text` observations;
-github.com/princeton-nlp/WebShop). What can differ from its scores: search is SQLite's BM25 and not Lucene's; the
-words of a title that count as nouns are found by a list of other words and not by spaCy; prices that the original
-draws anew at every start (of a product with a range, a goal's limit) are drawn once and for all. Usual horizon 15
-(ReAct). Success is a reward of 1.
+github.com/princeton-nlp/WebShop). The reward is its to the digit, but for the words of a title that count as nouns:
+they are found by a list of other words and not by spaCy (docs/worlds.md has the figure). Search is SQLite's BM25 and
+not Lucene's; prices that the original draws anew at every start (of a product with a range, a goal's limit) are drawn
+once and for all. Usual horizon 15 (ReAct). Success is a reward of 1.
 """
 import json
 import lzma
@@ -28,8 +28,13 @@ from config import UserError
 from envs import Env, Outcome
 
 TABS = {"description": "Description", "features": "Features", "reviews": "Reviews"}
-COLOURS = ("black blue brown gray grey green orange pink purple red silver gold white yellow beige navy ivory teal "
-           "turquoise khaki burgundy coral lavender mint rose wine bronze copper charcoal olive violet").split()
+COLOURS = """alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel
+camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal
+dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory
+ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom
+mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell
+silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine
+yellow""".split()                                   # the original's list: its order decides
 STOP_WORDS = set("a an and are as at be but by for if in into is it no not of on or such that the their then "
                  "there these they this to was will with".split())      # Lucene's list: no search heeds them
 NOT_NOUNS = set("a an and at by for from in is it of on or our the this to up with without your you all more most new"
@@ -98,7 +103,7 @@ def made_up() -> Iterator[dict]:
         kind = list(kinds)[i % len(kinds)]
         category, query = kinds[kind]
         own = sorted(rng.sample(traits[category].split(","), rng.randint(1, 3)))
-        brand, colours = rng.choice("Alder Birch Cedar Dune Ember Fjord".split()), rng.sample(COLOURS[:8], 3)
+        brand, colours = rng.choice("Alder Birch Cedar Dune Ember Fjord".split()), rng.sample("black blue brown gray grey green orange pink".split(), 3)
         sizes = rng.sample(["small", "medium", "large"], 2)
         wanted = rng.sample(own, rng.randint(1, len(own)))
         yield dict(asin=f"B{i:09d}", name=f"{brand} {kind}, {own[0]}", category=category, query=query,
@@ -198,17 +203,25 @@ def ratio(a: str, b: str) -> float:
     return 200 * row[-1] / (len(a) + len(b)) if a or b else 100.0
 
 
+def words_of(text: str) -> set[str]:
+    """As the library thefuzz has it: the letters of Latin-1 go without a trace, all else that is no letter parts words."""
+    text = re.sub("[\x80-\xff]", "", text)
+    return set(re.sub(r"[\W_]", " ", text).lower().split())
+
+
 def token_set_ratio(a: str, b: str) -> int:
-    """As the library thefuzz has it, ASCII alone and rounded: how alike two texts are as sets of words, 0..100."""
-    one, two = (set(re.sub(rb"[\W_]+", b" ", text.encode("ascii", "ignore").lower()).decode().split())
-                for text in (a, b))
+    """As the library thefuzz has it: how alike two texts are as sets of words, 0..100."""
+    one, two = words_of(a), words_of(b)
+    both = " ".join(sorted(one & two))
     if not one or not two:
         return 0
-    both = " ".join(sorted(one & two))
-    left, right = (" ".join(filter(None, [both, *sorted(own)])) for own in (one - two, two - one))
-    if both and (not one - two or not two - one):
+    if both and (one <= two or two <= one):
         return 100
-    return round(max(ratio(left, right), ratio(both, left) if both else 0.0, ratio(both, right) if both else 0.0))
+    left, right = (" ".join([both] * bool(both) + sorted(own)) for own in (one - two, two - one))
+    ratios = [ratio(left, right)]
+    if both:
+        ratios += [ratio(both, left), ratio(both, right)]
+    return round(max(ratios))
 
 
 def nouns(title: str) -> set[str]:
@@ -216,26 +229,39 @@ def nouns(title: str) -> set[str]:
 
 
 def colour(option: str) -> str:
+    """The first of the colours that stands anywhere in an option, which then stands for it; else the option."""
     return next((name for name in COLOURS if name in option), option)
 
 
-def reward(bought: dict, chosen: dict[str, str], wanted: dict, goal: dict) -> float:
-    """r_type * (attributes + options + price that fit) / (attributes + options + 1)."""
-    text = [bought["name"].lower(), " ".join(bought["features"]).lower(), bought["description"].lower()]
-    a, b = (nouns(item["name"]) for item in (bought, wanted))
+def alike(one: str, two: str) -> bool:
+    return token_set_ratio(one, two) > 85
+
+
+def type_reward(bought: dict, wanted: dict) -> float:
+    """Is it the kind of thing that was wanted: 1, 0.5, 0.1 or 0."""
+    a, b = nouns(bought["name"]), nouns(wanted["name"])
     title = len(a & b) / len(b) if b else 0.2
     ways = [{part.strip() for part in item["product_category"].split("›")} for item in (bought, wanted)]
+    if title == 0:
+        return 0.0
+    if title < 0.1:
+        return 0.1
     fits = bought["query"] == wanted["query"] or len(ways[0] & ways[1]) >= 2 or title > 0.2
-    kind = 0.0 if title == 0 else 0.1 if title < 0.1 else 1.0 if fits else 0.5
-    attributes = sum(any(token_set_ratio(own, wish) > 85 for own in bought["attributes"])
-                     or any(wish in part for part in text) for wish in goal["attributes"])
-    wishes, options = [colour(option) for option in goal["options"]], 0
-    for name, value in chosen.items():
-        value = colour(value)
-        alike = value in wishes if name == "size" else any(token_set_ratio(wish, value) > 85 for wish in wishes)
-        options += alike or any(value in part for part in text)
+    return 1.0 if fits else 0.5
+
+
+def reward(bought: dict, chosen: dict[str, str], wanted: dict, goal: dict) -> float:
+    """r_type * (attributes + options + price that fit) / (attributes + options + 1). An attribute may also stand in
+    the product's text; an option is looked for among the chosen ones alone."""
+    texts = [bought["name"].lower(), " ".join(bought["features"]).lower(), bought["description"].lower()]
+    attributes = options = 0
+    for wish in goal["attributes"]:
+        attributes += any(alike(own, wish) for own in bought["attributes"]) or any(wish in text for text in texts)
+    picked = [colour(value) for value in chosen.values()]
+    for wish in map(colour, goal["options"]):
+        options += any(alike(value, wish) for value in picked)
     fitting = attributes + options + (bought["price"] <= goal["limit"])
-    return min(1.0, kind * fitting / (len(goal["attributes"]) + len(goal["options"]) + 1))
+    return fitting / (len(goal["attributes"]) + len(goal["options"]) + 1) * type_reward(bought, wanted)
 
 
 # ------------------------------------------------------------------------------------------------------- the shop
