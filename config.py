@@ -2,6 +2,7 @@
 
     load_config    config.yaml, what the method brings, a preset, the command line: each goes over the one before
     method_file    the door of the methods: `method=grpo` is methods/grpo.py, `method=path/to/file.py` is your own
+    visible        text of worlds, models and files, as a terminal may be given it
     guarded        what every script's main runs in: a mistake is one line, Ctrl-C loses nothing
 """
 import errno
@@ -17,6 +18,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator
+from unicodedata import category
 
 import yaml
 
@@ -295,6 +297,12 @@ def blaming(file: str, happened: str) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------------- scripts
+def visible(text: Any, kept: str = "\n\t") -> str:
+    """Text of a world, a model or a file, for a terminal: what would steer it or lie unseen (escape sequences, other
+    controls, marks of direction, half of a surrogate pair) is shown escaped. `kept`="": for what stays on its line."""
+    return "".join(c if c.isprintable() or c in kept or category(c) == "Zs" else repr(c)[1:-1] for c in str(text))
+
+
 def usage_of(args: list[str], usage: str) -> str:
     """A script's own text; with method=, that method's, and the keys that it brings."""
     method = next((arg.partition("=")[2] for arg in args if arg.startswith("method=")), "leafe")
@@ -306,9 +314,12 @@ def usage_of(args: list[str], usage: str) -> str:
 def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     """Run a script's main, or show `usage`, if given: the user's mistakes become one line, Ctrl-C loses nothing."""
     args = sys.argv[1:]
+    if sys.stdout:                                      # an old terminal may not know all letters
+        sys.stdout.reconfigure(errors="backslashreplace")              # type: ignore[union-attr]
+    sys.excepthook = lambda *error: print(visible("".join(traceback.format_exception(*error))), file=sys.stderr)
     try:
         if usage and (not args or set(args) & {"-h", "--help"}):
-            print(usage_of(args, usage))
+            print(visible(usage_of(args, usage)))
         else:
             main(args)
         sys.stdout.flush()
@@ -316,7 +327,7 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(visible(f"error: {error}"))
     except ModuleNotFoundError as error:                # a fork may have left a wing out
         if (error.name or "").partition(".")[0] not in ("methods", "worlds", "scale", "tools"):
             raise
@@ -328,5 +339,5 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        sys.exit(f"error: {error.filename or 'out'}: {error.strerror}; nothing is lost: "
-                 f"free the way and run the same command again")
+        sys.exit(visible(f"error: {error.filename or 'out'}: {error.strerror}; nothing is lost: "
+                         f"free the way and run the same command again"))

@@ -20,12 +20,12 @@ fixed habit solves it: one must read the refusals and act on them.
 import random
 import re
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from inspect import getfile, signature
-from os.path import commonprefix
-from typing import Any, Generator, Sequence
+from inspect import getfile
+from typing import Any, Generator, Iterator, Sequence
 
 from config import ROOT, UserError, blaming, guarded, load_file, nearest
 
@@ -36,9 +36,9 @@ class ReplayMismatch(UserError):
 
 @dataclass
 class Outcome:
-    """What one action brought."""
+    """What one action brought. A success ends the episode, and its score counts as 1, whatever else is said."""
     obs: str
-    score: float = 0.0        # progress, 0..1; 1 exactly on success
+    score: float = 0.0        # progress, 0..1; less than 1 without success
     done: bool = False        # no further action counts
     success: bool = False
     valid: bool = True        # False: the world refused the action
@@ -87,28 +87,57 @@ class Env:
                 raise ReplayMismatch(f"{task}: the replay ended at turn {t} of {len(turns)}")
         return obs
 
-    def examine(self, split: str) -> list[str]:        # a world in another process is examined there
+    def examine(self, split: str, other: "Env | None" = None) -> list[str]:      # one in another process: there
+        from tools.examine import examine
         with blaming(getfile(type(self)), f"env: {type(self).__name__} failed when it was examined"):
-            return examine(self, split)
+            return examine(self, split, other or self)
 
 
 def ask(env: Env, what: str, *args: Any) -> Any:
     """env.what(*args). What a world raises is told in two lines: what was asked of it, and its own file and line."""
-    with blaming(getfile(type(env)), f"env: {type(env).__name__} failed in {what}({repr(args[0])[:80] if args else ''})"):
+    shown = repr(args[0])[:80] if args else ""
+    with blaming(getfile(type(env)), f"env: {type(env).__name__} failed in {what}({shown})"):
         answer = getattr(env, what)(*args)
     return answer if isinstance(answer, Future) else checked(env, what, answer)
 
 
 def visit(env: Env, what: str, *args: Any) -> Generator[Future, Any, Any]:
-    """`ask` in an episode: where the world answers with a Future, yield it, and go on with its result."""
+    """`ask` in an episode: where the world answers with a Future, the others go on until its result is there."""
     answer = ask(env, what, *args)
     if isinstance(answer, Future):
+        there: Future = Future()                       # of our own: who waits for a cancelled one is never woken
+        answer.add_done_callback(lambda _: there.set_result(None))
+        yield there
+        if answer.cancelled():
+            raise UserError(f"{where(env)}: the Future of {what}({repr(args[0])[:80]}) was cancelled")
         with blaming(getfile(type(env)), f"env: {type(env).__name__} failed in {what}({repr(args[0])[:80]})"):
-            answer = checked(env, what, (yield answer))
+            answer = checked(env, what, answer.result())
     return answer
 
 
-# ------------------------------------------------------------------------------------------- a world is examined
+def wait_for(env: Env, what: str, *args: Any) -> Any:
+    """`ask` where nothing else goes on meanwhile."""
+    visiting = visit(env, what, *args)
+    try:
+        while True:
+            next(visiting).result()
+    except StopIteration as end:
+        return end.value
+
+
+@contextmanager
+def closing(env: Env) -> Iterator[Env]:
+    """Close the world in the end. What it raises then is told, too, but not in place of what went wrong before."""
+    try:
+        yield env
+    except BaseException:
+        with suppress(UserError):
+            ask(env, "close")
+        raise
+    ask(env, "close")
+
+
+# ------------------------------------------------------------------------------------- what a world answers is checked
 RETURN = "return Outcome(obs, score=reward, done=terminated or truncated, success=reward == 1)"
 INSTEAD = {(str, 2): "; Gymnasium's pair is (obs, info): return obs alone",
            (Outcome, 4): f"; Gym's four are (obs, reward, terminated or truncated, info): {RETURN}",
@@ -119,13 +148,21 @@ TEXTS = {"reset": "reset(task) must return the first observation, which is text"
          "action": "action(reply) must return the action that the reply asks for, which is text"}
 
 
+SCORE = (int, float)
+
+
+def where(env: Env) -> str:
+    return f"env: {getfile(type(env))}, class {type(env).__name__}"
+
+
 def must(env: Env, value: Any, kind: Any, what: str, hint: str = "") -> None:
     """Raises UserError with the file, the class, and what a value must be, if it is not of this kind."""
-    if not isinstance(value, kind) or kind is int and (isinstance(value, bool) or value < 1):
+    wrong = not isinstance(value, kind) or kind in (int, SCORE) and isinstance(value, bool)
+    if wrong or kind is int and value < 1 or kind is SCORE and not 0 <= value <= 1:
         text = " ".join(repr(value).split())
         shown = f"{type(value).__name__} {text[:60]}" + "..." * (len(text) > 60)
         hint = INSTEAD.get((kind, len(value)), "") if isinstance(value, (tuple, list)) else hint
-        raise UserError(f"env: {getfile(type(env))}, class {type(env).__name__}: {what}, not {shown}{hint}")
+        raise UserError(f"{where(env)}: {what}, not {shown}{hint}")
 
 
 def checked(env: Env, what: str, answer: Any) -> Any:
@@ -135,58 +172,17 @@ def checked(env: Env, what: str, answer: Any) -> Any:
     if what == "step":
         must(env, answer, Outcome, "step(action) must return an Outcome(obs, score, done, success, valid) of envs")
         must(env, answer.obs, str, "the obs of an Outcome must be text")
-        must(env, answer.score, (int, float), "the score of an Outcome must be a number of 0..1", "; write float(...)")
+        must(env, answer.score, SCORE, "the score of an Outcome must be a number of 0..1",
+             "; write float(...), scaled to 0..1")
         for name in ("done", "success", "valid"):
             value = getattr(answer, name)
             must(env, value, bool, f"{name} of an Outcome must be True or False", "; write bool(...)")
+        if answer.score == 1 and not answer.success:
+            raise UserError(f"{where(env)}: an Outcome has score 1 but success=False; write success=True, which ends "
+                            f"the episode, or a score below 1")
+        if answer.success and not (answer.done and answer.score == 1):
+            return Outcome(answer.obs, 1.0, True, True, answer.valid)
     return answer
-
-
-def examine(env: Env, split: str) -> list[str]:
-    """Before anything is sampled: has the world all that it must have, of the right shape? Returns notes on what is
-    not wrong but will be regretted."""
-    where = f"env: {getfile(type(env))}, class {type(env).__name__}"
-
-    def told(what: str, *args: Any) -> Any:
-        answer = ask(env, what, *args)
-        return checked(env, what, answer.result()) if isinstance(answer, Future) else answer
-
-    def texts(what: str, *args: Any) -> list[str]:
-        found, form = told(what, *args), f"{what}({', '.join(map(repr, args))}) must return a list of texts"
-        must(env, found, (list, tuple), form)
-        must(env, next((text for text in found if not isinstance(text, str)), ""), str, form)
-        return list(found)
-
-    def play(task: str) -> list[str]:
-        said = [told("reset", task)]
-        for action in [*texts("actions")[:1], "look"]:         # one that is admissible, then one that hardly is
-            outcome = told("step", action)
-            said.append(outcome.obs)
-            if outcome.done:
-                break
-        return said
-
-    for name in ("tasks", "reset", "step"):
-        if getattr(type(env), name) is getattr(Env, name) or not callable(getattr(env, name)):
-            raise UserError(f"{where}: it must have a method {name}{signature(getattr(Env, name))}")
-    must(env, getattr(env, "rules", None), str, "rules must be text, the system prompt")
-    turns = getattr(env, "max_turns", None)
-    must(env, turns, int, "max_turns must be the turns an episode may have, like max_turns = 20")
-    tasks = texts("tasks", split)
-    if not tasks:
-        return []
-    differ = [pair for pair in zip(play(tasks[0]), play(tasks[0])) if pair[0] != pair[1]]
-    told("difficulty", tasks[0])
-    told("action", "look")
-    notes = []
-    for pair in differ[:1]:
-        at = max(0, len(commonprefix(pair)) - 30)
-        once = " and once ".join(repr(said[at:at + 60]) for said in pair)
-        notes.append(f"{where}: the same actions give other observations, once {once}: branches will be dropped")
-    for other in sorted({"train", "test"} - {split.partition("-")[0]}):
-        if shared := sorted(set(tasks) & set(texts("tasks", other))):
-            notes.append(f"{where}: {len(shared)} tasks of {split}, like {shared[0]}, are in {other}, too")
-    return notes
 
 
 # ------------------------------------------------------------------------------------------------------------ Quest

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import ranks
-from config import UserError, guarded, load_config, refuse
+from config import UserError, guarded, load_config, refuse, visible
 from engine import Job
 from envs import ask
 from leafe import Attempt, episode
@@ -50,7 +50,8 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
     missing = [(task, i) for task in run.test_tasks for i in range(cfg.samples) if (task, i) not in done]
     queue = deque(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task)
                   for task, i in ranks.share(missing))
-    bar = tqdm(total=len(queue), desc=f"sample {policy}", unit="episode", disable=not queue or ranks.rank() > 0)
+    bar = tqdm(total=len(queue), desc=visible(f"sample {policy}", ""), unit="episode",
+               disable=not queue or ranks.rank() > 0)
     successes = 0
     with run.policy.off(policy == "base"):
         engine = run.policy.engine()
@@ -125,14 +126,14 @@ class Samples:
 def main(args: list[str]) -> None:
     if args[0] == "table" and len(args) == 2:
         cfg = load_config([str(Path(args[1]) / "config.yaml")])
-        print(report_file().report(Path(args[1]), cfg, pick_tasks(cfg, "test")))
+        print(visible(report_file().report(Path(args[1]), cfg, pick_tasks(cfg, "test"))))
     elif args[0] == "compare" and len(args) == 2:
         from tools.compare import show                 # the door of the tables of several runs
         show(Path(args[1]))
     elif args[0] == "compare" and len(args) == 3:
         cfg = load_config([str(Path(args[-1].partition(":")[0]) / "config.yaml")])
         report = report_file()
-        print(report.table([report.read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples))
+        print(visible(report.table([report.read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples)))
     elif args[0] in ("table", "compare"):
         raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
     else:
@@ -143,8 +144,8 @@ def main(args: list[str]) -> None:
         run = open_run(cfg, cfg.adapter, training=False)
         sample(run, report_file().policy_name(cfg))
         run.folder.close()
-        print(report_file().report(run.folder.path, cfg, run.test_tasks))
-        print(f"results: {run.folder.path}/samples.jsonl, {run.folder.path}/passk.json")
+        print(visible(report_file().report(run.folder.path, cfg, run.test_tasks)))
+        print(visible(f"results: {run.folder.path}/samples.jsonl, {run.folder.path}/passk.json"))
 
 
 if __name__ == "__main__":

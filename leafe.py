@@ -14,7 +14,6 @@ straight code, one conversation at a time, while the engine runs hundreds side b
 import random
 import re
 from collections import deque
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Generator, Iterable, Iterator
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import ranks
 from config import Config, UserError, guarded
 from engine import Ask, Episode, Job
-from envs import Env, ReplayMismatch, ask, visit
+from envs import Env, ReplayMismatch, ask, closing, visit
 from run import Run
 
 # All that the policy reads in Stage 1, besides observations and the rules with what run.py puts behind them.

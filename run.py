@@ -20,9 +20,9 @@ import yaml
 from torch import nn
 
 import ranks
-from config import Config, UserError, brought_by, read_yaml, shipped
+from config import Config, UserError, brought_by, read_yaml, shipped, visible
 from engine import Chat, Engine
-from envs import Env, ask, env_class, make_env
+from envs import Env, ask, closing, env_class, make_env
 from lora import adapter_off, add_lora, find_model, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
@@ -118,23 +118,27 @@ def open_run(cfg: Config, adapter: str, training: bool) -> Run:
     """The world is examined and the tasks are picked before the folder is made and the model loaded."""
     if cfg.playbook and not Path(cfg.playbook).is_file():
         raise UserError(f"playbook: there is no file {cfg.playbook}; train.py method=ace writes one")
-    env = make_env(cfg.env, cfg.data)
-    for note in env.examine(cfg.train_split if training else cfg.split):
-        if ranks.rank() == 0:
-            print(f"note: {note}", file=sys.stderr)
-    env.close()
+    with closing(make_env(cfg.env, cfg.data)) as env, closing(make_env(cfg.env, cfg.data)) as other:
+        for note in env.examine(cfg.train_split if training else cfg.split, other):
+            if ranks.rank() == 0:
+                print(visible(f"note: {note}"), file=sys.stderr)
     test_tasks = pick_tasks(cfg, "test")
-    train_tasks = pick_tasks(cfg, "train") if training else []
+    learned = pick_tasks(cfg.but(train_tasks=cfg.train_tasks + cfg.warm_start), "train") if training else []
+    shared = sorted(set(test_tasks) & set(learned))
+    if shared and not cfg.split.startswith("train"):
+        raise UserError(f"split: {len(shared)} of the {len(test_tasks)} tasks to test on, like {shared[0]!r}, are trained "
+                        f"on, too; let the world's splits share none, or say split={cfg.train_split} if it is meant")
     playbook = Path(cfg.playbook).read_text(encoding="utf-8").strip() if cfg.playbook else ""
     find_model(cfg.model)
     folder = RunFolder(cfg)
-    return Run(cfg, Policy.open(cfg, adapter), folder, train_tasks, test_tasks, playbook)
+    return Run(cfg, Policy.open(cfg, adapter), folder, learned[:cfg.train_tasks], test_tasks, playbook)
 
 
 def pick_tasks(cfg: Config, use: str) -> list[str]:
     """The tasks to `train` or to `test` on. Raises UserError if the world has too few."""
     split, count = (cfg.train_split, cfg.train_tasks) if use == "train" else (cfg.split, cfg.test_tasks)
-    tasks = ask(make_env(cfg.env, cfg.data), "tasks", split)
+    with closing(make_env(cfg.env, cfg.data)) as env:
+        tasks = ask(env, "tasks", split)
     if len(tasks) < count:
         raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks) or 'no'} tasks in "
                         f"its split {split}, not {count}; lower {use}_tasks, or give another split or other data")
@@ -189,7 +193,8 @@ def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
                 if file.read(1):
                     raise UserError(f"{path}: line {number} is damaged, and is not the last; "
                                     f"restore the file or delete it") from None
-                print(f"{path}: the last line was cut short (killed while writing?) and is dropped", file=sys.stderr)
+                print(visible(f"{path}: the last line was cut short (killed while writing?) and is dropped"),
+                      file=sys.stderr)
                 break
             good += len(line)
             yield record
@@ -211,7 +216,7 @@ def absorb(path: Path) -> None:
 def write_aside(path: Path, text: str) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half."""
     aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")         # halves of letters, as in JSON
     aside.replace(path)
 
 

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import ranks
-from config import Config, UserError, guarded, load_config, method_file, refuse
+from config import Config, UserError, guarded, load_config, method_file, refuse, visible
 from eval import sample
 from leafe import Targets, Tree, explore, read_trees, targets
 from packing import Batch, Packed, Weights, packed_nll, training_rows
@@ -54,7 +54,7 @@ def learn(run: Run, round_: int, trees: list[Tree]) -> None:
     """Find the targets, say what Stage 1 cost and gave, distil."""
     pairs = targets(trees, run.cfg, run.policy.chat.stop)
     figures, words = report_file().stage_1(trees, pairs, run.world())
-    print(words)
+    print(visible(words))
     run.say(round=round_, **figures)
     if not pairs.D_reh and (run.cfg.beta == float("inf") or not pairs.D_cf):
         raise UserError("exploration found nothing to train on: no correction and no success; see trees.jsonl, and "
@@ -249,12 +249,12 @@ def whole_run(cfg: Config) -> None:
         run.policy.save(folder / "adapter")
     sample(run, Path(cfg.method).stem, cfg.rounds)
     run.folder.close()
-    print(report_file().report(folder, cfg, run.test_tasks))
+    print(visible(report_file().report(folder, cfg, run.test_tasks)))
     if ranks.rank() == 0:
         write_aside(folder / "report.html", report_file().page(folder))
     made = [name for name in ("report.html", "passk.json", "samples.jsonl", "trees.jsonl", "sft.jsonl",
                               "metrics.jsonl", "adapter", "playbook.txt") if (folder / name).exists()]
-    print(f"results: {folder}/ ({', '.join(made)})  {(time.time() - began) / 60:.1f} minutes")
+    print(visible(f"results: {folder}/ ({', '.join(made)})  {(time.time() - began) / 60:.1f} minutes"))
 
 
 def main(args: list[str]) -> None:

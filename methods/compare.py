@@ -10,7 +10,7 @@ import gc
 from pathlib import Path
 
 import eval
-from config import Check, Config, UserError, brought_by, load_config, refuse, shipped
+from config import Check, Config, UserError, brought_by, load_config, refuse, shipped, visible
 from methods import ace, early_experience, grpo, rft
 from train import whole_run
 
@@ -39,7 +39,7 @@ def several_runs(cfg: Config, args: list[str]) -> None:
     refuse(cfg, trees="method=compare sets it for each of its runs", init="method=compare sets it for each of its runs")
     for seed in cfg.seeds:
         for name in COMPARED:
-            print(f"\n{name}, seed {seed}")
+            print(visible(f"\n{name}, seed {seed}"))
             whole_run(load_config(arguments(cfg, args, name, seed)))
             gc.collect()                               # a model may be large: it goes before the next one comes
     eval.main(["compare", cfg.out])

@@ -11,7 +11,7 @@ from tqdm import tqdm
 import ranks
 from config import Check, Config
 from engine import Ask, Chat, Job
-from envs import ReplayMismatch, visit
+from envs import ReplayMismatch, ask, visit
 from leafe import TURN, Tree, Turn
 from methods import rollouts as shared
 from methods.rollouts import BUDGET, budget, demonstrations, rollouts, successes, taken
@@ -47,7 +47,7 @@ def alternatives(run: Run, tree: Tree, turn: int):
     for _ in range(cfg.alternatives):
         ids = (yield Ask(h + path[-1].obs_ids, cfg.action_tokens)) or []
         tokens += len(ids)
-        action = env.action(chat.text(ids))
+        action = ask(env, "action", chat.text(ids))
         if ids and action not in tried:
             try:
                 yield from visit(env, "rollback", tree.task, path)
@@ -59,7 +59,7 @@ def alternatives(run: Run, tree: Tree, turn: int):
             action=path[-1].action, tried="\n".join(f"{action}: {obs}" for action, obs in tried.items()))
         message = chat.first(env.rules, text) if t == 1 else chat.next(text, path[-2].action_ids[-1] not in chat.stop)
         why = (yield Ask(h + message, cfg.reflect_tokens, cfg.reflect_temperature)) or []
-    env.close()
+    ask(env, "close")
     return dict(task=tree.task, turn=turn, tried=tried, why=why, steps=len(tried) - 1,
                 replayed=(len(tried) - 1) * (t - 1), tokens=tokens + len(why))
 

@@ -13,7 +13,7 @@ from collections import deque
 import torch
 from tqdm import tqdm
 
-from config import UserError, guarded, load_config
+from config import UserError, guarded, load_config, visible
 from engine import Job
 from eval import spread
 from leafe import Attempt, Branch, Tree, episode, read_trees
@@ -86,8 +86,8 @@ def main(args: list[str]) -> None:
     start = str(folder.path / "warm_start") if cfg.warm_start else cfg.init
     run = Run(cfg, Policy.open(cfg, start), folder)
     run_contenders(run, trees)
-    print(table(trees, run.store("stage1.jsonl").records, cfg.resamples))
-    print(f"results: {folder.path}/stage1.jsonl")
+    print(visible(table(trees, run.store("stage1.jsonl").records, cfg.resamples)))
+    print(visible(f"results: {folder.path}/stage1.jsonl"))
 
 
 if __name__ == "__main__":

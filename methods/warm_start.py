@@ -15,7 +15,7 @@ from tqdm import tqdm
 import ranks
 from config import Config, UserError
 from engine import Chat
-from envs import Env, env_class, make_env, open_env
+from envs import Env, ask, env_class, make_env, open_env, wait_for
 from leafe import HINT, REFLECT, REFLECTION, TURN
 from packing import Packed, Segment, fill, length, pack
 from run import Run
@@ -42,9 +42,9 @@ class Shown:
     def solve(self, t: int, obs: str, parent: int | None, e: str = "") -> bool:
         """From turn t to success; what does not get there is not shown."""
         before, success, done = len(self.segments), False, False
-        while not done and (reply := self.env.next_best()):
+        while not done and (reply := ask(self.env, "next_best")):
             parent = self.turn(t, obs, reply, parent, 1.0, e)
-            outcome = self.env.step(self.env.action(reply))
+            outcome = wait_for(self.env, "step", ask(self.env, "action", reply))
             t, obs, e, success, done = t + 1, outcome.obs, "", outcome.success, outcome.done
         if not success:
             del self.segments[before:]
@@ -53,12 +53,13 @@ class Shown:
     def mistake(self, task: str, other: str, turns: int, rng: random.Random) -> None:
         """Half of the actions are any that is admissible; where there is no list of those (programs), all are another
         task's answer. Then as the docstring above."""
-        obs, done, path, refused, before = self.env.reset(task), False, [], [], len(self.segments)
+        obs, done, path, refused = wait_for(self.env, "reset", task), False, [], []
+        before = len(self.segments)
         parents: list[int | None] = [None]
         while len(path) < turns and not done:
-            known = [action for action in self.env.actions() if "..." not in action]
-            reply = self.env.next_best() if known and rng.random() < 0.5 else rng.choice(known) if known else other
-            outcome = self.env.step(self.env.action(reply))
+            known = [action for action in ask(self.env, "actions") if "..." not in action]
+            reply = ask(self.env, "next_best") if known and rng.random() < 0.5 else rng.choice(known) if known else other
+            outcome = wait_for(self.env, "step", ask(self.env, "action", reply))
             parents.append(self.turn(len(path) + 1, obs, reply, parents[-1], 0.0))
             path.append((obs, reply))
             obs, done = outcome.obs, outcome.done
@@ -66,9 +67,9 @@ class Shown:
         tau, told = refused[-1] if refused and not outcome.success else (0, "")
         e = " ".join(told.split())[:LONGEST]
         head = self.chat.next(TURN.format(t=len(path) + 1, obs=obs) + REFLECT)
-        obs = self.env.reset(task)
+        obs = wait_for(self.env, "reset", task)
         for _, reply in path[:max(0, tau - 1)]:
-            obs = self.env.step(self.env.action(reply)).obs
+            obs = wait_for(self.env, "step", ask(self.env, "action", reply)).obs
         if tau and self.solve(tau, obs, parents[tau - 1], e):
             self.add(head, REFLECTION.format(tau=tau, e=e), parents[-1], (0.0, 1.0))
         else:
@@ -77,7 +78,7 @@ class Shown:
 
 def tasks(cfg: Config) -> list[str]:
     """Those shown. Raises UserError if the world has too few, or does not say how the first is solved."""
-    found = make_env(cfg.env, cfg.data).tasks(cfg.train_split)[cfg.train_tasks:][:cfg.warm_start]
+    found = ask(make_env(cfg.env, cfg.data), "tasks", cfg.train_split)[cfg.train_tasks:][:cfg.warm_start]
     if len(found) < cfg.warm_start:
         raise UserError(f"warm_start: {cfg.env} has {len(found)} training tasks beside the train_tasks, not "
                         f"{cfg.warm_start}; lower one of the two")
@@ -104,13 +105,13 @@ def rows(run: Run) -> list[Packed]:
     trees, shown, other = [], tasks(cfg), ""
     longest = min(env.max_turns, cfg.horizon or env.max_turns)
     for task in tqdm(shown, desc="warm start", unit="task", disable=ranks.rank() > 0):
-        episodes, obs = Shown(env, chat), env.reset(task)
-        first = env.next_best()
+        episodes, obs = Shown(env, chat), wait_for(env, "reset", task)
+        first = ask(env, "next_best")
         if episodes.solve(1, obs, None):
             episodes.mistake(task, other or first, rng.randint(1, longest), rng)
             trees.append(episodes.segments)
         other = first or other
-    env.close()
+    ask(env, "close")
     fitting = [tree for tree in trees if length(tree) <= cfg.row_tokens]
     if not fitting:
         raise UserError(f"warm_start: none of the {len(trees)} solved episodes fits into row_tokens={cfg.row_tokens}")

@@ -84,7 +84,7 @@ class Remote(Env):
     def difficulty(self, task: str) -> str:
         return self.submit("difficulty", task).result()
 
-    def examine(self, split: str) -> list[str]:
+    def examine(self, split: str, other: Env | None = None) -> list[str]:    # nothing is shared with another
         notes = self.submit("examine", split).result()
         for task in self.tasks(split)[:1]:                   # what it answers must come through to here, too
             self.reset(task).result()

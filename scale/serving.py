@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import ranks
-from config import UserError
+from config import UserError, visible
 from engine import Ask, Engine, Job
 from lora import find_model, lora_layers
 from run import Policy
@@ -70,14 +70,14 @@ class Server:
         name = next((name for name in (self.cfg.model, path) if name in listed), None)
         if not name and len(listed) == 1:
             name = listed[0]
-            print(f"engine: {self.url} calls its model {name}; it must be {self.cfg.model}")
+            print(visible(f"engine: {self.url} calls its model {name}; it must be {self.cfg.model}"))
         self.model = dict(model=name or path)
         self.dialect = next((n for n in range(3) if self._understands(n)), None)
         if self.dialect is None:
             raise UserError(f"engine: {self.url} completes nothing for {self.model['model']}: {self.why}")
         if self.adapter and not self._take(self.adapter.name, self.adapter):
             self.local = True
-            print(f"engine: {self.url} takes no adapter ({self.why}); the trained policy is sampled here")
+            print(visible(f"engine: {self.url} takes no adapter ({self.why}); the trained policy is sampled here"))
 
     def _understands(self, dialect: int) -> bool:
         try:

@@ -18,6 +18,7 @@ DOORS = {                                          # the function that asks for 
     "config.installed": "any package",
     "envs.env_class": "worlds.*",
     "envs.make_env": "scale.apart",
+    "envs.Env.examine": "tools.examine",
     "envs.main": "tools.play",
     "lora.find_model": "tools.smollm2",
     "run.Policy.engine": "scale.serving",

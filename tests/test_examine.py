@@ -10,7 +10,7 @@ import pytest
 
 from config import UserError
 from conftest import ROOT, run_of
-from envs import make_env, world_names
+from envs import make_env, wait_for, world_names
 from leafe import explore
 from run import open_run
 from scale.apart import Remote
@@ -100,6 +100,13 @@ SHAPES = {
     "reset-None": ("def reset(self, task): pass", r"which is text, not NoneType None$"),
     "reset-a-dict": ("def reset(self, task): return dict(obs='hello')", r"which is text, not dict {"),
     "reset-an-Outcome": ("def reset(self, task): return Outcome('hello')", "which is text, not Outcome Outc"),
+    "tasks-one-twice": ("def tasks(self, split): return ['a', split, 'a', 'a']",
+                        r"tasks\('train'\) holds 'a' 3 times; it must hold each task once$"),
+    "tasks-half-a-letter": ("def tasks(self, split): return ['a', split, 'b\\ud83d']",
+                            r"tasks\('train'\) holds 'b\\ud83d', which has half of a surrogate pair$"),
+    "test-tasks-one-twice": ("def tasks(self, split): return [split] * (1 + (split == 'test'))",
+                             r"tasks\('test'\) holds 'test' 2 times"),
+    "rules-a-property": ("rules = property(lambda self: 'x')", r"rules must be an attribute that can be set, not a prop"),
     "step-five": ("def step(self, action): return 'a', 0.5, False, False, {}",
                   r"step\(action\) must return an Outcome\(obs, score, done, success, valid\) of envs, not tuple .*; "
                   r"Gymnasium's five are \(obs, reward, terminated, truncated, info\): return Outcome\(obs, score="),
@@ -123,6 +130,19 @@ SHAPES = {
                     r"the score of an Outcome must be a number of 0..1, not float32 .*; write float\("),
     "score-None": ("def step(self, action): return Outcome('a', None)", "score of an Outcome must be .*, not N"),
     "score-text": ("def step(self, action): return Outcome('a', '1')", "score of an Outcome must be .* '1'"),
+    "score-ten": ("def step(self, action): return Outcome('a', 10)",
+                  r"score of an Outcome must be a number of 0..1, not int 10; write float\(...\), scaled to 0..1$"),
+    "score-below": ("def step(self, action): return Outcome('a', -0.1)", "a number of 0..1, not float -0.1;"),
+    "score-above": ("def step(self, action): return Outcome('a', 1.0000001, True, True)", "not float 1.0000001;"),
+    "score-nan": ("def step(self, action): return Outcome('a', float('nan'))", "a number of 0..1, not float nan;"),
+    "score-inf": ("def step(self, action): return Outcome('a', float('inf'))", "a number of 0..1, not float inf;"),
+    "score-huge": ("def step(self, action): return Outcome('a', 10**400)", "a number of 0..1, not int 1000000000"),
+    "score-bool": ("def step(self, action): return Outcome('a', True, True, True)", "0..1, not bool True; write float"),
+    "score-complex": ("def step(self, action): return Outcome('a', 1j)", "a number of 0..1, not complex 1j;"),
+    "score-one-without-success": ("def step(self, action): return Outcome('a', 1.0, True)",
+                                  "an Outcome has score 1 but success=False; write success=True, which ends the episode, "
+                                  "or a score below 1$"),
+    "score-one-without-an-end": ("def step(self, action): return Outcome('a', 1)", "score 1 but success=False; write"),
     "done-tensor": ("def step(self, action):\n import torch\n return Outcome('a', 0, torch.tensor(True))",
                     r"done of an Outcome must be True or False, not Tensor tensor\(True\); write bool\("),
     "done-numpy": ("def step(self, action):\n import numpy\n return Outcome('a', 0, numpy.bool_(True))",
@@ -154,7 +174,7 @@ RAISES = {
     "reset": ("def reset(self, task): return open('/nowhere/' + task).read()", r"reset\('train-0'\)", "reset",
               "FileNotFoundError: .*/nowhere/train-0"),
     "second-reset": ("n = 0\ndef reset(self, task):\n self.n += 1\n assert self.n < 2, 'once only'\n"
-                     " return super().reset(task)", r"reset\('train-0'\)", "reset", "AssertionError: once only"),
+                     " return super().reset(task)", r"reset\('train-63'\)", "reset", "AssertionError: once only"),
     "step": ("def step(self, action):\n def inner(): raise ValueError('a\\nlong\\n\\nstory')\n inner()",
              r"step\('go attic'\)", "inner", "ValueError: a long story"),
     "step-by-refusal": ("def step(self, action):\n if not action.startswith('go'): raise KeyError(action)\n"
@@ -323,11 +343,13 @@ def test_what_cannot_go_from_one_process_to_another_is_one_line_before_anything_
     ("def step(self, action):\n outcome = super().step(action)\n outcome.obs = f'{\"a\" * 999} {random.random()}'\n"
      " return outcome", r"once 'a{9,29} 0\.\d+' and once 'a{9,29} 0\.\d+': branches"),
     ("n = 0\ndef reset(self, task):\n super().reset(task)\n Odd.n += 1\n return f'visit {Odd.n}'",
-     "once 'visit 1' and once 'visit 2'"),
-    ("def tasks(self, split): return [f't-{n}' for n in range(64)]",
+     "once 'visit 1' and once 'visit 3'"),
+    ("def tasks(self, split): return ['valid'] if split == 'valid' else [f't-{n}' for n in range(64)]",
      "64 tasks of train, like t-0, are in test, too"),
-    ("def tasks(self, split): return ['a', 'b'] if split == 'train' else ['b', 'c']",
-     "1 tasks of train, like b, are in test, too")])
+    ("def tasks(self, split): return ['a', 'b'] if split == 'train' else ['b', 'c'] if split == 'test' else ['d']",
+     "1 tasks of train, like b, are in test, too"),
+    ("def tasks(self, split): return ['a', 'b'] if split == 'train' else ['b', 'c'] if split == 'valid' else ['d']",
+     "1 tasks of train, like b, are in valid, too")])
 def test_what_will_be_regretted_is_a_note(world, body, says, apart):
     name = world("Right", body, apart)
     note, = make_env(name).examine("train")
@@ -335,17 +357,20 @@ def test_what_will_be_regretted_is_a_note(world, body, says, apart):
     assert re.search(says, note), note
 
 
-def test_the_tasks_of_a_part_are_held_against_train_and_test_both(world):
+def test_the_tasks_of_a_part_are_held_against_all_other_splits(world):
     name = world("Right", "def tasks(self, split): return ['a', split]")
-    assert [note.rpartition(", are in ")[2] for note in make_env(name).examine("valid-deep")] == ["test, too",
-                                                                                                 "train, too"]
-    assert [note.rpartition(", are in ")[2] for note in make_env(name).examine("test-deep")] == ["train, too"]
+    for part, others in (("valid-deep", ["test", "train"]), ("test-deep", ["train", "valid"]),
+                         ("train", ["test", "valid"])):
+        notes = make_env(name).examine(part)
+        assert [note.rpartition(", are in ")[2] for note in notes] == [f"{other}, too" for other in others]
 
 
 @pytest.mark.parametrize("base, body", [
     ("Right", "pass"), ("Bare", "pass"), ("Right", "def tasks(self, split): return (split,)"),
     ("Right", "def tasks(self, split): return []"), ("Right", "score = 1\nmax_turns = 1"),
     ("Right", "def step(self, action): return Outcome('', 1, True, True)"),
+    ("Right", "def step(self, action): return Outcome('', success=True)"),
+    ("Right", "items = []\ndef reset(self, task):\n self.items = []\n return super().reset(task)"),
     ("Right", "def reset(self, task): return super().reset(task) + ' \\U0001F451 \\x00 \\ud83d é\\r\\n' * 5000"),
     ("Right", "def step(self, action):\n later = Future()\n later.set_result(super().step(action))\n return later")])
 def test_a_world_that_is_right_is_not_talked_about(world, base, body):
@@ -363,7 +388,8 @@ def test_a_run_says_so_before_its_folder_is_made_and_its_model_loaded(world, set
     name = world("Right", "def reset(self, task): return 'a', {}")
     with pytest.raises(UserError, match="Gymnasium's pair"):
         open_run(settings(f"env={name}"), "", training=True)
-    empty = world("Right", "def tasks(self, split): return [split] * 64 if split == 'train' else []", apart=True)
+    empty = world("Right", "def tasks(self, split): return [f'a{n}' for n in range(64)] if split == 'train' else []",
+                  apart=True)
     with pytest.raises(UserError, match="has no tasks in its split test, not"):
         open_run(settings(f"env={empty}"), "", training=True)
     assert not (tmp_path / "run").exists() and capsys.readouterr().err == ""
@@ -386,6 +412,9 @@ LATE = {
     "None": ("return None", "must return an Outcome.*not NoneType None"),
     "obs": ("return Outcome(None)", "the obs of an Outcome must be text, not NoneType None"),
     "score": ("return Outcome('a', '1')", "the score of an Outcome must be a number of 0..1, not str '1'"),
+    "score-ten": ("return Outcome('a', 10.0, True, True)", "must be a number of 0..1, not float 10.0"),
+    "score-nan": ("return Outcome('a', float('nan'))", "must be a number of 0..1, not float nan"),
+    "score-one": ("return Outcome('a', 1.0, True)", "an Outcome has score 1 but success=False; write success=True"),
     "done": ("return Outcome('a', 0, None)", "done of an Outcome must be True or False, not NoneType None"),
 }
 
@@ -411,6 +440,83 @@ def test_a_future_that_fails_or_brings_a_wrong_shape_is_told_like_any_answer(wor
                      f"def now(self, action):\n if self.left == 1: {body}\n return Right.step(self, action)")
         with pytest.raises(UserError, match=says):
             explore(run_of(settings(f"env={name}", f"out={file_of(name)}.run"), tiny, folder=True), ["train-0"])
+
+
+SHARING = {
+    "left": ("n = 0\ndef reset(self, task):\n Odd.n = 9\n return super().reset(task)\n"
+             "def step(self, action):\n Odd.n -= 1\n outcome = super().step(action)\n"
+             " return Outcome(f'{Odd.n} left', outcome.score, outcome.done, outcome.success)", "'7 left' and once '6 left'"),
+    "inventory": ("bag = []\ndef reset(self, task):\n self.bag.clear()\n return super().reset(task)\n"
+                  "def step(self, action):\n self.bag.append(action)\n return Outcome(', '.join(self.bag))",
+                  "'go attic, look' and once 'go attic, go attic, look'"),
+    "task": ("def reset(self, task):\n envs.now = task\n return super().reset(task)\n"
+             "def step(self, action): return Outcome(envs.now)", "'train-0' and once 'train-63'")}
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_instances_that_share_what_changes_are_one_line_before_anything_is_sampled(world, settings, kind, tmp_path):
+    body, says = SHARING[kind]
+    name = world("Right", body)
+    with pytest.raises(UserError, match="keep all that changes in self, not in the class or the file") as caught:
+        open_run(settings(f"env={name}"), "", training=True)
+    said = str(caught.value)
+    assert said.startswith(f"env: {file_of(name)}, class Odd: with another episode beside it") and "\n" not in said
+    assert says in said.replace("once ", "", 1), said
+    assert make_env(world("Right", body, apart=True)).examine("train") == []         # alone in its process: no harm
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["here", "apart"])
+@pytest.mark.parametrize("body", [
+    "return Outcome('yes', 1.0, done=False, success=True)", "return Outcome('yes', success=True)",
+    "return Outcome('yes', 0.3, True, True)"], ids=["not-done", "no-score", "low-score"])
+def test_a_success_ends_its_episode_and_counts_whatever_else_is_said(world, settings, tiny, body, apart):
+    name = world("Right", f"def step(self, action):\n if self.left == 2: {body}\n return Right.step(self, 'wait')", apart)
+    tree, = explore(run_of(settings(f"env={name}", "workers=2", "roots=1", "attempts=1"), tiny, folder=True), ["train-0"])
+    branch, = tree.branches
+    assert branch.end == "success" and branch.success and branch.steps == 2 and branch.last_obs == "yes"
+    assert [(turn.score, turn.success) for turn in branch.turns] == [(0.0, False), (1.0, True)]
+
+
+def test_tasks_that_are_trained_and_tested_on_are_one_line_unless_the_split_says_so(world, settings, monkeypatch, tmp_path):
+    monkeypatch.setattr("run.load_model", lambda *args: pytest.fail("a model was loaded"))
+    some = world("Right", "def tasks(self, split): return [split + str(n) for n in range(63)] + ['both']")
+    name = world("Right", "def tasks(self, split): return [f't-{n}' for n in range(64)]")
+    with pytest.raises(UserError, match=r"split: 8 of the 8 tasks to test on, like 't-0', are trained on, too; .*"
+                                        r"or say split=train if it is meant"):
+        open_run(settings(f"env={name}"), "", training=True)
+    with pytest.raises(UserError, match="1 of the 64 tasks to test on, like 'both', are trained on"):
+        open_run(settings(f"env={some}", "train_tasks=64", "test_tasks=64"), "", training=True)
+    with pytest.raises(UserError, match="1 of the 64 tasks to test on, like 'both', are trained on"):
+        open_run(settings(f"env={some}", "train_tasks=60", "warm_start=4", "test_tasks=64"), "", training=True)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("run.Policy.open", lambda *args: None)
+    assert open_run(settings(f"env={some}"), "", training=True).test_tasks[0] == "test0"
+    assert open_run(settings(f"env={name}", "split=train", f"out={tmp_path}/own"), "", training=True)
+    assert open_run(settings(f"env={name}", f"out={tmp_path}/eval"), "", training=False)
+
+
+def test_a_close_that_raises_is_two_lines_and_hides_nothing_that_was_raised_before(world, settings, tiny):
+    close = "def close(self): raise OSError('lost the game')\n"
+    name = world("Right", close)
+    with pytest.raises(UserError, match=rf"env: Odd failed in close\(\)\n  {file_of(name)}, line \d+, in close: OSErr"):
+        explore(run_of(settings(f"env={name}"), tiny, folder=True), ["train-0"])
+    name = world("Right", close + "def step(self, action): raise KeyError('first')")
+    with pytest.raises(UserError, match=r"failed in step\(.*\n.*in step: KeyError: 'first'"):
+        explore(run_of(settings(f"env={name}", f"out={file_of(name)}.run"), tiny, folder=True), ["train-0"])
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_future_that_is_cancelled_is_one_line(world, settings, tiny, when):
+    cancel = "later.cancel()" if when == "at once" else "threading.Timer(0.2, later.cancel).start()"
+    name = world("Right", "import threading\ndef step(self, action):\n if self.left > 1: return super().step(action)\n"
+                 f" later = Future()\n {cancel.replace('threading', 'self.threading')}\n return later")
+    with pytest.raises(UserError, match=r"class Odd: the Future of step\('.*'\) was cancelled$"):
+        explore(run_of(settings(f"env={name}"), tiny, folder=True), ["train-0"])
+    with pytest.raises(UserError, match=r"class Odd: the Future of step\('look'\) was cancelled$"):
+        env = make_env(name)
+        env.reset("train-0")
+        env.left = 1
+        wait_for(env, "step", "look")
 
 
 @pytest.mark.slow

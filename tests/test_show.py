@@ -69,7 +69,7 @@ def test_pause_waits_for_enter_at_each_turn():
 
 def test_text_cannot_steer_the_terminal(capsys):
     show.say("before\033[2J\x07\u202eafter\nnext")
-    assert capsys.readouterr().out == "before [2J  after\nnext\n"
+    assert capsys.readouterr().out == "before\\x1b[2J\\x07\\u202eafter\nnext\n"
 
 
 @pytest.mark.parametrize("args, said", [

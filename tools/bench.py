@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig,
                           LlamaConfig, Qwen2Config)
 
-from config import ROOT, SHIPPED, Config, UserError, guarded, load_config, nearest
+from config import ROOT, SHIPPED, Config, UserError, guarded, load_config, nearest, visible
 from engine import Chat, Job
 from envs import ROOMS, Env, Outcome
 from leafe import Attempt, Branch, Tree, Turn, episode, explore, read_trees, targets
@@ -542,16 +542,16 @@ def main(args: list[str]) -> None:
     if set(own["contenders"]) - set("abcd"):
         raise UserError(f"contenders: {own['contenders']} must be some of abcd")
     here = machine()
-    print(", ".join(f"{key} {value}" for key, value in here.items() if value))
+    print(visible(", ".join(f"{key} {value}" for key, value in here.items() if value)))
     for name, more in [(what[0], [])] if what else [("rollout", []), ("rollout", ["model=135m"]), ("train", [])]:
         cfg = load_config([str(SHIPPED), "out=out/bench", *DEFAULTS[name], *more, *rest])
-        print(f"\n{name}, model={cfg.model}")
+        print(visible(f"\n{name}, model={cfg.model}"))
         found = JOBS[name](cfg, own)
-        print(show(name, found))
+        print(visible(show(name, found)))
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         path = Path(cfg.out) / f"{name}-{Path(cfg.model).name}.json"
         write_aside(path, json.dumps(dict(machine=here, model=cfg.model, **found), indent=1) + "\n")
-        print(f"results: {path}")
+        print(visible(f"results: {path}"))
 
 
 if __name__ == "__main__":

