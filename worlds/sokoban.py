@@ -248,8 +248,8 @@ class Sokoban(Env):
         ids = [f"{name}-{1 + i % 2}-{i:04d}" for i in range(min(self.splits.get(name, 0), 4096))]
         return [task for task in ids if not part or {"one": "1", "two": "2"}.get(part) == task.split("-")[1]]
 
-    def examine(self, split: str) -> list[str]:
-        return self.notes + super().examine(split)
+    def examine(self, split: str, other: Env | None = None) -> list[str]:
+        return self.notes + super().examine(split, other)
 
     def difficulty(self, task: str) -> str:
         return f"{len(self._level(task).boxes)} boxes"
