@@ -124,136 +124,45 @@ def read_problems(path: Path) -> dict[str, Problem]:
 
 # ------------------------------------------------------------------------------ asserts: the answer and its judge
 
-# Values between the two are literals, and what those cannot say is tagged. An object stays where it is, by a number.
-WIRE = """
-import ast, builtins, sys
-sys.set_int_max_str_digits(0) if hasattr(sys, "set_int_max_str_digits") else None
-objects = []
-class Object:
-    def __init__(self, n): self.n = n
-    def __repr__(self): return "<an object>"
-class Remote:                                      # a name that the answer defines
-    def __init__(self, name): self.name = name
-    def __repr__(self): return self.name
-    def __call__(self, /, *args, **kwargs): return ask(self.name, *args, **kwargs)
-def plain(v):
-    for kind in (bool, int, str, bytes, complex):
-        if isinstance(v, kind): return kind(v)
-    if v is None: return None
-    if isinstance(v, float): return ("float", repr(float(v)))
-    if isinstance(v, (list, tuple, set, frozenset)):
-        kind = next(k for k in (list, tuple, set, frozenset) if isinstance(v, k))
-        return (kind.__name__, [plain(item) for item in v])
-    if isinstance(v, dict): return ("dict", [(plain(k), plain(item)) for k, item in v.items()])
-    if isinstance(v, Object): return ("object", v.n)
-    if isinstance(v, Remote): return ("name", v.name)
-    if hasattr(v, "__next__") or isinstance(v, (range, type({}.keys()), type({}.values()), type({}.items()))):
-        return ("list", [plain(item) for item in v])
-    objects.append(v)
-    return ("object", len(objects) - 1)
-def real(v, objects=None):
-    if not isinstance(v, tuple): return v
-    kind, inside = v
-    if kind == "float": return float(inside)
-    if kind == "dict": return {real(k, objects): real(item, objects) for k, item in inside}
-    if kind == "name": return space[inside]
-    if kind == "object": return objects[inside] if objects is not None else Object(inside)
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](real(i, objects) for i in inside)
-"""
-
-DRIVER = WIRE + '''
-import os, traceback
-asked, said = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)                                      # what the answer prints is not an answer to the judge
-os.close(0)
-space = {"__name__": "answer"}
-try:
-    exec(compile(SOURCE, "answer.py", "exec"), space)
-    exec(SETUP, space)
-except BaseException as error:
-    trace = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
-    print(repr(("broken", "".join(trace)[-2000:])), file=said, flush=True)
-    os._exit(1)
-print(repr(("ready", "")), file=said, flush=True)
-for line in asked:
-    try:
-        name, args, kwargs = real(ast.literal_eval(line), objects)
-        if name not in space: raise NameError(f"{name} is not defined")
-        answer = repr(plain(("is", space[name](*args, **kwargs), args)))
-    except BaseException as error:
-        answer = repr(plain(("raises", type(error).__name__, str(error))))
-    print(answer, file=said, flush=True)
-'''
-
-JUDGE = WIRE + '''
-import importlib
-class Broken(Exception): pass
-class Raised(Exception): pass
-told, last = sys.stdout, [""]
-sys.stdout = sys.stderr
-def changed(old, new):                             # a function may change what it is given
-    if type(old) is type(new):
-        if isinstance(old, list): old[:] = new
-        elif isinstance(old, (dict, set)): old.clear(); old.update(new)
-try: greeting = ast.literal_eval(sys.stdin.readline())
-except Exception: greeting = ("broken", "the program ended")
-def ask(name, /, *args, **kwargs):
-    if greeting[0] != "ready": raise Broken(str(greeting[1]))
-    try: print(repr(plain((name, args, kwargs))), file=told, flush=True)
-    except BrokenPipeError: pass                   # its last words may be there to read
-    line = sys.stdin.readline()
-    if not line: raise Broken("the program ended")
-    kind, *rest = real(ast.literal_eval(line))
-    if kind == "raises":
-        error = getattr(builtins, rest[0], None)
-        known = isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, StopIteration)
-        raise error(rest[1]) if known else Raised(f"{rest[0]}: {rest[1]}")
-    if kind != "is": raise Broken("the program ended")
-    last[0] = f"{name}({', '.join(map(repr, args))}) returned {rest[0]!r}"
-    for old, new in zip(args, rest[1]): changed(old, new)
-    return rest[0]
-space = {"__name__": "judge"}
-try: exec(SETUP, space)
-except NameError: pass                             # it builds on the answer, which has run it, too
-for name in NAMES: space[name] = Remote(name)
-trees = [ast.parse(test) for test in PUBLIC + TESTS]
-names = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name)]
-bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)} | {n.name for tree in trees for n in ast.walk(tree)
-    if isinstance(n, ast.FunctionDef)} | {a.arg for tree in trees for a in ast.walk(tree) if isinstance(a, ast.arg)}
-for name in {n.id for n in names} - bound - set(dir(builtins)) - set(space):
-    space[name] = importlib.import_module(name) if name in sys.stdlib_module_names else Remote(name)
-def passed(tests):
-    for i, test in enumerate(tests):
-        try:
-            exec(compile(test, "test", "exec"), space)
-        except Exception as error:
-            text = last[0] if isinstance(error, AssertionError) else str(error)
-            return i, type(error).__name__, text[:1000]
-    return len(tests), "", ""
-print(repr(("REPORT", passed(PUBLIC), passed(TESTS))), file=sys.__stderr__)
-'''
-
-
+CROSSING = Path(__file__).with_name("crossing.py").read_text(encoding="utf-8")
 Verdict = tuple[int, str, str]            # tests passed before one fails, how that fails, what is known of it
 
 
 def judge(problem: Problem, source: str) -> tuple[Verdict, Verdict]:
-    """The public tests' verdict, and the hidden ones'. What the reference defines is taken from the answer in a test;
-    what HumanEval's prompt defines beside its function stays the judge's own."""
+    """The public tests' verdict, and the hidden ones'. Each is a run of its own, but where all tests decide."""
+    hidden = verdict_of(problem, source, problem.hidden)
+    shown = len(problem.public)
+    if not hidden[1]:
+        return (shown, "", ""), hidden
+    if problem.public != problem.hidden[:shown]:
+        return verdict_of(problem, source, problem.public), hidden
+    return hidden if hidden[0] < shown else (shown, "", ""), hidden
+
+
+def verdict_of(problem: Problem, source: str, tests: list[str]) -> Verdict:
+    """What HumanEval's prompt defines beside its function stays the judge's own; else a test takes from the answer
+    what it does not define itself."""
     prompt = problem.setup.endswith("    pass\n")
-    defined = re.findall(r"^(?:def|class) (\w+)", problem.setup if prompt else problem.reference, re.M)
-    names = defined[-1:] if prompt else defined
-    driver = f"SOURCE, SETUP = {source!r}, {'' if prompt else problem.setup!r}\n{DRIVER}"
-    tests = f"SETUP, NAMES, PUBLIC, TESTS = {(problem.setup, names, problem.public, problem.hidden)!r}"
-    answer, verdict = pair(driver, f"{tests}\n{JUDGE}", Limits(seconds=problem.seconds))
-    how = answer.end if answer.end in ("time", "memory", "disk", "output") else ""
+    only = re.findall(r"^def (\w+)", problem.setup, re.M)[-1:] if prompt else None
+    imports = "" if prompt else imports_of(problem.setup)
+    answer = f"{CROSSING}\nanswer({source!r}, {imports!r})"
+    asserts = f"{CROSSING}\njudge{(problem.setup, problem.reference, only, tests)!r}"
+    answered, judged = pair(answer, asserts, Limits(seconds=problem.seconds))
+    how = answered.end if answered.end in ("time", "memory", "disk", "output") else ""
     try:
-        if (verdict.end, verdict.code) != ("exit", 0):
-            raise ValueError
-        _, public, hidden = ast.literal_eval(verdict.err.strip().splitlines()[-1])
-    except (ValueError, SyntaxError, IndexError):  # the judge came to no end
-        return (0, "", ""), (0, how or "failure", "")
-    return public, (hidden[0], how or hidden[1], hidden[2]) if hidden[1] else hidden
+        passed, wrong_, why = json.loads(judged.err)
+    except ValueError:                             # the judge came to no end
+        return 0, how or "failure", ""
+    return (passed, how or wrong_, why) if wrong_ else (passed, "", "")
+
+
+def imports_of(setup: str) -> str:
+    """What an answer is given of a test's setup."""
+    try:
+        return "\n".join(ast.unparse(part) for part in ast.parse(setup).body
+                         if isinstance(part, (ast.Import, ast.ImportFrom)))
+    except SyntaxError:
+        return ""
 
 
 # --------------------------------------------------------------------------------------- programs that read and print
@@ -334,12 +243,14 @@ class Code(Env):
         score = hidden[0] / len(self.problem.hidden)
         if not hidden[1]:
             return "", 1.0
-        too = {"time": " it takes too long.", "memory": " it takes too much memory."}.get(hidden[1], "")
-        if public[1] == "Broken":
-            return f"the program fails:{too}\n{short(public[2], 500)}", 0.0
+        ends = {"time": " it takes too long.", "memory": " it takes too much memory.", "disk": " it writes too much.",
+                "output": " it prints too much.", "Broken": "", "failure": ""}
         if not public[1]:
             fails = hidden[1] == "Broken" and not self.problem.public
-            return f"the program fails:\n{short(hidden[2], 500)}" if fails else f"a hidden test fails.{too}", score
+            return (f"the program fails:\n{short(hidden[2], 500)}" if fails else
+                    f"a hidden test fails.{ends.get(hidden[1], '')}"), score
+        if public[1] in ends:
+            return f"the program fails:{ends[public[1]]}\n{short(public[2], 500)}", 0.0
         why = short(public[2]) if public[1] == "AssertionError" else f"{public[1]}: {short(public[2])}"
         return f"this test fails: {short(self.problem.public[public[0]])}\n{why}", score
 
