@@ -1,10 +1,12 @@
+import gzip
 import json
+import lzma
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from worlds.code import Code, read_problems, same
+from worlds.code import Code, program, read_problems, same
 from conftest import SHARED, needs_shared_data
 from config import UserError
 
@@ -200,22 +202,61 @@ def test_programs_that_read_and_print_are_told_input_output_and_errors():
 
 def test_outputs_are_compared_as_codecontests_does():
     assert same("YES\n1 2", "yes 1  2\n") and same("0.333333", "0.3333331") and same("", "\n")
+    assert same("007 +5 -0 1e3", "7 5 0 1000") and same("7.0", "7") and same("1" * 5000, "0" + "1" * 5000)
     assert not same("9007199254740993", "9007199254740992") and not same("1_0", "10") and same("-0.0", "0.0")
+    assert not same("-7", "7") and not same("\u0667", "7") and not same("nan", "nan0") and not same("0x7", "7")
     assert not same("1 2", "1 2 3") and not same("0.33", "0.34") and not same("a", "b")
 
 
+MBPP = '{"task_id": 1, "text": "a", "code": "b", "test_list": %s}'
+
+
 @pytest.mark.parametrize("text, message", [
-    ("{", "is not JSON"), ('{"a": 1}', "record 1: neither MBPP's layout"),
-    ('{"task_id": 1, "test_list": ["assert f()"]}', "record 1: KeyError"),
-    ('{"name": "a", "description": "b", "public_tests": []}', r"record 1 \(a\) has no tests")])
+    ("{", "line 1 is not JSON"), ('{"a": 1}', "line 1: neither MBPP's layout"), ("\n[1]\n", "record 1: neither MBPP"),
+    ("3", "line 1: neither MBPP's layout"), (MBPP % '["a()"]' + "\n{", "line 2 is not JSON"), ("", "holds no problem"),
+    ("[]", "holds no problem"), ("[" * 10**5, "is not JSON"), (b"\xff\xfe{", "cannot be read as jsonl in UTF-8"),
+    ('{"task_id": 1, "test_list": ["assert f()"]}', "line 1: KeyError"),
+    ('{"task_id": "x", "test_list": []}', "line 1: ValueError"), (MBPP % "null", "line 1: TypeError"),
+    (MBPP % '"f()"', "line 1: TypeError"), (MBPP % "[1]", "line 1: TypeError"), (MBPP % "[]", "line 1: IndexError"),
+    (MBPP % '["a", 1]', "something else than a text"), (MBPP % '["f("]', "not Python: '\\(' was never closed"),
+    (MBPP % '["a"]' + "\n" + MBPP % '["b"]', "line 2: the problem 1 is in the file twice"),
+    ('{"canonical_solution": "", "prompt": "def f(:", "entry_point": "f"}', "line 1: SyntaxError"),
+    ('{"canonical_solution": "", "prompt": "x = 1", "entry_point": "f"}', "line 1: "),
+    ('{"name": "a", "description": "b", "public_tests": [["1"]]}', r"line 1 \(a\) has no tests"),
+    ('{"name": "a", "description": "b", "public_tests": [], "hidden_tests": [["1"]]}', "no pair of input and output"),
+    ('{"name": "a", "description": 1, "public_tests": [], "hidden_tests": [["1", "2"]]}', "something else than a text"),
+    ('{"name": "a", "description": "b", "public_tests": []}', r"line 1 \(a\) has no tests")])
 def test_a_file_of_another_layout_is_one_clear_line(tmp_path, text, message):
-    (tmp_path / "x.jsonl").write_text(text)
-    with pytest.raises(UserError, match=message):
+    (tmp_path / "x.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as error:
         Code(str(tmp_path / "x.jsonl"))
+    assert "\n" not in str(error.value) and "x.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.xz", "cut.jsonl.gz", "cut.jsonl.xz", "x.parquet"])
+def test_a_file_that_is_not_what_its_name_says_is_one_clear_line(tmp_path, name):
+    packed = (gzip if name.endswith("gz") else lzma).compress(Path(FILES["mbpp"]).read_bytes())
+    (tmp_path / name).write_bytes(packed[:-20] if "cut" in name else b"no such thing")
+    with pytest.raises(UserError, match=f"data: .*{name} (cannot be read as|is no Parquet file|is a Parquet file)"):
+        Code(str(tmp_path / name))
+
+
+def test_no_file_and_two_files_of_one_name_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         Code("nowhere.jsonl")
+    with pytest.raises(UserError, match="there is no file"):
+        Code(str(tmp_path))
     with pytest.raises(UserError, match="needs a file of problems"):
         Code()
+    (tmp_path / "mbpp_sample.jsonl").write_text(Path(FILES["mbpp"]).read_text())
+    with pytest.raises(UserError, match="two files are called mbpp_sample"):
+        Code(f"{FILES['mbpp']},{tmp_path}/mbpp_sample.jsonl")
+
+
+def test_a_line_of_a_file_ends_where_json_has_it_end(tmp_path):
+    record = dict(task_id=1, text="a\u2028b\x85c", code="", test_list=["assert f() == '\u2028'"])
+    (tmp_path / "x.jsonl").write_text("\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert "\u2028b" in Code(str(tmp_path / "x.jsonl")).reset("x/1")
 
 
 def test_published_layouts_are_read(tmp_path):
@@ -237,6 +278,74 @@ def test_published_layouts_are_read(tmp_path):
     assert solve(env, "code_contests_train/1_A_Sum").success
 
 
-def test_the_program_is_the_last_block_of_a_reply_or_all_of_it(mbpp):
-    assert mbpp.action("first\n```python\na = 1\n```\nthen\n```\nb = 2\n```\nbye") == "b = 2\n"
-    assert mbpp.action("```python\na = 1") == "a = 1" and mbpp.action("a = 1\nb = 2") == "a = 1\nb = 2"
+DOC = '"""\n```\nf(1)\n```\n"""\n'
+F = "def f(x):\n    return x\n"
+REPLIES = {                                                # each holds a program that defines f with f(3) == 3
+    "no language": f"```\n{F}```",
+    "tag": f"```Python3\n{F}```",
+    "short tag": f"```py\n{F}```",
+    "version": f"```python 3.11\n{F}```",
+    "blank before the tag": f"``` python\n{F}```",
+    "braces": f"```{{.python}}\n{F}```",
+    "title": f'```python title="a.py"\n{F}```',
+    "tildes": f"~~~python\n{F}~~~",
+    "four": f"````python\n{DOC}{F}````",
+    "longer close": f"```python\n{F}`````\nOutput\n```\n3\n```",
+    "windows": f"```python\r\n{F}```".replace("\n", "\r\n"),
+    "output after": f"```python\n{F}```\nOutput:\n```\n1\n```",
+    "output after no tag": f"```\n{F}```\n```\n3\n```",
+    "tagged output": f"```python\n{F}```\n```output\nx = 3\n```",
+    "console": f"```python\n{F}```\n```console\n$ f\n```",
+    "example": f"```python\n{F}```\nso\n```python\nr = f(3)\nprint(r)\n```",
+    "shell first": f"```bash\nls\n```\n```python\n{F}```",
+    "doctest": f"```python\n{F}```\n```python\n>>> f(3)\n3\n```",
+    "text": f"```python\n{F}```\n```text\ndef f(x): 1\n```",
+    "the better one": f"```python\ndef f(x): 0\n```\nbetter:\n```python\n{F}```",
+    "open": f"Sure.\n```python\n{F}",
+    "in a list": "1. so:\n   ```python\n   def f(x):\n       return x\n   ```",
+    "tabs": "\t```python\n\tdef f(x):\n\t\treturn x\n\t```",
+    "docstring": 'x\n```python\ndef f(x):\n    """\n    ```\n    f(1)\n    ```\n    """\n    return x\n```\nso',
+    "docstring at the margin": f"```python\n{DOC}{F}```\n```\n3\n```",
+    "a quote in a comment": f"```python\n# don't '''\n{F}```\n```\n5\n```",
+    "closed on the line": "```python\ndef f(x): return x```",
+    "marks": f"[BEGIN]\n{F}[DONE]\nso",
+    "action": f"so\n<action>\n```python\n{F}```\n</action>",
+    "bare action": f"so\n<action>\n{F}</action>",
+    "thought": f"<think>try\n```python\nbad\n```\n</think>\n{F}",
+    "end of turn": f"```python\n{F}```<|im_end|>",
+    "end of text": f"```python\n{F}```</s>\n",
+    "all of it": F,
+    "lambda": "```python\nf = lambda x: x\n```\n```python\nprint(f(2))\n```",
+}
+
+
+@pytest.mark.parametrize("case", REPLIES)
+def test_the_program_is_the_last_block_that_is_python(case):
+    space = {}
+    exec(program(REPLIES[case], {"f"}), space)
+    assert space["f"](3) == 3
+
+
+def test_without_a_function_to_look_for_the_last_tagged_block_is_the_program():
+    assert program("```python\na = 1\n```\nthen\n```python\nb = 2\n```\n```\nc = 3\n```") == "b = 2\n"
+    assert program("```\nprint(input())\n```\nprints\n```\n3\n```") == "print(input())\n"
+    assert program("```\n3\n```") == "3\n" and program("```python\n") == "\n"
+
+
+def test_a_file_where_programs_may_read_is_refused(tmp_path, monkeypatch):
+    folder = str(tmp_path / "library")
+    Path(folder).mkdir()
+    Path(folder, "x.jsonl").write_text(Path(FILES["mbpp"]).read_text())
+    (tmp_path / "link.jsonl").symlink_to(Path(folder, "x.jsonl"))
+    monkeypatch.setattr("worlds.sandbox.files", lambda: dict(read=[folder], execute=[]))
+    for name in (f"{folder}/x.jsonl", f"{tmp_path}/link.jsonl"):
+        with pytest.raises(UserError, match="where the programs that are judged may read"):
+            Code(name)
+    assert Code(FILES["mbpp"]).problems
+
+
+def test_an_action_is_the_program_of_a_reply(mbpp):
+    mbpp.reset("mbpp_sample/602")
+    known = "def first_repeated_char(s): pass"
+    assert mbpp.action(f"first\n```python\n{known}\n```\nthen\n```python\nb = 2\n```\nbye") == known + "\n"
+    assert mbpp.action("```python\na = 1") == "a = 1\n" and mbpp.action("a = 1\nb = 2") == "a = 1\nb = 2"

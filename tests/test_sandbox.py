@@ -171,10 +171,43 @@ def test_memory_is_bounded_for_one_process_and_for_all_together(hold):
     assert found["end"] == "memory" and found["took"] < 8
 
 
+def test_memory_that_no_process_would_count_is_not_given(hold):
+    found = hold("import mmap, os, time\nheld = []\nfor _ in range(18):\n held.append(mmap.mmap(-1, 10**8))\n"
+                 " if os.fork() == 0:\n  held[-1].write(bytes(10**8)); os._exit(0)\n os.wait()\nprint('held')")
+    assert "PermissionError" in found["err"] and "held\n" not in found["out"]
+    own = "import mmap\nprint(len(mmap.mmap(-1, 10**6, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)))"
+    assert hold(own)["out"] == "1000000\n"
+
+
+@pytest.mark.parametrize("flags", ["MAP_SHARED", "MAP_PRIVATE"])
+def test_files_that_it_removed_and_closed_but_has_mapped_are_over_the_limit(hold, flags):
+    found = hold("import mmap, os, time\nheld = []\nfor _ in range(30):\n with open('a', 'wb+') as f:\n"
+                 f"  f.write(bytes(10**7)); f.flush()\n  held.append(mmap.mmap(f.fileno(), 4096, flags=mmap.{flags}))\n"
+                 " os.unlink('a')\ntime.sleep(600)", seconds=5)
+    assert found["end"] == "disk"
+
+
 def test_output_is_cut_and_its_writer_stopped(hold):
-    for stream in ("stdout", "stderr"):
-        found = hold(f"import sys\nwhile 1: sys.{stream}.write('a' * 9999)", output_kb=32)
-        assert found["end"] == "output" and len(found["out"]) + len(found["err"]) <= 2 * 32768
+    found = hold("while 1: print('a' * 9999)", output_kb=32)
+    assert found["end"] == "output" and len(found["out"]) <= 32768
+
+
+def test_errors_are_drained_and_their_end_is_kept(hold):
+    found = hold("import sys\nsys.stderr.write('a' * 3 * 10**6)\nprint('done')\n1 / 0", seconds=10)
+    assert found["end"] == "exit" and found["out"] == "done\n" and len(found["err"]) <= 1 << 16
+    assert found["err"].endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_long_numbers_and_much_output_are_as_a_contest_has_them(hold):
+    assert hold("print(len(str(10**5000)), int('7' * 6000) % 9)")["out"] == "5001 6\n"
+    assert len(hold("print('a' * 3 * 10**6)", output_kb=64 << 10, seconds=10)["out"]) == 3 * 10**6 + 1
+
+
+def test_the_input_can_be_opened_by_its_names_and_mapped_but_not_written(hold):
+    for name in ("/dev/stdin", "/proc/self/fd/0"):
+        assert hold(f"print(open('{name}').read())", "given")["out"] == "given\n"
+        assert "PermissionError" in hold(f"open('{name}', 'r+').write('x')", "given")["err"]
+    assert hold("import mmap; print(mmap.mmap(0, 0, access=mmap.ACCESS_READ)[:2])", "given")["out"] == "b'gi'\n"
 
 
 def test_files_of_its_own_are_bounded(hold):

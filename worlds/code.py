@@ -5,8 +5,9 @@ program reads stdin and prints), MBPP and HumanEval (asserts call functions). Fi
     python envs.py code data=HumanEval.jsonl.gz     all of it is test
     python envs.py code data=codecontests.jsonl     or .parquet (needs pyarrow); its name says train, valid or test
 
-The public tests are shown and give the feedback; the hidden ones decide, and where they lie no program can read: a
-program answers calls, and a second one, the judge, which alone holds the tests, compares. Both run in the sandbox.
+The public tests are shown and give the feedback; the hidden ones decide, and where they lie no program can read: asserts
+run in a second program, the judge, which alone holds them and calls the first one's functions (crossing.py). Both run
+in the sandbox.
 """
 import ast
 import doctest
@@ -14,6 +15,7 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 
 from config import UserError, installed
 from envs import Env, Outcome
-from worlds.sandbox import Limits, Result, SandboxError, pair, run
+from worlds.sandbox import Limits, Result, SandboxError, pair, readable, run
 
 
 @dataclass(frozen=True)
@@ -88,38 +90,77 @@ def code_contests(record: dict) -> Problem:
 LAYOUTS = {"test_list": mbpp, "canonical_solution": human_eval, "public_tests": code_contests}    # by a field's name
 
 
-def records(path: Path) -> list[dict]:
-    """The records of a .jsonl (or .gz, .xz of one), .json or .parquet file."""
+def records(path: Path) -> list[tuple[str, Any]]:
+    """The records of a .jsonl (or .gz, .xz of one), .json or .parquet file, each with its place in it."""
     if path.suffix == ".parquet":
         parquet = installed("pyarrow.parquet", "pyarrow", f"data: {path} is a Parquet file (or give a .jsonl file); it")
-        return parquet.read_table(path).to_pylist()
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except Exception as error:                 # of the package's own
+            raise UserError(f"data: {path} is no Parquet file: {shortened(error)}") from None
+        return [(f"record {n}", row) for n, row in enumerate(rows, 1)]
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rt", encoding="utf-8") as file:
-        text = file.read()
     try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"data: {path} is not JSON: {error}") from None
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"data: {path} cannot be read as {path.suffix.lstrip('.') or 'text'} in UTF-8: "
+                        f"{shortened(error)}") from None
+    whole = text.lstrip().startswith("[")
+    found = []
+    for n, line in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            if line.strip():
+                found.append((f"line {n}", json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"data: {path}, line {n} is not JSON: {shortened(error)}") from None
+    return [(f"record {n}", record) for n, record in enumerate(found[0][1], 1)] if whole else found
+
+
+def shortened(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:200] or type(error).__name__
 
 
 @lru_cache(maxsize=8)                              # every episode has an environment of its own
 def read_problems(path: Path) -> dict[str, Problem]:
-    found = {}
-    for n, record in enumerate(records(path), 1):
-        layout = next((make for name, make in LAYOUTS.items() if name in record), None)
+    found: dict[str, Problem] = {}
+    for place, record in records(path):
+        where = f"data: {path}, {place}"
+        layout = next((make for name, make in LAYOUTS.items() if isinstance(record, dict) and name in record), None)
         if not layout:
-            raise UserError(f"data: {path}, record {n}: neither MBPP's layout (test_list), nor HumanEval's "
-                            f"(canonical_solution), nor CodeContests' (public_tests)")
+            raise UserError(f"{where}: neither MBPP's layout (test_list), nor HumanEval's (canonical_solution), nor "
+                            f"CodeContests' (public_tests)")
         try:
             problem = layout(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"data: {path}, record {n}: {type(error).__name__}: {error}") from None
-        if not problem.hidden:
-            raise UserError(f"data: {path}, record {n} ({problem.name}) has no tests")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError, OverflowError) as error:
+            raise UserError(f"{where}: {type(error).__name__}: {shortened(error)}") from None
+        if wrong_ := flaw(problem):
+            raise UserError(f"{where} ({problem.name}) {wrong_}")
+        if problem.name in found:
+            raise UserError(f"{where}: the problem {problem.name} is in the file twice")
         found[problem.name] = problem
+    if not found:
+        raise UserError(f"data: {path} holds no problem")
     return found
+
+
+def flaw(problem: Problem) -> str:
+    """What keeps a problem from being one, or ""."""
+    if not problem.hidden:
+        return "has no tests"
+    texts = [problem.name, problem.split, problem.statement, problem.setup, problem.reference]
+    for test in (*problem.public, *problem.hidden):
+        if isinstance(test, tuple) and len(test) != 2:
+            return "has a test that is no pair of input and output"
+        texts += test if isinstance(test, tuple) else [test]
+    if not all(isinstance(text, str) for text in texts):
+        return "has something else than a text where its statement, code, or a test belongs"
+    try:
+        for text in (problem.setup, *(test for test in problem.hidden if isinstance(test, str))):
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        return f"has a test, or a setup, that is not Python: {shortened(error)}"
+    return ""
 
 
 # ------------------------------------------------------------------------------ asserts: the answer and its judge
@@ -165,17 +206,89 @@ def imports_of(setup: str) -> str:
         return ""
 
 
+# ----------------------------------------------------------------------------------------------- a reply's program
+
+FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
+PYTHON = re.compile(r"\W*(i?python|py)[\d.]*(?![\w-])", re.I)
+END = re.compile(r"\s*(<\|[^<>]*\|>|</s>|<eos>|<end_of_turn>)\s*$")
+STRINGS = re.compile(r"""                              # comments, and strings that end
+    \#[^\n]* | ("{3}|'{3}) (?:\\.|.)*? \1
+    | (?<!") " (?!"") (?:\\.|[^"\\\n])* " | (?<!') ' (?!'') (?:\\.|[^'\\\n])* '""", re.S | re.X)
+
+
+def program(reply: str, names: set[str] = frozenset()) -> str:
+    """A reply's program: the last block that is Python, of those that define one of `names` (what tests call) if any
+    does; without such a block, what is left of the reply."""
+    while END.search(reply):
+        reply = END.sub("", reply)
+    reply = reply.rpartition("</think>")[2]
+    for opens, closes in (("<action>", "</action>"), ("[BEGIN]", "[DONE]")):
+        if opens in reply:
+            reply = reply.rpartition(opens)[2].partition(closes)[0]
+    found = blocks(reply)
+    tagged = [text for info, text in found if PYTHON.match(info) and not text.lstrip().startswith(">>>")]
+    plain = [text for info, text in found if not info]
+    defines = re.compile(r"^(?:async +def|def|class)? *(\w+)(?: *[:(=])", re.M)
+    called = [text for info, text in found if text in tagged + plain and names & set(defines.findall(text))]
+    statement = re.compile(r"^\s*(?:(?:def|class|import|from|for|while|if|print|with|try)\b|@|\w+ *=)", re.M)
+    looks = [text for text in plain if statement.search(text)]
+    return (called or tagged or looks or plain or [reply])[-1]
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a text, as Markdown has them (https://spec.commonmark.org/0.31.2/#fenced-code-blocks):
+    (what the opening fence says, the block). A fence inside a long string of Python belongs to the string."""
+    lines, found, at = text.splitlines(), [], 0
+    while at < len(lines):
+        opened = FENCE.fullmatch(lines[at].rstrip())
+        at += 1
+        if not opened:
+            continue
+        indent, fence, info = len(opened[1]), opened[2], opened[3].strip()
+        closing = [n for n in range(at, len(lines)) if closes(lines[n], fence, indent)]
+        whole = [n for n in closing if not in_string("\n".join(lines[at:n]))]
+        end = (whole or closing or [len(lines)])[0]
+        inside = [line[min(indent, len(line) - len(line.lstrip())):] for line in lines[at:end]]
+        if not closing and inside and inside[-1].endswith(fence):
+            inside[-1] = inside[-1].removesuffix(fence)
+        found.append((info, "\n".join(inside) + "\n"))
+        at = end + 1
+    return found
+
+
+def closes(line: str, fence: str, indent: int) -> bool:
+    bare = line.strip()
+    deep = len(line) - len(line.lstrip())
+    return deep <= indent + 3 and len(bare) >= len(fence) and set(bare) == {fence[0]}
+
+
+def in_string(code: str) -> bool:
+    """Does a long string begin in this code, and not end?"""
+    rest = STRINGS.sub("", code)
+    return '"""' in rest or "'''" in rest
+
+
 # --------------------------------------------------------------------------------------- programs that read and print
 
+WHOLE = re.compile(r"([+-]?)0*(\d+)", re.A)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.A)
+
+
 def same(a: str, b: str) -> bool:
-    """As CodeContests compares: word by word, whatever the case, numbers within 1e-5."""
-    def equal(x: str, y: str) -> bool:
-        try:
-            whole = all(re.fullmatch(r"[+-]?\d+", word) for word in (x, y)) or "_" in x + y
-            return x.lower() == y.lower() or (not whole and abs(float(x) - float(y)) <= 1e-5)
-        except ValueError:
-            return False
-    return len(a.split()) == len(b.split()) and all(map(equal, a.split(), b.split()))
+    """As CodeContests' own tester compares (execution/tester_sandboxer.cc): word by word, whatever the case, numbers by
+    value and closer than 1e-5. But whole numbers are exact at any length, where it takes them for doubles."""
+    ours, theirs = (re.findall(r"[^ \n\t\r\v]+", text.lower()) for text in (a, b))
+    return len(ours) == len(theirs) and all(map(same_word, ours, theirs))
+
+
+def same_word(x: str, y: str) -> bool:
+    if x == y:
+        return True
+    one, other = WHOLE.fullmatch(x), WHOLE.fullmatch(y)
+    if one and other:
+        sign = one[2] == "0" or (one[1] == "-") == (other[1] == "-")
+        return sign and one[2] == other[2]
+    return bool(NUMBER.fullmatch(x) and NUMBER.fullmatch(y)) and abs(float(x) - float(y)) < 1e-5
 
 
 def wrong(result: Result) -> str:
@@ -203,10 +316,20 @@ class Code(Env):
             raise UserError("data: code needs a file of problems (MBPP, HumanEval, CodeContests), like "
                             "data=mbpp.jsonl")
         self.problems: dict[str, Problem] = {}
+        self.problem: Problem | None = None
         for name in data.split(","):
             if not Path(name).is_file():
                 raise UserError(f"data: there is no file {name}")
+            try:
+                folder = readable(name)
+            except SandboxError as error:
+                raise UserError(f"sandbox: {error}") from None
+            if folder:
+                raise UserError(f"data: {name} lies in {folder}, where the programs that are judged may read, and with "
+                                f"them its hidden tests; move it elsewhere")
             stem = re.sub(r"\.(jsonl?|parquet)(\.gz|\.xz)?$", "", Path(name).name)
+            if any(task.startswith(f"{stem}/") for task in self.problems):
+                raise UserError(f"data: two files are called {stem}, so that their tasks would be, too; rename one")
             self.problems.update({f"{stem}/{key}": problem for key, problem in read_problems(Path(name)).items()})
 
     def tasks(self, split: str) -> list[str]:
@@ -226,9 +349,8 @@ class Code(Env):
         return self.problem.statement.strip()
 
     def action(self, reply: str) -> str:
-        """The program in a reply: its last block, or all of it."""
-        blocks = re.findall(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", reply, re.S)
-        return blocks[-1] if blocks else reply
+        tests = [test for test in self.problem.hidden if isinstance(test, str)] if self.problem else []
+        return program(reply, set(re.findall(r"\w+", " ".join(tests))))
 
     def step(self, action: str) -> Outcome:
         self.left -= 1
@@ -255,7 +377,7 @@ class Code(Env):
         return f"this test fails: {short(self.problem.public[public[0]])}\n{why}", score
 
     def _reads(self, source: str) -> tuple[str, float]:
-        limits = Limits(seconds=self.problem.seconds, memory_mb=1024, output_kb=1024)
+        limits = Limits(seconds=self.problem.seconds, memory_mb=1024, output_kb=64 << 10)
         for stdin, expected in self.problem.public:
             result = run(source, stdin, limits)
             if why := wrong(result):

@@ -27,15 +27,21 @@ from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 
 PLAIN = (int, float, complex, str, bytes, tuple, frozenset)
-SHARED = (list, set, dict, OrderedDict, Counter, defaultdict, deque, bytearray, array)
-KINDS = {kind.__name__: kind for kind in (*PLAIN, *SHARED)}
-VALUES = ["fractions.Fraction", "decimal.Decimal", "datetime.date", "datetime.time", "datetime.datetime",
-          "datetime.timedelta", "datetime.timezone"]
+VALUES = {                                         # a class of the library -> what its objects are made from
+    **dict.fromkeys("fractions.Fraction decimal.Decimal datetime.date datetime.time datetime.datetime "
+                    "datetime.timedelta datetime.timezone pathlib.PosixPath pathlib.PurePosixPath".split(),
+                    lambda v: v.__reduce_ex__(2)[1]),
+    **dict.fromkeys("uuid.UUID ipaddress.IPv4Address ipaddress.IPv6Address".split(), lambda v: [str(v)]),
+    **dict.fromkeys("collections.UserDict collections.UserList collections.UserString".split(), lambda v: [v.data]),
+    "collections.ChainMap": lambda v: v.maps, "builtins.memoryview": lambda v: [v.tobytes()]}
 VIEWS = {"dict_keys": lambda items: dict.fromkeys(items).keys(),
          "dict_items": lambda items: dict(items).items(),
          "dict_values": lambda items: dict(enumerate(items)).values()}
+SHARED = (list, set, dict, OrderedDict, Counter, defaultdict, deque, bytearray, array)
+KINDS = {kind.__name__: kind for kind in (*PLAIN, *SHARED)}
 TYPES = {kind.__name__: kind for kind in (types.FunctionType, types.MethodType, types.BuiltinFunctionType,
-                                          types.GeneratorType, types.CoroutineType, type(None), type(...), type(NotImplemented))}
+                                          types.GeneratorType, types.CoroutineType, type(None), type(...),
+                                          type(NotImplemented))}
 FUNCTIONS = ("abs all any ascii bin callable chr divmod format hash hex isinstance issubclass iter len max min next "
              "oct ord pow repr round sorted sum").split()                 # which the judge takes for its own
 
@@ -288,14 +294,14 @@ class Side:
             return {"is": cls.__name__, "of": [ref(v.start), ref(v.stop), ref(v.step)]}
         if v is Ellipsis or v is NotImplemented:
             return {"is": "constant", "as": repr(v)}
-        if cls.__name__ in VIEWS and cls.__module__ == "builtins":
-            return {"is": cls.__name__, "of": [ref(item) for item in v]}
+        if cls.__module__ == "builtins" and (view := cls.__name__.removeprefix("o")) in VIEWS:
+            return {"is": view, "of": [ref(item) for item in v]}
         if name in VALUES:
-            return {"is": "value", "as": name.split("."), "of": [ref(part) for part in v.__reduce_ex__(2)[1]]}
+            return {"is": "value", "as": name.split("."), "of": [ref(part) for part in VALUES[name](v)]}
         if cls in SHARED:
             about = [cls.__name__, getattr(v, "typecode", None), getattr(v, "maxlen", None)]
-            node = {"is": "shared", "no": self.numbered(v), "as": about, "of": [ref(getattr(v, "default_factory", None))]}
-            return self.filling(node, v, ref)
+            factory = getattr(v, "default_factory", None)
+            return self.filling({"is": "shared", "no": self.numbered(v), "as": about, "of": [ref(factory)]}, v, ref)
         if cls is types.ModuleType and v.__name__.partition(".")[0] in sys.stdlib_module_names:
             return {"is": "module", "as": v.__name__}
         if isinstance(v, type):
@@ -375,7 +381,12 @@ class Side:
         if kind in VIEWS:
             return VIEWS[kind](of)
         if kind == "value" and ".".join(about) in VALUES:
-            return getattr(importlib.import_module(about[0]), about[1])(*of)
+            cls = getattr(importlib.import_module(about[0]), about[1])
+            if not about[1].startswith("User"):
+                return cls(*of)
+            made = cls("")
+            made.data = of[0]                      # filled later
+            return made
         if kind == "shared":
             return self.register(node, new(*about, of[0]))
         if kind == "module" and about.partition(".")[0] in sys.stdlib_module_names:

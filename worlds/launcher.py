@@ -62,7 +62,8 @@ def allow_files(job: dict) -> None:
     makes = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8                                            # and removes: files, folders
     rights_of = {"read": read | listing, "execute": read | execute, "null": read | write,
                  "own": read | write | listing | truncate | makes}
-    for what, paths in (*job["files"].items(), ("null", ["/dev/null"]), ("own", [job["folder"]])):
+    given = ["/proc/self/fd/0"] if stat.S_ISREG(os.fstat(0).st_mode) else []            # opened again as /dev/stdin
+    for what, paths in (*job["files"].items(), ("null", ["/dev/null"]), ("own", [job["folder"]]), ("read", given)):
         for path in paths:
             rights = rights_of[what]
             at = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -77,7 +78,7 @@ def allow_files(job: dict) -> None:
 # fail with EPERM. Left out on purpose: whatever reaches another process (kill, prlimit of another, tracing), the
 # network, links, modes and owners of files (Landlock does not know these), namespaces, keys, io_uring, memfd.
 CALLS = """
-read:0:63 write:1:64 close:3:57 stat:4:- fstat:5:80 lstat:6:- poll:7:- lseek:8:62 mmap:9:222
+read:0:63 write:1:64 close:3:57 stat:4:- fstat:5:80 lstat:6:- poll:7:- lseek:8:62
 mprotect:10:226 munmap:11:215 brk:12:214 rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 pread64:17:67
 pwrite64:18:68 readv:19:65 writev:20:66 access:21:- pipe:22:- select:23:- sched_yield:24:124 mremap:25:216
 msync:26:227 mincore:27:232 madvise:28:233 dup:32:23 dup2:33:- pause:34:- nanosleep:35:101 getitimer:36:102
@@ -99,6 +100,8 @@ restart_syscall:219:128 getdents64:217:61 membarrier:324:283 shutdown:48:210 get
 BY_ARGUMENT = [                                          # numbers, argument, mask, values, whether these are allowed
     ((2, None), 1, 0x203, [0, 1, 2, 0x201, 0x202], True),    # open, openat: to read, write, both; Landlock does not
     ((257, 56), 2, 0x203, [0, 1, 2, 0x201, 0x202], True),    # see access mode 3, nor, before Linux 6.2, O_TRUNC
+    ((9, 222), 3, 0x2F, [0x02, 0x22, 0x01, 0x03], True),    # mmap: private, or a file; what is shared without
+                                                         # one counts for nobody once it is unmapped
     ((44, 206), 5, 0xFFFFFFFF, [0], True),               # sendto: to its own other end, to no address
     ((53, 199), 0, 0xFFFFFFFF, [1], True),               # socketpair: Unix
     ((56, 220), 0, ANY_NEW, [0], True),                  # clone: no new namespace
@@ -155,7 +158,7 @@ def execute(job: dict, others: int, failed: int) -> None:
         confine(job, others)
         os.execve(job["python"], ["python3", "-s", "main.py"],
                   dict(PATH="/usr/bin:/bin", HOME=job["folder"], LANG="C.UTF-8", PYTHONUTF8="1", PYTHONHASHSEED="0",
-                       PYTHONDONTWRITEBYTECODE="1"))
+                       PYTHONDONTWRITEBYTECODE="1", PYTHONINTMAXSTRDIGITS="0"))
     except Exception as error:
         os.write(failed, str(error).encode())
     os._exit(1)
@@ -201,8 +204,8 @@ def below(root: int, found: dict) -> list[int]:
 
 
 def disk(job: dict, pids: list[int]) -> int:
-    """Bytes in the program's folder, 4 KB a file at the least, and in files that it removed but holds open. Opens
-    what the program closed to its user. A tree too deep to be named counts as over the limit."""
+    """Bytes in the program's folder, 4 KB a file at the least, and in files that it removed but holds open. One that it
+    removed and mapped is over the limit, as is a tree too deep to be named. Opens what the program closed to its user."""
     total, limit, stack, seen = 0, job["disk_mb"] << 20, [job["folder"]], {job["stdin"]}
     while stack and total <= limit:
         try:
@@ -223,6 +226,9 @@ def disk(job: dict, pids: list[int]) -> int:
                 if stat.S_ISREG(about.st_mode) and not about.st_nlink and (about.st_dev, about.st_ino) not in seen:
                     seen.add((about.st_dev, about.st_ino))
                     total += about.st_blocks * 512
+            with open(f"/proc/{pid}/maps", errors="replace") as file:
+                if any(job["folder"] in line and line.endswith("(deleted)\n") for line in file):
+                    return limit + 1
         except OSError:
             pass
     return total

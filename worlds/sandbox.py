@@ -35,9 +35,10 @@ class Limits:
     memory_mb: int = 512      # of the whole tree; the address space of each process
     processes: int = 16       # threads count, too
     disk_mb: int = 16         # of its folder
-    output_kb: int = 64       # of stdout, and of stderr
+    output_kb: int = 64       # of stdout
 
 
+ERRORS = 1 << 16              # bytes kept of what a program prints to stderr: the last
 ENDS = ("exit", "time", "memory", "disk", "output", "stopped")
 
 
@@ -80,6 +81,12 @@ def files() -> dict[str, list[str]]:
     if not all(found.values()):
         raise SandboxError("Python's library, or its loader, is not where it is on other systems")
     return found
+
+
+def readable(path: str) -> str:
+    """The folder through which a program may read this file, or ""."""
+    here = Path(os.path.realpath(path))
+    return next((folder for folder in files()["read"] if here.is_relative_to(folder)), "")
 
 
 numbers = count()
@@ -141,7 +148,7 @@ def collect(programs: list[Program], limits: Limits) -> list[Result]:
     """What programs print to the pipes that they were given, until they end; when the last of them has closed its
     own, the others are stopped."""
     pipes = [[pipe for pipe in (program.process.stdout, program.process.stderr) if pipe] for program in programs]
-    got: dict[Any, bytes] = {pipe: b"" for own in pipes for pipe in own}
+    got = {pipe: bytearray() for own in pipes for pipe in own}
     over, last = set(), programs[-1]
     try:
         with selectors.DefaultSelector() as waiting:
@@ -150,10 +157,13 @@ def collect(programs: list[Program], limits: Limits) -> list[Result]:
                     waiting.register(pipe, selectors.EVENT_READ, n)
             while waiting.get_map() and (ready := waiting.select(max(0.0, last.deadline - time.monotonic()))):
                 for key, _ in ready:
-                    got[key.fileobj] += (more := os.read(key.fd, 1 << 16))
+                    more = os.read(key.fd, 1 << 16)
                     if not more:
                         waiting.unregister(key.fileobj)
-                    if len(got[key.fileobj]) > limits.output_kb << 10 and key.data not in over:
+                    got[key.fileobj] += more
+                    if key.fileobj is programs[key.data].process.stderr:  # drained; its end is what one wants to read
+                        del got[key.fileobj][:-ERRORS]
+                    elif len(got[key.fileobj]) > limits.output_kb << 10 and key.data not in over:
                         over.add(key.data)
                         programs[key.data].process.terminate()
                 if not any(pipe in waiting.get_map() for pipe in pipes[-1]):
@@ -171,7 +181,7 @@ def collect(programs: list[Program], limits: Limits) -> list[Result]:
         raise SandboxError(failed[0])
     results = []
     for n, program in enumerate(programs):
-        text = (got.get(pipe, b"")[:limits.output_kb << 10].decode("utf-8", "replace")
+        text = (got.get(pipe, bytearray())[:limits.output_kb << 10].decode("utf-8", "replace")
                 for pipe in (program.process.stdout, program.process.stderr))
         out, err = (part.replace(program.folder + "/", "").replace(program.folder, ".")   # its name is random, and
                     for part in text)                                                     # a replay reads the same
@@ -184,6 +194,7 @@ def run(source: str, stdin: str = "", limits: Limits = Limits()) -> Result:
     with tempfile.TemporaryFile() as given:
         given.write(stdin.encode("utf-8", "surrogatepass"))
         given.flush()
+        os.fchmod(given.fileno(), 0o444)                 # as /dev/stdin, it is opened again
         with open(f"/proc/self/fd/{given.fileno()}", "rb") as readable:       # the program cannot write to it
             program = start(source, limits, readable, subprocess.PIPE, subprocess.PIPE)
     return collect([program], limits)[0]
