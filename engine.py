@@ -6,6 +6,7 @@
               _step a turn of it: admit waiting episodes, forward, sample, hand out what is finished
 """
 import random
+import re
 import sys
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -18,6 +19,8 @@ import torch
 import ranks
 from config import Config, UserError
 from lora import weights_version
+
+BREAK = "\ue000"                        # of no script
 
 
 class Chat:
@@ -44,6 +47,10 @@ class Chat:
         self.reply_to_user, self.user_to_reply = text[ends[2]:at[3]], text[ends[3]:]
         self.told_of_unknown = not tokenizer.is_fast            # once a run; slow tokenizers tell no place
         self.ids = lru_cache(maxsize=1 << 16)(self._encode)       # the same observations come again and again
+        template = str(tokenizer.chat_template)
+        self.control = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
+                        if token.special or token.content.strip() and token.content in template}
+        self.control.pop(tokenizer.unk_token_id, None)
         if not self.ids(self.reply_to_user):
             raise UserError(f"model: the chat template of {tokenizer.name_or_path} does not mark a reply's end")
         self.end = self.ids(self.reply_to_user)[0]       # of a reply
@@ -56,8 +63,26 @@ class Chat:
         except Exception:                               # a template's own jinja errors for a missing role
             return None
 
-    def _encode(self, text: str) -> list[int]:
-        text = text.encode("utf-8", "replace").decode()           # half of a surrogate pair is no text
+    def _encode(self, *parts: str) -> list[int]:
+        """The ids of the template's pieces and of text, in turn, encoded together. Text is the world's, or a model's:
+        where it says what the template's control tokens say, it is taken apart, so that none of them comes of it."""
+        parts = [part.encode("utf-8", "replace").decode() for part in parts]      # half a surrogate pair is no text
+        ids = self._tokens("".join(parts))
+        own = sum(self._controls(self._tokens(piece)) for piece in parts[::2]) if len(parts) > 1 else None
+        if own is None or self._controls(ids) == own:
+            return ids
+        control = re.compile("|".join(map(re.escape, self.control.values())), re.I)
+        for taken_apart in (lambda text: control.sub(lambda found: BREAK.join(found[0]), text), BREAK.join):
+            texts = [taken_apart(part) if k % 2 else part for k, part in enumerate(parts)]
+            ids = [i for part in "".join(texts).split(BREAK) for i in self._tokens(part)]
+            if self._controls(ids) == own:
+                break
+        return ids
+
+    def _controls(self, ids: list[int]) -> int:
+        return sum(i in self.control for i in ids)
+
+    def _tokens(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         unknown = self.tokenizer.unk_token_id
         if unknown in ids and self.tokenizer.unk_token not in text and not self.told_of_unknown and ranks.rank() == 0:
@@ -69,7 +94,7 @@ class Chat:
 
     def glimpse(self, obs: str, limit: int) -> str:
         """An observation of more than `limit` tokens as the policy sees it: its head and its tail."""
-        ids = self.ids(obs)
+        ids = self.ids("", obs)
         if len(ids) <= limit:
             return obs
         half = limit // 2
@@ -80,10 +105,10 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def first(self, system: str, user: str) -> list[int]:
-        return self.ids(self.head + system + self.system_to_user + user + self.user_to_reply)
+        return self.ids(self.head, system, self.system_to_user, user, self.user_to_reply)
 
     def next(self, user: str, cut: bool = False) -> list[int]:
-        ids = self.ids(self.reply_to_user + user + self.user_to_reply)
+        ids = self.ids(self.reply_to_user, user, self.user_to_reply)
         return ids if cut else ids[1:]                  # the reply ended with this token itself
 
 

@@ -32,7 +32,7 @@ def train(run: Run, round_: int) -> None:
     for trees in waves(reflecting, budget(cfg), cfg.grpo_tasks, reflect=True):
         lessons = [r.e for tree in trees for branch in tree.branches for r in branch.reflections if r.tau]
         for e in lessons:
-            if e not in playbook and len(chat.ids("\n".join([*playbook, e]))) <= cfg.playbook_tokens:
+            if e not in playbook and len(chat.ids("", "\n".join([*playbook, e]))) <= cfg.playbook_tokens:
                 playbook.append(e)
         reflecting.playbook = "\n".join(playbook)      # in view from the next wave on
     if ranks.rank() == 0:

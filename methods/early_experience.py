@@ -110,7 +110,7 @@ def foreseen(run: Run, path: list[Turn], tried: dict[str, str]) -> list[Segment]
     for action, obs in tried.items():
         text = TURN.format(t=len(path), obs=glimpse(run, path[-1])) + WHAT_IF.format(action=action)
         asked = (chat.next(text, path[-2].action_ids[-1] not in chat.stop) if trunk else chat.first(rules, text))
-        answer = chat.ids(chat.glimpse(obs, run.cfg.observation_tokens)) + [chat.end]
+        answer = chat.ids("", chat.glimpse(obs, run.cfg.observation_tokens)) + [chat.end]
         segments.append(Segment(asked + answer, [0.0] * len(asked) + [1.0] * len(answer), 0 if trunk else None))
     return segments
 
