@@ -4,14 +4,17 @@ import os
 import random
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from conftest import SHARED, needs_shared_data
+import worlds.alfworld as alfworld
 from config import UserError, installed
 from envs import make_env
+from worlds.alfworld import games
 
 DATA = Path(__file__).parent / "data" / "alfworld_sample.jsonl"
 
@@ -69,7 +72,9 @@ def test_both_are_right_when_they_are_examined():
     needs("scienceworld", "java")
     needs("alfworld")
     assert make_env("scienceworld", "easy").examine("train") == []
-    assert make_env("alfworld", str(DATA)).examine("valid") == []
+    assert make_env("alfworld", str(DATA)).examine("valid") == [
+        f"data: {DATA} has other numbers of games (train 0, valid_seen 3, valid_unseen 0) than the official ones "
+        f"(train 3553, valid_seen 140, valid_unseen 134)"]
 
 
 def test_scienceworld_has_the_packages_splits(science):
@@ -130,7 +135,7 @@ def test_twenty_alfworld_games_are_won_by_the_planner_and_replay_byte_for_byte()
     env, other = ALFWorld(str(SHARED / "alfworld")), ALFWorld(str(SHARED / "alfworld"))
     assert (len(env.tasks("train")), len(env.tasks("valid")), len(env.tasks("test"))) == (3553, 140, 0)
     rng = random.Random(0)
-    tasks = sorted(env.tasks("valid"), key=lambda task: len(env.problems[task][1]))[:20]   # small ones: seconds
+    tasks = sorted(env.tasks("valid"), key=lambda task: len(env.games[task].problem))[:20]   # small ones: seconds
     for task in tasks:
         said, plan = env.reset(task), env.plan()
         outcomes = [env.step(action) for action in plan]
@@ -161,30 +166,102 @@ def test_a_later_reset_of_a_game_is_fast(house):
     assert after.misses == before.misses and after.hits > before.hits            # nothing is translated again
 
 
-def test_the_official_folder_is_read_with_either_kind_of_file(house, tmp_path):
-    records = [json.loads(line) for line in DATA.read_text().splitlines()]
-    for n, record in enumerate(records[:2]):
-        folder = tmp_path / "json_2.1.1" / record["id"]
-        folder.mkdir(parents=True)
-        if n:
-            (folder / "initial_state.pddl").write_text(record["pddl_problem"])
-            (folder / "traj_data.json").write_text(json.dumps(dict(
-                task_type="look_at_obj_in_light", pddl_params=dict(
-                    object_target="AlarmClock", toggle_target="DeskLamp", parent_target="", mrecep_target="",
-                    object_sliced=False), turk_annotations=dict(anns=[]))))
-        else:
-            game = dict(pddl_problem=record["pddl_problem"], pddl_domain="other", solvable=True,
-                        grammar='task :: "' + record["task"] + '"')
-            (folder / "game.tw-pddl").write_text(json.dumps(game))
-    for name, change in (("unsolvable", dict(solvable=False)), ("movable", {})):
-        folder = tmp_path / "json_2.1.1" / "valid_seen" / f"look-{name}" / "trial"
-        folder.mkdir(parents=True)
-        (folder / "game.tw-pddl").write_text(json.dumps({**game, **change}))
-    env = type(house)(str(tmp_path / "json_2.1.1"))
-    assert env.tasks("valid") == sorted(record["id"] for record in records[:2])
-    assert env.reset(records[0]["id"]) == house.reset(records[0]["id"])
-    said = env.reset(records[1]["id"])
-    assert "alarmclock" in said and "desklamp" in said and env.reset(records[1]["id"]) == said
+def records() -> list[dict]:
+    return [json.loads(line) for line in DATA.read_text().splitlines()]
+
+
+def write_trial(folder: Path, record: dict, **change) -> None:
+    """As the official download has a trial."""
+    folder.mkdir(parents=True)
+    game = dict(pddl_problem=record["pddl_problem"], pddl_domain="other", grammar=f'"rhs": "{record["task"]}"')
+    (folder / "game.tw-pddl").write_text(json.dumps({**game, "solvable": True, **change}))
+    (folder / "initial_state.pddl").write_text(record["pddl_problem"])
+    (folder / "traj_data.json").write_text(json.dumps(dict(task_type="look_at_obj_in_light")))
+
+
+def test_alfworld_plays_the_games_that_the_official_loader_picks_and_no_other(house, tmp_path):
+    own = records()
+    for record in own:
+        write_trial(tmp_path / record["id"], record)
+    for name, change in (("unsolvable", dict(solvable=False)), ("unknown", dict(solvable=None)), ("movable", {}),
+                         ("Sliced-Apple", {})):
+        write_trial(tmp_path / "valid_seen" / name / "trial_1", own[0], **change)
+    write_trial(tmp_path / "valid_seen" / "without" / "trial_1", own[0])
+    (tmp_path / "valid_seen" / "without" / "trial_1" / "game.tw-pddl").unlink()
+    official = installed("alfworld.agents.environment.alfred_tw_env", "alfworld").AlfredTWEnv
+    loader = official(dict(dataset=dict(eval_id_data_path=str(tmp_path / "valid_seen"), num_eval_games=0),
+                           env=dict(task_types=[1, 2, 3, 4, 5, 6], goal_desc_human_anns_prob=0)), "eval_in_distribution")
+    env = type(house)(str(tmp_path))
+    assert env.tasks("valid") == sorted("/".join(Path(file).parts[-4:-1]) for file in loader.game_files)
+    assert env.tasks("valid") == sorted(record["id"] for record in own) and env.tasks("train") == env.tasks("test") == []
+    assert env.notes == [
+        f"data: {tmp_path} has other numbers of games (train 0, valid_seen 3, valid_unseen 0) than the official ones "
+        f"(train 3553, valid_seen 140, valid_unseen 134); left out: 1 Sliced, 1 movable, 2 not solvable, "
+        f"1 without game.tw-pddl"]
+    assert type(house)(str(tmp_path / "valid_seen")).games == env.games
+    assert env.reset(own[0]["id"]) == house.reset(own[0]["id"])
+
+
+def test_the_same_filter_holds_for_files_of_lines(tmp_path):
+    own = records()
+    extra = [{**own[0], "id": f"train/{name}/trial_1", **change} for name, change in
+             (("unsolvable", dict(solvable=False)), ("movable", {}), ("Sliced", {}), ("right", dict(solvable=True)))]
+    path = tmp_path / "games.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*own, *extra, own[0]]))
+    found, notes = games(str(path))
+    assert list(found) == ["train/right/trial_1", *sorted(record["id"] for record in own)]
+    assert notes[0].endswith("; left out: 1 Sliced, 1 movable, 1 not solvable")
+
+
+def test_nothing_is_said_of_the_official_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(alfworld, "OFFICIAL", Counter(valid_seen=3))
+    path = tmp_path / "games.jsonl"
+    path.write_text(DATA.read_text())
+    assert games(str(path))[1] == []
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(pddl_problem=""), "pddl_problem must be a whole PDDL problem of the domain alfred, not \"\"$"),
+    (dict(pddl_problem="(define (problem x)"), "pddl_problem must be a whole"),
+    (dict(pddl_problem=None), "pddl_problem must be .*, not null"),
+    (dict(task="put a mug"), "the game's task must read 'Your task is to: ...', not \"put a mug\""),
+    (dict(task='Your task is to: put a "mug".'), "the game's task must read"),
+    (dict(task="Your task is to: UNKNOWN GOAL."), "the game's task must read"),
+    (dict(task=None), "the game's task must read .*, not null"),
+    (dict(id="train/x"), "id must be like valid_seen/TASK/TRIAL, not \"train/x\""),
+    (dict(id=7), "id must be like .*, not 7"),
+    (dict(pddl_problem="half"), "pddl_problem must be a whole")])
+def test_a_game_that_cannot_be_read_is_named_at_the_start(tmp_path, change, message):
+    first, second = records()[:2]
+    if change == dict(pddl_problem="half"):
+        change = dict(pddl_problem=second["pddl_problem"][:9000])
+    (tmp_path / "x.jsonl").write_text(json.dumps(first) + "\n" + json.dumps({**second, **change}) + "\n")
+    with pytest.raises(UserError, match=f"^data: {tmp_path}/x.jsonl, line 2: {message}"):
+        games(str(tmp_path / "x.jsonl"))
+    folder = tmp_path / "json_2.1.1" / second["id"]
+    write_trial(folder, second, **({"grammar": change["task"]} if "task" in change else change))
+    if "id" not in change and "mug" not in str(change.get("task")):
+        with pytest.raises(UserError, match=f"^data: {folder}/game.tw-pddl: ") as error:
+            games(str(tmp_path / "json_2.1.1"))
+        assert "\n" not in str(error.value)
+
+
+def test_one_id_is_one_game(tmp_path):
+    first, second = records()[:2]
+    (tmp_path / "x.jsonl").write_text(json.dumps(first) + "\n" + json.dumps({**second, "id": first["id"]}) + "\n")
+    with pytest.raises(UserError, match=f"x.jsonl, line 2: {first['id']} is another game than in {tmp_path}/x.jsonl, line 1"):
+        games(str(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize("change", [("?r ToiletPaperHangerType", "?r FridgeType"), ("agent1 - agent", ""),
+                                    ("(:init", "(:init (inReceptacle cup1 shelf1)")])
+def test_a_game_without_a_solution_ends_in_one_line_with_its_file(house, tmp_path, change):
+    record = records()[0]
+    record["pddl_problem"] = record["pddl_problem"].replace(*change)
+    (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=f"^data: {tmp_path}/x.jsonl, line 1: .* cannot be played, .*; take it out$") as error:
+        type(house)(str(tmp_path / "x.jsonl")).reset(record["id"])
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_missing_is_named_in_one_line(monkeypatch):

@@ -5,17 +5,27 @@
 
 Actions and observations are the package's own; the horizon of 50 is its config's, ReAct's and later work's.
 """
-import json
-import lzma
-import random
+import os
 import re
 import zlib
+from collections import Counter
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 from config import UserError, installed
 from envs import Env, Outcome
+from worlds.files import given, is_text, named, read_json, read_lines
+
+OFFICIAL = Counter(train=3553, valid_seen=140, valid_unseen=134)            # games in each folder
+
+
+@dataclass(frozen=True)
+class Game:
+    where: str                                     # its file, and the line, for messages
+    problem: bytes                                 # PDDL, compressed
+    goal: str                                      # what the task is
 
 
 class ALFWorld(Env):
@@ -37,29 +47,39 @@ class ALFWorld(Env):
             self.logic.fast_downward.pddl2sas = lru_cache(maxsize=64)(self.logic.fast_downward.pddl2sas)
         if not data:
             raise UserError("data: alfworld needs its games: data=path/to/json_2.1.1; alfworld-download fetches it")
-        self.problems = games(data)
+        self.games, self.notes = games(data)
         request = textworld.EnvInfos(won=True, admissible_commands=True)
         self.env = installed("textworld.envs.pddl", "alfworld").PddlEnv(request)
 
     def tasks(self, split: str) -> list[str]:
         wanted = self.folders.get(split, split) + "/"
-        return [task for task in self.problems if task.startswith(wanted)]
+        return [task for task in self.games if task.startswith(wanted)]
+
+    def examine(self, split: str, other: Env | None = None) -> list[str]:
+        return self.notes + super().examine(split, other)
 
     def difficulty(self, task: str) -> str:
         return task.split("/")[1].partition("-")[0]
 
     def reset(self, task: str) -> str:
-        if task not in self.problems:
-            raise UserError(f"alfworld has no task {task!r}; ids look like {next(iter(self.problems))}")
-        problem, goal = read_game(self.problems[task])
+        if task not in self.games:
+            raise UserError(f"alfworld has no task {task!r}; ids look like {next(iter(self.games))}")
+        try:
+            self._load(self.games[task])
+            self.state, self.left = self.env.reset(), self.max_turns
+        except Exception as error:                     # the package has no error of its own for a broken game
+            raise UserError(f"{self.games[task].where}: {task} cannot be played, its pddl_problem is broken or has no "
+                            f"solution ({type(error).__name__}: {error}); take it out") from None
+        return self.state.feedback.partition("\n\n")[2].strip()             # without the welcome
+
+    def _load(self, game: Game) -> None:
         data = Path(installed("alfworld", "alfworld").__file__).parent / "data"
-        grammar = (data / "alfred.twl2").read_text().replace("UNKNOWN GOAL", goal.rstrip("."))
-        self.env.load(dict(pddl_domain=(data / "alfred.pddl").read_text(), grammar=grammar, pddl_problem=problem))
+        grammar = (data / "alfred.twl2").read_text().replace("UNKNOWN GOAL", game.goal)
+        self.env.load(dict(pddl_domain=(data / "alfred.pddl").read_text(), grammar=grammar,
+                           pddl_problem=zlib.decompress(game.problem).decode()))
         names = installed("alfworld.agents.utils.misc", "alfworld").Demangler(game_infos=self.env._entity_infos)
         for info in self.env._entity_infos.values():
             info.name = names.demangle_alfred_name(info.id)
-        self.state, self.left = self.env.reset(), self.max_turns
-        return self.state.feedback.partition("\n\n")[2].strip()             # without the welcome
 
     def step(self, action: str) -> Outcome:
         self.left -= 1
@@ -76,48 +96,86 @@ class ALFWorld(Env):
 
 
 @lru_cache
-def games(data: str) -> dict[str, tuple]:
-    """Task id -> where its game is: ("folder", path), or ("line", problem, what the task is) from a file of lines."""
-    found: dict[str, tuple] = {}
-    for path in [Path(name) for name in data.split(",")]:
-        if path.is_dir():
-            for problem in sorted([*path.rglob("game.tw-pddl"), *path.rglob("initial_state.pddl")], reverse=True):
-                task = "/".join(problem.parent.parts[-3:])
-                solvable = problem.suffix == ".pddl" or b'"solvable": true' in problem.read_bytes()
-                if solvable and "movable" not in task and "Sliced" not in task:      # as the official loader picks
-                    found[task] = ("folder", str(problem))      # game.tw-pddl before initial_state.pddl
-            for file in sorted(path.glob("*.jsonl*")):
-                found.update(games(str(file)))
-        elif path.is_file():
-            for line in lines(path):
-                found[line["id"]] = ("line", zlib.compress(line["pddl_problem"].encode(), 1), line["task"])
-        else:
-            raise UserError(f"data: there is no file or folder {path}")
+def games(data: str) -> tuple[dict[str, Game], list[str]]:
+    """Task id -> game, all read and looked over; and a note where there are other numbers than the official ones. A
+    game is played only if it is said to be solvable: of a folder, by its game.tw-pddl; in files of lines, unless a
+    record's `solvable` says otherwise."""
+    found: dict[str, Game] = {}
+    left_out: Counter[str] = Counter()
+    for path in given(data):
+        files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
+        pairs = [*in_folder(path, left_out)] if path.is_dir() else []
+        for file in files:
+            pairs += in_lines(file, left_out)
+        for task, game in pairs:
+            if found.setdefault(task, game).problem != game.problem:
+                raise UserError(f"{game.where}: {task} is another game than in {found[task].where.removeprefix('data: ')}")
     if not found:
-        raise UserError(f"data: {data} holds no games: neither game.tw-pddl nor initial_state.pddl files, nor JSON "
-                        f"lines with id, task and pddl_problem")
-    return dict(sorted(found.items()))
+        raise UserError(f"data: {data} holds no games: neither solvable game.tw-pddl files (alfworld-download fetches "
+                        f"them) nor JSON lines with id, task and pddl_problem{told(left_out)}")
+    counts = Counter(task.partition("/")[0] for task in found)
+    notes = []
+    if counts != OFFICIAL:
+        has, official = (", ".join(f"{split} {numbers[split]}" for split in sorted({*counts, *OFFICIAL}))
+                         for numbers in (counts, OFFICIAL))
+        notes = [f"data: {data} has other numbers of games ({has}) than the official ones ({official}){told(left_out)}"]
+    return dict(sorted(found.items())), notes
 
 
-def lines(path: Path) -> Iterator[dict]:
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+def told(left_out: Counter) -> str:
+    parts = ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
+    return f"; left out: {parts}" if parts else ""
 
 
-def read_game(where: tuple) -> tuple[str, str]:
-    """(PDDL problem, what the task is)."""
-    if where[0] == "line":
-        return zlib.decompress(where[1]).decode(), where[2].removeprefix("Your task is to: ")
-    path = Path(where[1])
-    if path.name == "game.tw-pddl":
-        game = json.loads(path.read_text())
-        goal = re.search(r"Your task is to: ([^\"\\]+)", game["grammar"])
-        return game["pddl_problem"], goal[1] if goal else "UNKNOWN GOAL"
-    about = json.loads((path.parent / "traj_data.json").read_text())
-    state = random.getstate()                            # the package draws one of several wordings
-    random.seed("/".join(path.parent.parts[-3:]))
-    goal = installed("alfworld.agents.utils.misc", "alfworld").get_templated_task_desc(about)
-    random.setstate(state)
-    return path.read_text(), goal
+def in_folder(path: Path, left_out: Counter) -> Iterator[tuple[str, Game]]:
+    """The games that the official loader picks: SPLIT/TASK/TRIAL/game.tw-pddl."""
+    for folder, below, names in os.walk(path):
+        below.sort()
+        task = "/".join(Path(os.path.abspath(folder)).parts[-3:])
+        if not {"game.tw-pddl", "initial_state.pddl", "traj_data.json"} & set(names) or unsupported(task, left_out):
+            continue
+        if "game.tw-pddl" not in names:
+            left_out["without game.tw-pddl"] += 1
+            continue
+        file = Path(folder, "game.tw-pddl")
+        game, where = read_json(file), f"data: {file}"
+        if game.get("solvable") is not True:
+            left_out["not solvable"] += 1
+            continue
+        grammar = game.get("grammar")
+        goal = re.search(r"Your task is to: [^\"\\]+", grammar) if isinstance(grammar, str) else None
+        yield task, made(where, game, goal[0] if goal else grammar)
+
+
+def in_lines(path: Path, left_out: Counter) -> Iterator[tuple[str, Game]]:
+    for where, record in read_lines(path):
+        task = record.get("id")
+        if not is_text(task) or len(list(filter(None, task.split("/")))) != 3:
+            raise UserError(f"{where}: id must be like valid_seen/TASK/TRIAL, not {named(task)}")
+        if unsupported(task, left_out):
+            continue
+        if record.get("solvable", True) is not True:
+            left_out["not solvable"] += 1
+            continue
+        yield task, made(where, record, record.get("task"))
+
+
+def unsupported(task: str, left_out: Counter) -> bool:
+    """As the official loader has it."""
+    for kind in ("movable", "Sliced"):
+        if kind in task:
+            left_out[kind] += 1
+            return True
+    return False
+
+
+def made(where: str, record: dict, task: Any) -> Game:
+    """A game whose parts are there. That its PDDL makes sense shows only when it is loaded."""
+    said = re.fullmatch(r"Your task is to: ([^\"\\#\n]+?)\.?\s*", task) if is_text(task) else None
+    if not said or said[1] == "UNKNOWN GOAL":
+        raise UserError(f"{where}: the game's task must read 'Your task is to: ...', not {named(task)}")
+    problem = record.get("pddl_problem")
+    parts = ("(define", "(:domain alfred)", "(:objects", "(:init", "(:goal")
+    if not is_text(problem) or not all(part in problem for part in parts) or problem.count("(") != problem.count(")"):
+        raise UserError(f"{where}: pddl_problem must be a whole PDDL problem of the domain alfred, not {named(problem)}")
+    return Game(where, zlib.compress(problem.encode(), 1), said[1])
