@@ -1,5 +1,8 @@
+import gzip
 import json
+import lzma
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -68,7 +71,9 @@ def test_pages_lead_where_their_buttons_say():
 
 
 def test_goals_come_in_the_original_s_shuffled_order():
-    goals = [goal for item in webshop.made_up() for goal in webshop.goals_of(webshop.tidy(item, {}, {}), False)]
+    goals = []
+    for where, item in webshop.made_up():
+        goals += webshop.goals_of(webshop.tidy(item, {}, where), False)
     random.Random(233).shuffle(goals)
     env = make_env("webshop")
     assert env.count == len(goals) and [env._goal(f"goal-{n}") for n in range(env.count)] == goals
@@ -133,8 +138,8 @@ def test_the_reward_is_the_originals(change, chosen, expected):
 def test_all_shared_rewards_are_the_originals():
     needs_shared_data()
     items = {}
-    for record in webshop.elements(SHARED / "webshop" / "products_1000.jsonl.xz"):
-        items[record["asin"]] = webshop.tidy(record, {}, {})
+    for where, record in webshop.elements(SHARED / "webshop" / "products_1000.jsonl.xz"):
+        items[record["asin"]] = webshop.tidy(record, {}, where)
     triples = json.loads((SHARED.parent / "cases" / "webshop_rewards.json").read_text())["triples"]
     for triple in triples:
         found = reward(items[triple["bought"]], triple["chosen"], items[triple["asin"]], triple["wanted"])
@@ -196,14 +201,125 @@ def test_peoples_instructions_are_the_goals_where_there_are_many(tmp_path):
     assert env.count == 1001 and env._goal("goal-0")["text"].startswith("i want a lamp, and price lower than ")
 
 
-@pytest.mark.parametrize("text, message", [('[{"asin": "B1"}]', "not in WebShop's format: KeyError"),
-                                           ('[{"asin": "B1"', "is damaged, or not JSON, near: '{\"asin")])
-def test_a_file_that_is_no_catalogue_is_one_clear_line_and_leaves_nothing(tmp_path, text, message):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        WebShop(str(tmp_path / "x.json"))
-    assert not [path for path in (tmp_path / "cache").rglob("webshop-*")]
-    with pytest.raises(UserError, match="there is no file"):
+PRODUCT = dict(asin="B000000001", name="Lamp", category="garden", query="lamps", product_category="A", description=None,
+               bullet_points=None, pricing=None, options=None, attributes=None, instruction="find a lamp",
+               instruction_attributes=["bright"], human_instructions=None)
+DOWNLOADED = dict(asin="B000000001", name="Lamp", category="garden", query="lamps", product_category="A",
+                  full_description=None, small_description=None, pricing="$5", customization_options=None)
+WISH = dict(instruction="i want a lamp", instruction_attributes=["bright"], instruction_options=[])
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(name=None), "name must be text, not null"),
+    (dict(asin=7), "asin must be text, not 7"),
+    (dict(asin=[]), r"asin must be text, not \[\]"),
+    (dict(query="\ud800"), "query must be text, not "),
+    (dict(description=["x"]), r"description must be text or null, not \["),
+    (dict(bullet_points="x"), "bullet_points must be a list of texts or null, not \"x\""),
+    (dict(attributes="bright"), "attributes must be a list of texts or null"),
+    (dict(attributes=[1]), "attributes must be a list of texts or null"),
+    (dict(pricing=19.99), "pricing must be a list of numbers from 0 up or null, not 19.99"),
+    (dict(pricing=[None]), r"pricing must be .*, not \[null\]"),
+    (dict(pricing=["$5"]), "pricing must be"),
+    (dict(pricing=[float("nan")]), r"pricing must be .*, not \[NaN\]"),
+    (dict(pricing=[-5]), "pricing must be"),
+    (dict(pricing=[10 ** 400]), "pricing must be"),
+    (dict(options=["black"]), "options must be lists of texts by names"),
+    (dict(options=dict(color="black")), "options must be"),
+    (dict(options=dict(color=[None])), "options must be"),
+    (dict(human_instructions=["a lamp"]), "human_instructions must be a list of objects with instruction, "),
+    (dict(human_instructions=[{**WISH, "instruction_options": None}]), "human_instructions must be")])
+def test_a_product_of_another_shape_is_named_with_its_field(tmp_path, change, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(PRODUCT) + "\n" + json.dumps({**PRODUCT, "asin": "B000000002", **change}) + "\n")
+    with pytest.raises(UserError, match=f"^data: {path}, product 2: {message}") as error:
+        WebShop(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, about, people, message", [
+    (dict(pricing=5), {}, {}, r"pricing must be text like \$19.99 or null, not 5"),
+    (dict(pricing="5.99"), {}, {}, "pricing must be"),
+    (dict(pricing="$5.9.9"), {}, {}, "pricing must be"),
+    (dict(small_description=7), {}, {}, "small_description must be text or a list of texts or null, not 7"),
+    (dict(customization_options=dict(color=["black"])), {}, {}, "customization_options must be lists by names"),
+    ({}, dict(B000000001=["bright"]), {}, "what items_ins_v2.json has of B000000001 must be an object, not "),
+    ({}, dict(B000000001=dict(attributes="x")), {}, "attributes must be"),
+    ({}, {}, dict(B000000001=dict(instruction="x")), "human_instructions must be"),
+    ({}, [], {}, "must be a JSON object"),
+    ({}, {}, [], "must be a JSON object")])
+def test_the_download_and_the_files_beside_it_are_checked_too(tmp_path, change, about, people, message):
+    (tmp_path / "items.json").write_text(json.dumps([{**DOWNLOADED, **change}]))
+    (tmp_path / "items_ins_v2.json").write_text(json.dumps(about))
+    (tmp_path / "items_human_ins.json").write_text(json.dumps(people))
+    with pytest.raises(UserError, match=f"^data: {tmp_path}/items.*{message}") as error:
+        WebShop(str(tmp_path / "items.json"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "none of its 0 products has an instruction; give a file with them, or lay items_ins_v2.json and"),
+    ("[]", "none of its 0 products"),
+    (json.dumps({**PRODUCT, "instruction": None}), "none of its 1 products"),
+    (json.dumps([DOWNLOADED]), "none of its 1 products"),
+    ("7", "product 1: must be a JSON object, like {...}, not 7"),
+    ('["a"]', "product 1: must be a JSON object"),
+    ('[{"asin": "B1"}]', "product 1: name must be text, not null"),
+    ('[{"asin": "B1"', "product 1, is not JSON: '{\"asin\": \"B1\"'; is the file whole?"),
+    (json.dumps(PRODUCT) + "\nhello", "product 2, is not JSON: 'hello'"),
+    ("[" * 100_000 + "{}", "product 1: asin must be text, not null"),
+    (b"\x00\x01\x02", "product 1, is not JSON"),
+    (json.dumps(PRODUCT).replace("Lamp", "L\xe9mp").encode("latin-1"), "not text in UTF-8 .it holds the byte 0xe9.; save"),
+    (json.dumps(PRODUCT, ensure_ascii=False).encode("utf-16"), "not text in UTF-8 .UTF-16."),
+    (gzip.compress(json.dumps(PRODUCT).encode() * 99)[:-30], "cannot be unpacked: .*; is it whole"),
+    (lzma.compress(json.dumps(PRODUCT).encode() * 99)[:-30], "cannot be unpacked")])
+def test_a_file_that_is_no_catalogue_is_one_clear_line_and_leaves_nothing(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=f"^data: {path}.*{message}") as error:
+        WebShop(str(path))
+    assert "\n" not in str(error.value) and not [*(tmp_path / "cache").rglob("webshop-*")]
+
+
+def test_what_is_no_file_is_named():
+    with pytest.raises(UserError, match="^data: nowhere.json is not there; give a file"):
         WebShop("nowhere.json")
+    with pytest.raises(UserError, match="^data: .* is a folder; give a file"):
+        WebShop(".")
     with pytest.raises(UserError, match="webshop has no task 'goal-x'"):
         make_env("webshop").reset("goal-x")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress])
+def test_a_file_is_unpacked_by_what_it_holds_whatever_it_is_called(tmp_path, pack):
+    path = tmp_path / "x.gz"
+    path.write_bytes(pack(b"\xef\xbb\xbf" + json.dumps(PRODUCT).encode()))
+    assert WebShop(str(path)).count == 1
+
+
+def test_capitals_in_options_and_small_letters_in_asins_can_be_clicked(tmp_path):
+    product = {**PRODUCT, "asin": "b00000000x", "options": {"Color": ["Black", "Navy"]}}
+    (tmp_path / "x.jsonl").write_text(json.dumps(product))
+    env = WebShop(str(tmp_path / "x.jsonl"))
+    env.reset("goal-0")
+    wanted = env.goal["options"][0]
+    outcomes = [env.step(action) for action in ("search[lamp]", "click[B00000000X]", f"click[{wanted}]", "click[buy now]")]
+    assert all(outcome.valid for outcome in outcomes) and env.chosen == {"color": wanted}
+
+
+def test_a_file_beside_the_catalogue_that_comes_later_counts(tmp_path):
+    (tmp_path / "items.json").write_text(json.dumps([DOWNLOADED]))
+    about = dict(instruction="find a lamp", instruction_attributes=["bright"], attributes=["bright"])
+    (tmp_path / "items_ins_v2.json").write_text(json.dumps(dict(B000000001=about)))
+    assert WebShop(str(tmp_path / "items.json"))._goal("goal-0")["text"].startswith("find a lamp")
+    (tmp_path / "items_ins_v2.json").write_text(json.dumps(dict(B000000001={**about, "instruction": "find a bright lamp"})))
+    webshop.database.cache_clear()
+    assert WebShop(str(tmp_path / "items.json"))._goal("goal-0")["text"].startswith("find a bright lamp")
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(PRODUCT))
+    kept = webshop.database(str(tmp_path / "x.jsonl"))
+    Path(kept).write_bytes(b"no data base" * 1000)
+    with pytest.raises(UserError, match=f"^data: the index {kept} is damaged .*; delete it"):
+        WebShop(str(tmp_path / "x.jsonl"))

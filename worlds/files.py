@@ -38,6 +38,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         opener: Any = next((opener for magic, opener in PACKED.items() if begin.startswith(magic)), open)
         with opener(path, "rb") as file:
             yield file
+    except UnicodeDecodeError as error:
+        raise not_utf8(f"data: {path}", error) from None
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"data: {path} cannot be unpacked: {told(error)}; is it whole? get it anew") from None
     except OSError as error:
@@ -48,12 +50,16 @@ def told(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
+    kind = "UTF-16" if error.object.startswith(WIDE) else f"it holds the byte 0x{error.object[error.start]:02x}"
+    return UserError(f"{where}: not text in UTF-8 ({kind}); save it as UTF-8")
+
+
 def decoded(raw: bytes, where: str) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        kind = "UTF-16" if raw.startswith(WIDE) else f"it holds the byte 0x{raw[error.start]:02x}"
-        raise UserError(f"{where}: not text in UTF-8 ({kind}); save it as UTF-8") from None
+        raise not_utf8(where, error) from None
     if "\0" in text:
         raise UserError(f"{where}: not text in UTF-8 (it holds zero bytes); save it as UTF-8")
     return text

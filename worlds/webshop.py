@@ -11,8 +11,9 @@ they are found by a list of other words and not by spaCy (docs/worlds.md has the
 not Lucene's; prices that the original draws anew at every start (of a product with a range, a goal's limit) are drawn
 once and for all. Usual horizon 15 (ReAct). Success is a reward of 1.
 """
+import hashlib
+import io
 import json
-import lzma
 import os
 import random
 import re
@@ -26,6 +27,11 @@ from tqdm import tqdm
 
 from config import UserError
 from envs import Env, Outcome
+from worlds.files import is_text, is_texts, named, opened, read_json, record_of
+
+BESIDE = ("items_ins_v2.json", "items_human_ins.json")
+LONGEST = 1 << 25                                      # of a product's text; what is longer is no product
+FORMAT = 2                                             # of the data base: another number makes it anew
 
 TABS = {"description": "Description", "features": "Features", "reviews": "Reviews"}
 COLOURS = """alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel
@@ -44,53 +50,120 @@ NOT_NOUNS = set("a an and at by for from in is it of on or our the this to up wi
 
 # ------------------------------------------------------------------------------------------------- the catalogue
 
-def elements(path: Path) -> Iterator[dict]:
-    """The products of a file, one at a time: a JSON array of any size, or one object a line."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    decoder, between, text, at = json.JSONDecoder(), re.compile(r"[ \r\n\t\[\],]*"), "", 0
-    with opener(path, "rt", encoding="utf-8") as file:
-        while block := file.read(1 << 20):
+def elements(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, product) of a file, one at a time: a JSON array of any size, or one object a line."""
+    decoder, between, text, at, count = json.JSONDecoder(), re.compile(r"[ \r\n\t\[\],]*"), "", 0, 0
+    with opened(path) as raw:
+        file = io.TextIOWrapper(raw, "utf-8-sig")
+        while (block := file.read(1 << 20)) and len(text) - at < LONGEST:
             text, at = text[at:] + block, 0
             while (at := between.match(text, at).end()) < len(text):
                 try:
                     item, at = decoder.raw_decode(text, at)
-                except ValueError:                     # cut off at the block's end
+                except (ValueError, RecursionError):       # cut off at the block's end
                     break
-                yield item
+                count += 1
+                where = f"data: {path}, product {count}"
+                yield where, record_of(item, where)
     if at < len(text):
-        raise UserError(f"data: {path} is damaged, or not JSON, near: {text[at:at + 60]!r}")
+        raise UserError(f"data: {path}, product {count + 1}, is not JSON: {text[at:at + 60]!r}; is the file whole?")
+
+
+def is_points(value: Any) -> bool:
+    return isinstance(value, list) and all(point is None or is_text(point) for point in value)
+
+
+def is_prices(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(price, (int, float)) and not isinstance(price, bool)
+                                           and 0 <= price < 1e9 for price in value)
 
 
 def number(text: str) -> float:
     return float(re.sub(r"[^\d.]", "", text) or 0)
 
 
-def tidy(item: dict, attributes: dict, human: dict) -> dict | None:
-    """A product in one shape, whichever file it comes from; None for the few that the original leaves out."""
+def is_price_tag(value: Any) -> bool:
+    try:
+        prices = [number(part) for part in value.split("$")[1:]] if is_text(value) else []
+    except ValueError:                                 # two points in a number
+        return False
+    return value == "" or bool(prices) and is_prices(prices)
+
+
+def is_options(value: Any) -> bool:
+    return isinstance(value, dict) and is_texts([*value]) and all(map(is_texts, value.values()))
+
+
+def is_choices(value: Any) -> bool:
+    """Options as the public download has them: [{"value": "black"}, ...] by their names."""
+    return isinstance(value, dict) and is_texts([*value]) and all(
+        isinstance(choice, dict) and is_text(choice.get("value")) for choices in value.values() for choice in choices or [])
+
+
+def is_wishes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(wish, dict) and is_text(wish.get("instruction")) and is_texts(wish.get("instruction_attributes"))
+        and is_texts(wish.get("instruction_options")) for wish in value)
+
+
+# fields, what they must hold, may it be null
+SHAPE = [("asin name category query product_category", is_text, "text", False),
+         ("description instruction", is_text, "text", True),
+         ("bullet_points", is_points, "a list of texts", True),
+         ("attributes instruction_attributes", is_texts, "a list of texts", True),
+         ("pricing", is_prices, "a list of numbers from 0 up", True),
+         ("options", is_options, 'lists of texts by names, like {"color": ["black", "blue"]}', True),
+         ("human_instructions", is_wishes, "a list of objects with instruction, instruction_attributes and "
+                                           "instruction_options", True)]
+DOWNLOAD = [SHAPE[0],
+            ("full_description", is_text, "text", True),
+            ("small_description", lambda value: is_text(value) or is_points(value), "text or a list of texts", True),
+            ("pricing", is_price_tag, "text like $19.99", True),
+            ("customization_options", is_choices, 'lists by names, like {"color": [{"value": "black"}]}', True)]
+
+
+def check(record: dict, shape: list, where: str) -> None:
+    for fields, fits, kind, nullable in shape:
+        for field in fields.split():
+            value = record.get(field)
+            if not (nullable and value is None) and not fits(value):
+                raise UserError(f"{where}: {field} must be {kind}{' or null' * nullable}, not {named(value)}")
+
+
+def tidy(item: dict, beside: dict[str, dict], where: str) -> dict | None:
+    """A product in one shape, whichever file it comes from; None for the few that the original leaves out. `beside`:
+    what the public download has of a product in other files."""
+    download = "small_description" in item
+    check(item, DOWNLOAD if download else SHAPE, where)
     asin = item["asin"]
     if asin == "nan" or len(asin) > 10:
         return None
-    if "small_description" in item:                    # the public download
-        about, points = attributes.get(asin, {}), item["small_description"]
+    if download:
+        about, points = beside["items_ins_v2.json"].get(asin, {}), item["small_description"]
         prices = [number(part) for part in (item.get("pricing") or "").split("$")[1:]][:2]
-        options = {name.lower(): [content["value"].strip().replace("/", " | ").lower() for content in contents]
-                   for name, contents in (item.get("customization_options") or {}).items() if contents}
+        options = {name: [choice["value"].strip().replace("/", " | ") for choice in choices]
+                   for name, choices in (item["customization_options"] or {}).items() if choices}
+        if not isinstance(about, dict):
+            raise UserError(f"{where}: what items_ins_v2.json has of {asin} must be an object, not {named(about)}")
         item = dict(item, bullet_points=points if isinstance(points, list) else [points], pricing=prices,
-                    description=item.get("full_description"), options=options,
+                    description=item["full_description"], options=options,
                     attributes=about.get("attributes"), instruction=about.get("instruction"),
-                    instruction_attributes=about.get("instruction_attributes"), human_instructions=human.get(asin))
+                    instruction_attributes=about.get("instruction_attributes"),
+                    human_instructions=beside["items_human_ins.json"].get(asin))
+        check(item, SHAPE, f"{where} (with items_ins_v2.json and items_human_ins.json)")
     prices = item["pricing"] or [100.0]
+    options = {name.lower(): [value.lower() for value in values] for name, values in (item["options"] or {}).items()}
     return dict(asin=asin, name=item["name"], category=item["category"], query=item["query"].lower().strip(),
                 product_category=item["product_category"], description=item["description"] or "",
-                features=[point for point in item["bullet_points"] if point], options=item["options"] or {},
+                features=[point for point in item["bullet_points"] or [] if point], options=options,
                 attributes=item["attributes"] or [], shown=" to ".join(f"${price}" for price in prices),
                 price=random.Random(f"webshop/{asin}").uniform(*prices[:2]) if len(prices) > 1 else prices[0],
                 instruction=item["instruction"], instruction_attributes=item["instruction_attributes"] or [],
                 human=item["human_instructions"] or [])
 
 
-def made_up() -> Iterator[dict]:
-    """A catalogue of 240 products, the same on every machine."""
+def made_up() -> Iterator[tuple[str, dict]]:
+    """A catalogue of 240 products, the same on every machine; like `elements`."""
     kinds = {"lamp": ("garden", "table lamps"), "mug": ("garden", "coffee mugs"), "jacket": ("fashion", "jackets"),
              "sneaker": ("fashion", "sneakers"), "soap": ("beauty", "soaps"), "shampoo": ("beauty", "shampoos"),
              "tea": ("grocery", "teas"), "cable": ("electronics", "cables")}
@@ -106,12 +179,13 @@ def made_up() -> Iterator[dict]:
         brand, colours = rng.choice("Alder Birch Cedar Dune Ember Fjord".split()), rng.sample("black blue brown gray grey green orange pink".split(), 3)
         sizes = rng.sample(["small", "medium", "large"], 2)
         wanted = rng.sample(own, rng.randint(1, len(own)))
-        yield dict(asin=f"B{i:09d}", name=f"{brand} {kind}, {own[0]}", category=category, query=query,
-                   product_category=f"{category.title()} › {query.title()} › {brand}", bullet_points=[f"{own[-1]}."],
-                   description=f"a {kind} by {brand}: {', '.join(own)}.", pricing=[rng.randint(5, 80) + 0.99],
-                   options=dict(color=colours, size=sizes) if rng.random() < 0.5 else {}, attributes=own,
-                   instruction=f"find me a {kind} that is {' and '.join(wanted)}", instruction_attributes=wanted,
-                   human_instructions=None)
+        yield "the catalogue made here", dict(
+            asin=f"B{i:09d}", name=f"{brand} {kind}, {own[0]}", category=category, query=query,
+            product_category=f"{category.title()} › {query.title()} › {brand}", bullet_points=[f"{own[-1]}."],
+            description=f"a {kind} by {brand}: {', '.join(own)}.", pricing=[rng.randint(5, 80) + 0.99],
+            options=dict(color=colours, size=sizes) if rng.random() < 0.5 else {}, attributes=own,
+            instruction=f"find me a {kind} that is {' and '.join(wanted)}", instruction_attributes=wanted,
+            human_instructions=None)
 
 
 def goals_of(item: dict, human: bool) -> Iterator[dict]:
@@ -137,22 +211,18 @@ def goals_of(item: dict, human: bool) -> Iterator[dict]:
 def build(path: Path | None, to: str) -> None:
     """Make the data base: products, a full-text index of what the original indexes, goals in its shuffled order.
     Memory holds the files beside it and one product at a time."""
-    beside = [path.parent / name if path else Path() for name in ("items_ins_v2.json", "items_human_ins.json")]
-    attributes, human = (json.loads(file.read_text()) if file.is_file() else {} for file in beside)
+    beside = {name: read_json(path.parent / name) if path and (path.parent / name).is_file() else {} for name in BESIDE}
     db = sqlite3.connect(to)
     db.executescript("pragma journal_mode = off; create table product (n integer primary key, asin text unique, item "
                      "text); create virtual table words using fts5(text, content='', tokenize='porter'); "
                      "create temp table wish (n integer primary key, human integer, goal text); "
                      "create table goal (n integer primary key, goal text)")
-    counts = {True: 0, False: 0}
-    for raw in tqdm(elements(path) if path else made_up(), desc="index products", unit="product", delay=2):
-        try:
-            item = tidy(raw, attributes, human)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"data: {path}: a product is not in WebShop's format: {type(error).__name__}: "
-                            f"{error}") from None
+    counts, products = {True: 0, False: 0}, 0
+    for where, raw in tqdm(elements(path) if path else made_up(), desc="index products", unit="product", delay=2):
+        item = tidy(raw, beside, where)
         if item is None or db.execute("select 1 from product where asin = ?", [item["asin"]]).fetchone():
             continue
+        products += 1
         row = db.execute("insert into product (asin, item) values (?, ?)", [item["asin"], json.dumps(item)]).lastrowid
         options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in item["options"].items())
         text = " ".join([item["name"], item["description"], *item["features"][:1], options])
@@ -163,6 +233,9 @@ def build(path: Path | None, to: str) -> None:
                 db.executemany("insert into wish (human, goal) values (?, ?)", goals)
                 counts[people] += len(goals)
     order = [n for n, in db.execute("select n from wish where human = ? order by n", [counts[True] > 1000])]
+    if not order:
+        raise UserError(f"data: {path}: none of its {products} products has an instruction; give a file with them, or "
+                        f"lay {' and '.join(BESIDE)} beside it")
     random.Random(233).shuffle(order)                                      # the original's seed
     db.executemany("insert into goal select ?, goal from wish where n = ?", enumerate(order))
     db.commit()
@@ -173,22 +246,31 @@ def build(path: Path | None, to: str) -> None:
 def database(data: str) -> str:
     """The data base of a product file, made at its first use and kept in the user's cache."""
     path = Path(data) if data else None
-    if path and not path.is_file():
-        raise UserError(f"data: there is no file {data}")
-    about = path.stat() if path else None
-    name = f"{path.stem}-{about.st_size}-{about.st_mtime_ns}" if path else f"made-{os.path.getmtime(__file__)}"
+    if path:
+        with opened(path):                             # is it there?
+            pass
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leafe"
-    kept = folder / f"webshop-{name}.sqlite"
+    kept = folder / f"webshop-{path.stem[:60] if path else 'made'}-{made_of(path)}.sqlite"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f"webshop-{name}.{os.getpid()}.new"
+        aside = kept.with_suffix(f".{os.getpid()}.new")
         aside.unlink(missing_ok=True)
         try:
             build(path, str(aside))
             aside.replace(kept)
+        except sqlite3.Error as error:
+            raise UserError(f"data: the index of {data or 'the catalogue'} cannot be written to {folder}: {error}; "
+                            f"XDG_CACHE_HOME may name another folder") from None
         finally:
             aside.unlink(missing_ok=True)
     return str(kept)
+
+
+def made_of(path: Path | None) -> str:
+    """What a kept data base was made of: the file and those beside it, as they are now, and this file's way."""
+    files = [path, *(path.parent / name for name in BESIDE)] if path else [Path(__file__)]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return hashlib.sha256(repr((FORMAT, stats)).encode()).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------------- the reward
@@ -275,7 +357,10 @@ class WebShop(Env):
 
     def __init__(self, data: str = ""):
         self.db = sqlite3.connect(f"file:{database(data)}?mode=ro", uri=True, check_same_thread=False)
-        self.count = self.db.execute("select count(*) from goal").fetchone()[0]
+        try:
+            self.count = self.db.execute("select count(*) from goal").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"data: the index {database(data)} is damaged ({error}); delete it") from None
 
     def tasks(self, split: str) -> list[str]:
         test, valid = (500, 1000) if self.count >= 3000 else (self.count // 6, self.count // 6)
@@ -370,7 +455,8 @@ class WebShop(Env):
             if word in ("next >", "< prev"):
                 self.number += 1 if word == "next >" else -1
             else:
-                self.place, self.item, self.chosen = "item", self._item(word.upper()), {}
+                asin = next(asin for asin in self._shown() if asin.lower() == word)
+                self.place, self.item, self.chosen = "item", self._item(asin), {}
         elif word == "< prev":
             self.place = "item" if self.place in TABS else "results"
         elif word in TABS:
