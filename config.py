@@ -51,7 +51,7 @@ CHECKS: list[Check] = [
           "warm_steps", lambda v, s: v >= 1, "must be 1 or more"),
     *each("snapshot_mb temperature reflect_temperature max_depth beta warmup seed warm_start engine_patience",
           lambda v, s: v >= 0, "must be 0 or more"),
-    *each("lora_alpha lr clip engine_timeout", lambda v, s: 0 < v < float("inf"), "must be above 0"),
+    *each("lora_alpha lr clip engine_timeout env_timeout", lambda v, s: 0 < v < float("inf"), "must be above 0"),
     *each("workers horizon", lambda v, s: v is None or v >= 1, "must be 1 or more, or null (see config.yaml)"),
     ("observation_tokens", lambda v, s: v >= 8, "must be 8 or more"),
     ("rehearsal_share", lambda v, s: 0 <= v <= 1, "must lie in 0..1"),

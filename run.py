@@ -28,7 +28,7 @@ from lora import adapter_off, add_lora, find_model, load_adapter, load_model, lo
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true
 PLAYBOOK = "\nwhat earlier episodes taught:\n"   # behind the rules, then a lesson a line (methods/ace.py)
-NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "slots", "workers", "snapshot_mb",
+NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "env_timeout", "slots", "workers", "snapshot_mb",
                        "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds", "test_tasks",
                        "samples", "split", "adapter", "playbook"}
 
@@ -95,7 +95,7 @@ class Run:
 
     def world(self) -> Env:
         """An environment; behind its rules, with cfg.react, how to answer, and the playbook."""
-        env = make_env(self.cfg.env, self.cfg.data)
+        env = make_env(self.cfg.env, self.cfg.data, self.cfg.env_timeout)
         env.rules += (REACT if self.cfg.react else "") + (PLAYBOOK + self.playbook if self.playbook else "")
         return env
 
@@ -118,7 +118,8 @@ def open_run(cfg: Config, adapter: str, training: bool) -> Run:
     """The world is examined and the tasks are picked before the folder is made and the model loaded."""
     if cfg.playbook and not Path(cfg.playbook).is_file():
         raise UserError(f"playbook: there is no file {cfg.playbook}; train.py method=ace writes one")
-    with closing(make_env(cfg.env, cfg.data)) as env, closing(make_env(cfg.env, cfg.data)) as other:
+    env, other = (make_env(cfg.env, cfg.data, cfg.env_timeout) for _ in range(2))
+    with closing(env), closing(other):
         for note in env.examine(cfg.train_split if training else cfg.split, other):
             if ranks.rank() == 0:
                 print(visible(f"note: {note}"), file=sys.stderr)
@@ -137,7 +138,7 @@ def open_run(cfg: Config, adapter: str, training: bool) -> Run:
 def pick_tasks(cfg: Config, use: str) -> list[str]:
     """The tasks to `train` or to `test` on. Raises UserError if the world has too few."""
     split, count = (cfg.train_split, cfg.train_tasks) if use == "train" else (cfg.split, cfg.test_tasks)
-    with closing(make_env(cfg.env, cfg.data)) as env:
+    with closing(make_env(cfg.env, cfg.data, cfg.env_timeout)) as env:
         tasks = ask(env, "tasks", split)
     if len(tasks) < count:
         raise UserError(f"{cfg.env}{f' with data={cfg.data}' if cfg.data else ''} has {len(tasks) or 'no'} tasks in "

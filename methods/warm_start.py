@@ -78,7 +78,7 @@ class Shown:
 
 def tasks(cfg: Config) -> list[str]:
     """Those shown. Raises UserError if the world has too few, or does not say how the first is solved."""
-    found = ask(make_env(cfg.env, cfg.data), "tasks", cfg.train_split)[cfg.train_tasks:][:cfg.warm_start]
+    found = ask(make_env(cfg.env, cfg.data, cfg.env_timeout), "tasks", cfg.train_split)[cfg.train_tasks:][:cfg.warm_start]
     if len(found) < cfg.warm_start:
         raise UserError(f"warm_start: {cfg.env} has {len(found)} training tasks beside the train_tasks, not "
                         f"{cfg.warm_start}; lower one of the two")

@@ -324,16 +324,21 @@ def test_a_class_that_does_not_derive_from_env_is_one_line(world, tmp_path):
     assert "has 0 classes derived from envs.Env" in refusal(f"{tmp_path}/other.py")
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["here", "apart"])
 @pytest.mark.parametrize("body", ["import threading\nlock = threading.Lock()",
                                   "import socket\nlock = socket.socket()", "lock = lambda self: 1"])
-def test_what_cannot_go_from_one_process_to_another_is_one_line_before_anything_is_sampled(world, body):
+def test_what_an_outcome_holds_beside_its_fields_does_no_harm(world, body, apart):
     step = body + ("\ndef step(self, action):\n outcome = super().step(action)\n if action.startswith('go'):"
                    " outcome.info = Odd.lock\n return outcome")
-    name = world("Right", step, apart=True)
-    said = refusal(name)
-    assert said.startswith(f"env: {file_of(name)}, class Odd: what step returned must be text and numbers, to be "
-                           f"sent to another process (apart = True): ") and "\n" not in said
-    assert make_env(world("Right", step)).examine("train") == []
+    assert make_env(world("Right", step, apart)).examine("train") == []
+
+
+def test_tasks_that_cannot_be_sent_from_one_process_to_another_are_one_line(world):
+    name = world("Right", "def tasks(self, split): yield split", apart=True)
+    with pytest.raises(UserError) as caught:
+        make_env(name).tasks("train")
+    assert str(caught.value).startswith(f"env: {file_of(name)}, class Odd: what tasks returned must be text and numbers, "
+                                        "to be sent to another process (apart = True): ")
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["here", "apart"])
