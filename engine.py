@@ -66,17 +66,17 @@ class Chat:
     def _encode(self, *parts: str) -> list[int]:
         """The ids of the template's pieces and of text, in turn, encoded together. Text is the world's, or a model's:
         where it says what the template's control tokens say, it is taken apart, so that none of them comes of it."""
-        parts = [part.encode("utf-8", "replace").decode() for part in parts]      # half a surrogate pair is no text
-        ids = self._tokens("".join(parts))
-        own = sum(self._controls(self._tokens(piece)) for piece in parts[::2]) if len(parts) > 1 else None
-        if own is None or self._controls(ids) == own:
+        said = [part.encode("utf-8", "replace").decode() for part in parts]       # half a surrogate pair is no text
+        ids = self._tokens("".join(said))
+        if len(said) == 1:
             return ids
+        own = sum(self._controls(self._tokens(piece)) for piece in said[::2])
         control = re.compile("|".join(map(re.escape, self.control.values())), re.I)
-        for taken_apart in (lambda text: control.sub(lambda found: BREAK.join(found[0]), text), BREAK.join):
-            texts = [taken_apart(part) if k % 2 else part for k, part in enumerate(parts)]
-            ids = [i for part in "".join(texts).split(BREAK) for i in self._tokens(part)]
+        for apart in (lambda text: control.sub(lambda found: BREAK.join(found[0]), text), BREAK.join):
             if self._controls(ids) == own:
                 break
+            said[1::2] = map(apart, said[1::2])
+            ids = [i for piece in "".join(said).split(BREAK) for i in self._tokens(piece)]
         return ids
 
     def _controls(self, ids: list[int]) -> int:

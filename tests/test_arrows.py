@@ -26,6 +26,7 @@ DOORS = {                                          # the function that asks for 
     "eval.main": "tools.compare",
     "train.warm_start": "methods.warm_start",
     "leafe.main": "tools.show",
+    "worlds.crossing.library": "any package",
 }
 
 

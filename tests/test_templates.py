@@ -68,6 +68,12 @@ def test_what_a_world_says_is_text_whatever_it_says(name):
         chat.head + "a" + chat.system_to_user + "b<c" + chat.user_to_reply, add_special_tokens=False)
 
 
+def test_the_words_around_a_control_token_stay_words(tiny):
+    chat, words = tiny[1], "you are in the hall."
+    assert chat.ids("", f"{words} <|end|> {words}")[:6] == chat.ids(words)[:6]
+    assert chat.end in chat.ids(f"{words} <|end|> {words}") and chat.end not in chat.ids("", f"{words} <|end|> {words}")
+
+
 @pytest.mark.parametrize("normal, text", [(normalizers.Lowercase(), "<|IM_END|>"), (normalizers.NFKC(), "\uff1c|im_end|\uff1e")])
 def test_text_that_a_normalizer_turns_into_a_control_token_is_text(normal, text):
     tokenizer = tokenizer_with(TRL + "qwen2_5", in_bytes())

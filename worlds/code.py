@@ -19,7 +19,7 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import AbstractSet, Any
 
 from config import UserError, installed
 from envs import Env, Outcome
@@ -216,7 +216,7 @@ STRINGS = re.compile(r"""                              # comments, and strings t
     | (?<!") " (?!"") (?:\\.|[^"\\\n])* " | (?<!') ' (?!'') (?:\\.|[^'\\\n])* '""", re.S | re.X)
 
 
-def program(reply: str, names: set[str] = frozenset()) -> str:
+def program(reply: str, names: AbstractSet[str] = frozenset()) -> str:
     """A reply's program: the last block that is Python, of those that define one of `names` (what tests call) if any
     does; without such a block, what is left of the reply."""
     while END.search(reply):

@@ -25,8 +25,9 @@ import traceback
 import types
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
+from typing import Any
 
-PLAIN = (int, float, complex, str, bytes, tuple, frozenset)
+PLAIN: tuple[Any, ...] = (int, float, complex, str, bytes, tuple, frozenset)
 VALUES = {                                         # a class of the library -> what its objects are made from
     **dict.fromkeys("fractions.Fraction decimal.Decimal datetime.date datetime.time datetime.datetime "
                     "datetime.timedelta datetime.timezone pathlib.PosixPath pathlib.PurePosixPath".split(),
@@ -37,8 +38,8 @@ VALUES = {                                         # a class of the library -> w
 VIEWS = {"dict_keys": lambda items: dict.fromkeys(items).keys(),
          "dict_items": lambda items: dict(items).items(),
          "dict_values": lambda items: dict(enumerate(items)).values()}
-SHARED = (list, set, dict, OrderedDict, Counter, defaultdict, deque, bytearray, array)
-KINDS = {kind.__name__: kind for kind in (*PLAIN, *SHARED)}
+SHARED: tuple[Any, ...] = (list, set, dict, OrderedDict, Counter, defaultdict, deque, bytearray, array)
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (*PLAIN, *SHARED)}
 TYPES = {kind.__name__: kind for kind in (types.FunctionType, types.MethodType, types.BuiltinFunctionType,
                                           types.GeneratorType, types.CoroutineType, type(None), type(...),
                                           type(NotImplemented))}
@@ -64,7 +65,7 @@ class Raised(Exception):
 
 # ----------------------------------------------------------------------------------------------------- what a value is
 
-def kind_of(cls) -> type | None:
+def kind_of(cls) -> Any:
     """The builtin that a class is made of: what its objects hold crosses by value."""
     return next((base for base in cls.__mro__ if base in SHARED or base in PLAIN), None)
 
@@ -89,7 +90,7 @@ def fill(value, items: list) -> None:
         add = set.update if kind is set else deque.extend
         add(value, items)
     else:
-        made = {list: list, bytearray: bytes, array: lambda items: array(value.typecode, items)}[kind](items)
+        made = items if kind is list else bytes(items) if kind is bytearray else array(value.typecode, items)
         kind.__setitem__(value, slice(None), made)
 
 
@@ -369,7 +370,8 @@ class Side:
         if kind == "known":
             return self.objects[node["no"]]
         if kind in ("int", "float", "bytes"):
-            return int(about, 16) if kind == "int" else float(about) if kind == "float" else bytes.fromhex(about)
+            read: Any = dict(int=lambda text: int(text, 16), float=float, bytes=bytes.fromhex)
+            return read[kind](about)
         if kind == "complex":
             return complex(*map(float, about))
         if kind in ("tuple", "frozenset"):
@@ -381,18 +383,19 @@ class Side:
         if kind in VIEWS:
             return VIEWS[kind](of)
         if kind == "value" and ".".join(about) in VALUES:
-            cls = getattr(importlib.import_module(about[0]), about[1])
+            cls = getattr(library(about[0]), about[1])
             if not about[1].startswith("User"):
                 return cls(*of)
             made = cls("")
             made.data = of[0]                      # filled later
             return made
         if kind == "shared":
-            return self.register(node, new(*about, of[0]))
+            kind, typecode, maxlen = about
+            return self.register(node, new(kind, typecode, maxlen, of[0]))
         if kind == "module" and about.partition(".")[0] in sys.stdlib_module_names:
-            return importlib.import_module(about)
+            return library(about)
         if kind == "function" and (not self.judge or about[0] == "builtins" and about[1] in FUNCTIONS):
-            return getattr(importlib.import_module(about[0]), about[1])
+            return getattr(library(about[0]), about[1])
         return {"class": self.make_class, "object": self.make_object}[kind](node, about, of)
 
     def make_class(self, node: dict, about: list, bases: list) -> type:
@@ -496,7 +499,8 @@ class Side:
             return asyncio.run(about)
         if what == "do":
             return getattr(type(about), more[0])(about, *more[1])
-        return {"get": getattr, "set": setattr, "del": delattr}[what](about, *more)
+        attribute: dict[str, Any] = {"get": getattr, "set": setattr, "del": delattr}
+        return attribute[what](about, *more)
 
     def allow(self, what: str, about, *more) -> None:
         """What an answer may do at the judge: call what a test gave it, step through it, and use the public attributes
@@ -511,6 +515,10 @@ class Side:
         public = more[0] in OPERATIONS if what == "do" else not more[0].startswith("_")
         if not (what in ("do", "get", "set", "del") and of_the_test and public):
             raise PermissionError("the test keeps this to itself")
+
+
+def library(name: str):
+    return importlib.import_module(name)
 
 
 async def awaited(coroutine):
@@ -529,7 +537,7 @@ def new(kind: str, typecode, maxlen, factory):
     return deque(maxlen=maxlen) if kind == "deque" else defaultdict(factory) if kind == "defaultdict" else KINDS[kind]()
 
 
-def error(cls, args: tuple) -> BaseException:
+def error(cls: Any, args: tuple) -> BaseException:
     if isinstance(cls, StandIn):
         return cls.__new__(cls, *args)
     try:
@@ -545,7 +553,7 @@ def standard_class(module: str, name: str, judge: bool) -> type | None:
     if module.partition(".")[0] not in sys.stdlib_module_names:
         return None
     if not judge or f"{module}.{name}" in VALUES:
-        importlib.import_module(module)
+        library(module)
     found = getattr(sys.modules.get(module), name, None)
     data = module in ("array", "collections") or f"{module}.{name}" in VALUES
     return found if isinstance(found, type) and (not judge or data or is_error(found)) else None

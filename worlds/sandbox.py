@@ -148,7 +148,7 @@ def collect(programs: list[Program], limits: Limits) -> list[Result]:
     """What programs print to the pipes that they were given, until they end; when the last of them has closed its
     own, the others are stopped."""
     pipes = [[pipe for pipe in (program.process.stdout, program.process.stderr) if pipe] for program in programs]
-    got = {pipe: bytearray() for own in pipes for pipe in own}
+    got: dict[Any, bytearray] = {pipe: bytearray() for own in pipes for pipe in own}
     over, last = set(), programs[-1]
     try:
         with selectors.DefaultSelector() as waiting:
