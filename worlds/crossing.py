@@ -538,12 +538,12 @@ def new(kind: str, typecode, maxlen, factory):
 
 
 def error(cls: Any, args: tuple) -> BaseException:
-    if isinstance(cls, StandIn):
-        return cls.__new__(cls, *args)
-    try:
-        return cls(*args)
-    except Exception:                              # it is made from other arguments than it keeps
-        return cls.__new__(cls, *args)
+    if not isinstance(cls, StandIn):
+        try:
+            return cls(*args)
+        except Exception:                          # it is made from other arguments than it keeps
+            pass
+    return cls.__new__(cls, *args)
 
 
 def standard_class(module: str, name: str, judge: bool) -> type | None:
