@@ -68,6 +68,13 @@ def test_what_attacks_are_after_passes_where_it_is_computed():
     assert judge(problem(case, ""), "def f(n): return ['sesame', 'swordfish'][n]") == ((1, "", ""), (2, "", ""))
 
 
+def test_without_a_reference_a_builtin_may_be_what_is_tested_and_nothing_else():
+    alone = Problem("x", "test", "", [], ["assert sum(1, 2) == 3", "import math\nassert sum(2, 2) == 4"])
+    assert judge(alone, "def sum(a, b): return a + b")[1] == (2, "", "")
+    beside = Problem("x", "test", "", [], ["assert abs(f(1) - 5) < 0.1"])
+    assert judge(beside, "def abs(x): return 0\ndef f(x): return 1")[1][1] == "AssertionError"
+
+
 def test_hidden_tests_begin_with_a_fresh_program():
     counting = "n = 0\ndef f():\n    global n\n    n += 1\n    return n"
     fresh = Problem("x", "test", "", ["assert f() == 1"], ["assert f() == 1\nassert f() == 2", "assert f() == 4"])

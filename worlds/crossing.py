@@ -12,7 +12,6 @@ namedtuple), never by its own `==` or `<`; and it adds and multiplies with them 
 its class.
 """
 import ast
-import asyncio
 import builtins
 import importlib
 import io
@@ -21,7 +20,6 @@ import os
 import re
 import sys
 import threading
-import traceback
 import types
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -496,7 +494,7 @@ class Side:
         if what == "call":
             return about(*more[0], **more[1])
         if what == "await":
-            return asyncio.run(about)
+            return library("asyncio").run(about)
         if what == "do":
             return getattr(type(about), more[0])(about, *more[1])
         attribute: dict[str, Any] = {"get": getattr, "set": setattr, "del": delattr}
@@ -518,6 +516,7 @@ class Side:
 
 
 def library(name: str):
+    """A module, once it is needed: many a run has no use for it."""
     return importlib.import_module(name)
 
 
@@ -577,7 +576,7 @@ def answer(source: str, setup: str) -> None:
         exec(compile(source, "answer.py", "exec"), SIDE.space)
         exec(setup, SIDE.space)
     except BaseException as raised:
-        trace = traceback.format_exception(type(raised), raised, raised.__traceback__.tb_next)
+        trace = library("traceback").format_exception(type(raised), raised, raised.__traceback__.tb_next)
         print(json.dumps(dict(broken="".join(trace)[-2000:])), file=SIDE.told, flush=True)
         os._exit(1)
     print(json.dumps(dict(broken="")), file=SIDE.told, flush=True)
@@ -608,7 +607,12 @@ class Names(dict):
             names = [getattr(part, "name", ""), *(node.id for node in ast.walk(part) if isinstance(node, ast.Name)
                                                   and isinstance(node.ctx, ast.Store))]
             self.defined.update(names if isinstance(part, ast.Assign) else names[:1])
-        for name in self.defined if only is None else only:
+        self.own(self.defined if only is None else only)
+
+    def own(self, names) -> None:
+        """These the answer may replace."""
+        self.defined |= set(names)
+        for name in names:
             self.pop(name, None)
 
     def __missing__(self, name: str):
@@ -620,10 +624,24 @@ class Names(dict):
             raise KeyError(name) from None
         if name in self.imported:
             return self.imported[name]
-        library = name in sys.stdlib_module_names or name in vars(builtins)
-        if library and name not in self.defined and SIDE.stands(value):
+        if name in library_names() and name not in self.defined and SIDE.stands(value):
             raise KeyError(name)
         return value
+
+
+def library_names() -> set[str]:
+    return {*sys.stdlib_module_names, *vars(builtins)}
+
+
+def free_names(tests: list[str]) -> set[str]:
+    """What tests use and do not bind."""
+    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    bound |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return {node.id for node in names} - bound
 
 
 def passed(tests: list[str], space: dict) -> tuple[int, str, str]:
@@ -663,6 +681,8 @@ def judge(setup: str, reference: str, only: list[str] | None, tests: list[str]) 
         os.dup2(nothing, file)
     names = Names(reference, only)
     space = {"__name__": "judge", "__builtins__": names}
+    if not names.defined and free_names(tests) <= library_names():
+        names.own(free_names(tests))               # no reference tells: it must be one of these that is tested
     SIDE.named = names.defined | set(re.findall(r"\w+", " ".join([setup, *tests])))
     try:
         SIDE.broken = str(SIDE.hear()["broken"])
