@@ -1,6 +1,7 @@
 """Asserts that call an answer's functions: judged as plain execution does, and no answer passes by another way."""
 import contextlib
 import io
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,13 +31,15 @@ def verdicts() -> dict:
 
 
 def plainly(case: dict) -> bool:
-    space = {"__name__": "answer"}
+    space, limit = {"__name__": "answer"}, sys.getrecursionlimit()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             for text in (case["code"], case.get("setup", ""), *case["tests"]):
                 exec(text, space)
     except BaseException:
         return False
+    finally:
+        sys.setrecursionlimit(limit)
     return True
 
 
