@@ -212,9 +212,9 @@ MBPP = '{"task_id": 1, "text": "a", "code": "b", "test_list": %s}'
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "line 1 is not JSON"), ('{"a": 1}', "line 1: neither MBPP's layout"), ("\n[1]\n", "record 1: neither MBPP"),
-    ("3", "line 1: neither MBPP's layout"), (MBPP % '["a()"]' + "\n{", "line 2 is not JSON"), ("", "holds no problem"),
-    ("[]", "holds no problem"), ("[" * 10**5, "is not JSON"), (b"\xff\xfe{", "cannot be read as jsonl in UTF-8"),
+    ("{", "line 1: not JSON"), ('{"a": 1}', "line 1: neither MBPP's layout"), ("\n[1]\n", "record 1: neither MBPP"),
+    ("3", "line 1: neither MBPP's layout"), (MBPP % '["a()"]' + "\n{", "line 2: not JSON"), ("", "holds no problem"),
+    ("[]", "holds no problem"), ("[" * 10**5, "not JSON"), (b"\xff\xfe{", "not text in UTF-8 .UTF-16"),
     ('{"task_id": 1, "test_list": ["assert f()"]}', "line 1: KeyError"),
     ('{"task_id": "x", "test_list": []}', "line 1: ValueError"), (MBPP % "null", "line 1: TypeError"),
     (MBPP % '"f()"', "line 1: TypeError"), (MBPP % "[1]", "line 1: TypeError"), (MBPP % "[]", "line 1: IndexError"),
@@ -237,14 +237,14 @@ def test_a_file_of_another_layout_is_one_clear_line(tmp_path, text, message):
 def test_a_file_that_is_not_what_its_name_says_is_one_clear_line(tmp_path, name):
     packed = (gzip if name.endswith("gz") else lzma).compress(Path(FILES["mbpp"]).read_bytes())
     (tmp_path / name).write_bytes(packed[:-20] if "cut" in name else b"no such thing")
-    with pytest.raises(UserError, match=f"data: .*{name} (cannot be read as|is no Parquet file|is a Parquet file)"):
+    with pytest.raises(UserError, match=f"data: .*{name} ?.*(not JSON|cannot be unpacked|is no Parquet file|is a Parquet file)"):
         Code(str(tmp_path / name))
 
 
 def test_no_file_and_two_files_of_one_name_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         Code("nowhere.jsonl")
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="is a folder; give a file"):
         Code(str(tmp_path))
     with pytest.raises(UserError, match="needs a file of problems"):
         Code()

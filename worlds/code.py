@@ -11,11 +11,8 @@ in the sandbox.
 """
 import ast
 import doctest
-import gzip
 import json
-import lzma
 import re
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import AbstractSet, Any
 
 from config import UserError, installed
 from envs import Env, Outcome
+from worlds.files import decoded, given, parsed, read_bytes, told
 from worlds.sandbox import Limits, Result, SandboxError, pair, readable, run
 
 
@@ -97,28 +95,13 @@ def records(path: Path) -> list[tuple[str, Any]]:
         try:
             rows = parquet.read_table(path).to_pylist()
         except Exception as error:                 # of the package's own
-            raise UserError(f"data: {path} is no Parquet file: {shortened(error)}") from None
+            raise UserError(f"data: {path} is no Parquet file: {told(error)}") from None
         return [(f"record {n}", row) for n, row in enumerate(rows, 1)]
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"data: {path} cannot be read as {path.suffix.lstrip('.') or 'text'} in UTF-8: "
-                        f"{shortened(error)}") from None
-    whole = text.lstrip().startswith("[")
-    found = []
-    for n, line in enumerate([text] if whole else text.split("\n"), 1):
-        try:
-            if line.strip():
-                found.append((f"line {n}", json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"data: {path}, line {n} is not JSON: {shortened(error)}") from None
-    return [(f"record {n}", record) for n, record in enumerate(found[0][1], 1)] if whole else found
-
-
-def shortened(error: Exception) -> str:
-    return " ".join(f"{error}".split())[:200] or type(error).__name__
+    text = decoded(read_bytes(path), f"data: {path}")
+    if text.lstrip().startswith("["):
+        return [(f"record {n}", record) for n, record in enumerate(parsed(text, f"data: {path}"), 1)]
+    return [(f"line {n}", parsed(line, f"data: {path}, line {n}")) for n, line in enumerate(text.split("\n"), 1)
+            if line.strip()]
 
 
 @lru_cache(maxsize=8)                              # every episode has an environment of its own
@@ -133,7 +116,7 @@ def read_problems(path: Path) -> dict[str, Problem]:
         try:
             problem = layout(record)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError, OverflowError) as error:
-            raise UserError(f"{where}: {type(error).__name__}: {shortened(error)}") from None
+            raise UserError(f"{where}: {type(error).__name__}: {told(error)}") from None
         if wrong_ := flaw(problem):
             raise UserError(f"{where} ({problem.name}) {wrong_}")
         if problem.name in found:
@@ -159,7 +142,7 @@ def flaw(problem: Problem) -> str:
         for text in (problem.setup, *(test for test in problem.hidden if isinstance(test, str))):
             ast.parse(text)
     except (SyntaxError, ValueError, RecursionError) as error:
-        return f"has a test, or a setup, that is not Python: {shortened(error)}"
+        return f"has a test, or a setup, that is not Python: {told(error)}"
     return ""
 
 
@@ -317,20 +300,18 @@ class Code(Env):
                             "data=mbpp.jsonl")
         self.problems: dict[str, Problem] = {}
         self.problem: Problem | None = None
-        for name in data.split(","):
-            if not Path(name).is_file():
-                raise UserError(f"data: there is no file {name}")
+        for path in given(data):
             try:
-                folder = readable(name)
+                folder = readable(path)
             except SandboxError as error:
                 raise UserError(f"sandbox: {error}") from None
             if folder:
-                raise UserError(f"data: {name} lies in {folder}, where the programs that are judged may read, and with "
+                raise UserError(f"data: {path} lies in {folder}, where the programs that are judged may read, and with "
                                 f"them its hidden tests; move it elsewhere")
-            stem = re.sub(r"\.(jsonl?|parquet)(\.gz|\.xz)?$", "", Path(name).name)
+            stem = re.sub(r"\.(jsonl?|parquet)(\.gz|\.xz)?$", "", path.name)
             if any(task.startswith(f"{stem}/") for task in self.problems):
                 raise UserError(f"data: two files are called {stem}, so that their tasks would be, too; rename one")
-            self.problems.update({f"{stem}/{key}": problem for key, problem in read_problems(Path(name)).items()})
+            self.problems.update({f"{stem}/{key}": problem for key, problem in read_problems(path).items()})
 
     def tasks(self, split: str) -> list[str]:
         def of(task: str, problem: Problem) -> str:

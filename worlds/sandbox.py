@@ -83,7 +83,7 @@ def files() -> dict[str, list[str]]:
     return found
 
 
-def readable(path: str) -> str:
+def readable(path: Path) -> str:
     """The folder through which a program may read this file, or ""."""
     here = Path(os.path.realpath(path))
     return next((folder for folder in files()["read"] if here.is_relative_to(folder)), "")
