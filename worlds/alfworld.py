@@ -16,7 +16,7 @@ from typing import Any, Iterator
 
 from config import UserError, installed
 from envs import Env, Outcome
-from worlds.files import given, is_text, named, read_json, read_lines
+from worlds.files import given, is_text, named, read_json, read_lines, walked
 
 OFFICIAL = Counter(train=3553, valid_seen=140, valid_unseen=134)            # games in each folder
 
@@ -129,16 +129,14 @@ def told(left_out: Counter) -> str:
 
 def in_folder(path: Path, left_out: Counter) -> Iterator[tuple[str, Game]]:
     """The games that the official loader picks: SPLIT/TASK/TRIAL/game.tw-pddl."""
-    for folder, below, names in os.walk(path):
-        below.sort()
+    for folder, names in walked(path):
         task = "/".join(Path(os.path.abspath(folder)).parts[-3:])
         if not {"game.tw-pddl", "initial_state.pddl", "traj_data.json"} & set(names) or unsupported(task, left_out):
             continue
         if "game.tw-pddl" not in names:
             left_out["without game.tw-pddl"] += 1
             continue
-        file = Path(folder, "game.tw-pddl")
-        game, where = read_json(file), f"data: {file}"
+        game, where = read_json(folder / "game.tw-pddl"), f"data: {folder / 'game.tw-pddl'}"
         if game.get("solvable") is not True:
             left_out["not solvable"] += 1
             continue

@@ -26,6 +26,24 @@ def given(data: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
+def walked(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, its files' names) for it and each folder below, linked ones too, but for hidden ones, like .git. A folder
+    that cannot be read is no empty one."""
+    def fail(error: OSError) -> None:
+        raise UserError(f"data: {error.filename} cannot be read: {error.strerror}")
+
+    seen = {os.path.realpath(folder)}
+    for place, below, names in os.walk(folder, onerror=fail, followlinks=True):
+        found = sorted(below, key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        below.clear()
+        for name in found:
+            real = os.path.realpath(os.path.join(place, name))
+            if not name.startswith(".") and real not in seen:          # a link may lead round in a circle
+                seen.add(real)
+                below.append(name)
+        yield Path(place), sorted(name for name in names if not name.startswith("."))
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked. What goes wrong while it is read is told in one line."""
@@ -52,7 +70,7 @@ def told(error: Exception) -> str:
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
     kind = "UTF-16" if error.object.startswith(WIDE) else f"it holds the byte 0x{error.object[error.start]:02x}"
-    return UserError(f"{where}: not text in UTF-8 ({kind}); save it as UTF-8")
+    return UserError(f"{where}: not text in UTF-8 ({kind}); give text, saved as UTF-8")
 
 
 def decoded(raw: bytes, where: str) -> str:
@@ -61,7 +79,7 @@ def decoded(raw: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         raise not_utf8(where, error) from None
     if "\0" in text:
-        raise UserError(f"{where}: not text in UTF-8 (it holds zero bytes); save it as UTF-8")
+        raise UserError(f"{where}: not text in UTF-8 (it holds zero bytes); give text, saved as UTF-8")
     return text
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import UserError
 from envs import Env, Outcome
-from worlds.files import WIDE, given, read_bytes
+from worlds.files import WIDE, given, read_bytes, walked
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 WALL, FLOOR, GOAL, BOX, MAN, BOX_ON_GOAL, MAN_ON_GOAL = "# .$@*+"
@@ -82,15 +82,12 @@ def read_folder(folder: Path) -> tuple[dict[Path, list[str]], list[str]]:
     """The level files of a folder and of those below it, and a note on its other files. What is hidden, like a clone's
     .git, is none of them."""
     found, others = {}, []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.is_dir() or any(part.startswith(".") for part in inside.parts):
-            continue
+    for path in sorted(place / name for place, names in walked(folder) for name in names):
         boards = read_boards(path) if path.suffix.lower() in ENDINGS else []
         if boards:
             found[path] = boards
         else:
-            others.append(str(inside))
+            others.append(str(path.relative_to(folder)))
     more = f" and {len(others) - 5} more" if len(others) > 5 else ""
     notes = [f"data: {folder}: skipped what is no level file: {', '.join(others[:5])}{more}"] if others else []
     return found, notes

@@ -20,6 +20,7 @@ import re
 import sqlite3
 from functools import lru_cache
 from itertools import product as combinations
+from math import prod
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -217,7 +218,7 @@ def build(path: Path | None, to: str) -> None:
                      "text); create virtual table words using fts5(text, content='', tokenize='porter'); "
                      "create temp table wish (n integer primary key, human integer, goal text); "
                      "create table goal (n integer primary key, goal text)")
-    counts, products = {True: 0, False: 0}, 0
+    counts, products, endless = {True: 0, False: 0}, 0, ""
     for where, raw in tqdm(elements(path) if path else made_up(), desc="index products", unit="product", delay=2):
         item = tidy(raw, beside, where)
         if item is None or db.execute("select 1 from product where asin = ?", [item["asin"]]).fetchone():
@@ -228,11 +229,17 @@ def build(path: Path | None, to: str) -> None:
         text = " ".join([item["name"], item["description"], *item["features"][:1], options])
         db.execute("insert into words (rowid, text) values (?, ?)", [row, text.lower()])
         for people in counts:
-            if people or counts[True] <= 1000:                             # the full download has people's
+            if not people and item["instruction"] and prod(map(len, item["options"].values())) > 100_000:
+                endless = endless or where
+            elif people or counts[True] <= 1000:                           # the full download has people's
                 goals = [(people, json.dumps(goal)) for goal in goals_of(item, people)]
                 db.executemany("insert into wish (human, goal) values (?, ?)", goals)
                 counts[people] += len(goals)
     order = [n for n, in db.execute("select n from wish where human = ? order by n", [counts[True] > 1000])]
+    if not products:
+        raise UserError(f"data: {path} holds no product")
+    if endless and counts[True] <= 1000:
+        raise UserError(f"{endless}: its options can be chosen in more than 100,000 ways, and each is a goal; give it fewer")
     if not order:
         raise UserError(f"data: {path}: none of its {products} products has an instruction; give a file with them, or "
                         f"lay {' and '.join(BESIDE)} beside it")
