@@ -6,14 +6,17 @@
 """
 import json
 import math
+import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from types import ModuleType
+from typing import Any, Iterator
 
+import huggingface_hub
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -23,15 +26,61 @@ from config import ROOT, UserError, installed
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+@contextmanager
+def reading(key: str, file: Path, fix: str = "copy or download it again") -> Iterator[None]:
+    """The door of every file of a model, an adapter or a checkpoint: whatever its reader raises becomes one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
+        head = file.open("rb").read(24) if file.is_file() else b"-"
+        if not head:
+            found = "the file is empty"
+        if head.startswith(b"version https://git-lfs"):
+            found, fix = "this is a pointer of git LFS, not the file", "run `git lfs pull`"
+        raise UserError(f"{key}{file}: {' '.join(found.split())[:300]}; {fix}") from None
+
+
+def read_json(key: str, file: Path) -> dict:
+    with reading(key, file):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected a JSON object, found {found!r}")
+        return found
+
+
+@contextmanager
+def aside(file: Path) -> Iterator[Path]:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    new = file.with_name(file.name + ".new")
+    try:
+        yield new
+    except (SafetensorError, RuntimeError) as error:     # so their writers say that a disk is full
+        raise UserError(f"{new} cannot be written; is the disk full? ({' '.join(str(error).split())[:200]}); nothing "
+                        f"is lost: free the way and run the same command again") from None
+    new.replace(file)
+
+
+def find_folder(name: str) -> Path | None:
+    return next((folder for folder in (Path(name), ROOT / "models" / name) if (folder / "config.json").is_file()), None)
+
+
+def is_hub_name(name: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
+
+
 def find_model(name: str) -> str:
     """The door of the models: a local folder (as given, or one of models/, as tiny is), smollm2, or a hub name."""
-    for folder in (Path(name), ROOT / "models" / name):
-        if (folder / "config.json").is_file():
-            return str(folder)
+    if (Path(name) / "adapter_config.json").is_file():   # of both, peft would load both
+        raise UserError(f"model: {name} holds an adapter; give that as init= (train.py) or adapter= (eval.py)")
+    if folder := find_folder(name):
+        return str(folder)
     if name == "smollm2":
         from tools.smollm2 import unpacked
         return str(unpacked())
-    if Path(name).exists() or name.count("/") != 1:
+    if not is_hub_name(name):
         raise UserError(f"model: {name} is no folder with a config.json, and no hub name of the form owner/name")
     return name
 
@@ -41,32 +90,52 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
     path = find_model(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    try:
+    transformers.logging.set_verbosity_error()           # what they would warn of ends the run here
+    huggingface_hub.logging.set_verbosity_error()
+    fix = f"a local folder works offline; `hf download {name}` fetches it" if is_hub_name(path) else "is it whole?"
+    with reading("model: ", Path(path), fix):
+        if Path(path).is_dir():
+            files().check_folder(Path(path))
         config = AutoConfig.from_pretrained(path)
         check_attention(name, config.get_text_config(), context)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if load_in_4bit if load_in_4bit is not None else device == "cuda":
             model = load_4bit(path, config, dtype, device)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True)
+            model, told = loaded
+            files().check_tensors(told["missing_keys"], told["unexpected_keys"], told["mismatched_keys"])
             nn.Module.to(model, device)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"model: cannot load {name}: {first} (a local folder works offline; "
-                        f"`hf download {name}` fetches a hub model)") from None
-    return model.eval().requires_grad_(False), tokenizer
+            model.base_weights = {files().sample_of(value) for value in model.parameters()}
+        files().check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+        if not finite(model.eval()):
+            raise ValueError("its weights, or what it answers, are not finite numbers")
+    return model.requires_grad_(False), tokenizer
 
 
-def load_4bit(path: str, config, dtype: torch.dtype, device: str) -> nn.Module:
+def files() -> ModuleType:
+    """The door of tools/weights.py, which looks the files of a model and of an adapter over."""
+    from tools import weights
+    return weights
+
+
+@torch.no_grad()
+def finite(model: Any) -> bool:
+    """Whether the adapter, and what the model answers with it, are numbers."""
+    table = model.get_input_embeddings().weight
+    logits = model(input_ids=torch.tensor([[0, 1]], device=table.device)).logits
+    return all(bool(value.isfinite().all()) for value in [logits, table, *lora_parameters(model)])
+
+
+def load_4bit(path: str, config, dtype: torch.dtype, device: str) -> Any:
     """A checkpoint straight into nf4, tensor by tensor: transformers would hold all of it in 16 bits first, or needs
     accelerate. The model starts on the meta device, without memory; what is not a projection stays in `dtype`."""
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(
+    folder = Path(path) if Path(path).is_dir() else Path(huggingface_hub.snapshot_download(
         path, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [
-        "model.safetensors"]
-    if not (folder / files[0]).is_file():
-        raise ValueError(f"no {files[0]} in {folder}; 4 bits need a checkpoint in safetensors")
+    parts = files().checkpoint_files(folder)
+    if parts[0].suffix != ".safetensors":
+        raise ValueError("no model.safetensors; 4 bits need a checkpoint in safetensors")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     for module in model.modules():                       # the tables of rotary positions are in no checkpoint
@@ -75,21 +144,20 @@ def load_4bit(path: str, config, dtype: torch.dtype, device: str) -> nn.Module:
                 raise ValueError(f"{type(module).__name__} is not to be made without weights; try load_in_4bit=false")
             module.__init__(module.config)
     projections(model)                                   # raises where there are none
-    wanted = {name for name, _ in model.named_parameters()}
-    for file in files:
-        with safe_open(folder / file, framework="pt") as tensors:
+    files().check_names(model, files().shapes_of(folder))
+    wanted, model.base_weights = {name for name, _ in model.named_parameters()}, set()
+    for part in parts:
+        with safe_open(part, framework="pt") as tensors:
             for key in wanted & set(tensors.keys()):
                 owner, _, name = key.rpartition(".")
                 parent, _, own = owner.rpartition(".")
                 module, value = model.get_submodule(owner), tensors.get_tensor(key).to(dtype)
+                model.base_weights.add(files().sample_of(value))
                 if name == "weight" and own in PROJECTIONS:
                     setattr(model.get_submodule(parent), own, linear_4bit(module, value, device))
                 else:
                     setattr(module, name, nn.Parameter(value.to(device), requires_grad=False))
     model.tie_weights()
-    missing = [name for name, value in model.named_parameters() if value.is_meta]
-    if missing:
-        raise ValueError(f"its checkpoint lacks {missing[0]}")
     return model.to(device)                              # the rotary tables
 
 
@@ -173,49 +241,52 @@ def adapter_off(model: nn.Module, off: bool = True) -> Iterator[None]:
 
 
 def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT does; peft and vLLM load them as is."""
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does; peft and vLLM load them as is. base.json
+    beside them names the base by its weights."""
     layers = lora_layers(model)
     if ranks.rank():
         ranks.wait_for_all()
         return
     tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
                for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise UserError(f"{folder}: the adapter is not finite, so it is not saved; lower lr= or lora_alpha=")
     one = next(iter(layers.values()))
     rank = one.lora_A.shape[0]
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=rank,
                   lora_alpha=one.scale * rank, lora_dropout=0.0, bias="none", fan_in_fan_out=False,
                   inference_mode=True, target_modules=sorted({name.rsplit(".", 1)[-1] for name in layers}))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors.new", metadata={"format": "pt"})
-    (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json.new").write_text(json.dumps(config, indent=1))
-    (folder / "adapter_config.json.new").replace(folder / "adapter_config.json")
+    with aside(folder / "adapter_model.safetensors") as file:
+        save_file(tensors, file, metadata={"format": "pt"})
+    with aside(folder / "base.json") as file:
+        file.write_text(json.dumps(dict(name=base_name, weights=files().base_digest(model))))
+    with aside(folder / "adapter_config.json") as file:
+        file.write_text(json.dumps(config, indent=1))
     ranks.wait_for_all()
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Read an adapter in PEFT's layout into the model, wrapping its layers if they are not yet."""
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"adapter: {folder} has no adapter_config.json with adapter_model.safetensors beside it")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    odd = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-           if config.get(key)]
-    if odd or config.get("bias", "none") != "none":
-        raise UserError(f"adapter: {folder} uses {', '.join(odd) or 'bias'}; plain LoRA is what is read here")
-    tensors = load_file(folder / "adapter_model.safetensors")
+def load_adapter(model: Any, folder: Path, key: str = "") -> None:
+    """Read an adapter in PEFT's layout into the model, wrapping its layers if they are not yet. `key`: who asks."""
+    config, tensors, digest = files().read_adapter(key, folder)
+    if hasattr(model, "base_weights"):
+        files().check_base(model, f"{key}{folder}", config.get("base_model_name_or_path") or "", digest)
     if not lora_layers(model):
         add_lora(model, config["r"], config["lora_alpha"], seed=0)
-    for name, layer in lora_layers(model).items():
-        layer.scale, layer.loads = config["lora_alpha"] / config["r"], layer.loads + 1
-        for part, side in (("lora_A", 1), ("lora_B", 0)):      # the side that is not the rank
-            old = getattr(layer, part)
-            key = f"base_model.model.{name}.{part}.weight"     # left out: no change (B = 0), yet it can be trained
-            new = tensors.pop(key, old if part == "lora_A" else torch.zeros_like(old))
-            if new.shape[side] != old.shape[side]:
-                raise UserError(f"adapter: {folder} was made for another model: {name}.{part} is {tuple(new.shape)}")
-            setattr(layer, part, nn.Parameter(new.to(old), requires_grad=old.requires_grad))
-    if tensors:
-        raise UserError(f"adapter: {folder} holds {next(iter(tensors))}, which this model does not have")
+    with reading(key, folder, f"was it made for another model than {model.name_or_path}?"):
+        files().check_layers(lora_layers(model), config, tensors)
+        for name, layer in lora_layers(model).items():
+            layer.scale, layer.loads = config["lora_alpha"] / config["r"], layer.loads + 1
+            for part, side in (("lora_A", 1), ("lora_B", 0)):      # the side that is not the rank
+                old = getattr(layer, part)
+                tensor = f"base_model.model.{name}.{part}.weight"
+                # left out: no change (B = 0), yet it can be trained
+                new = tensors.get(tensor, old if part == "lora_A" else torch.zeros_like(old))
+                if new.shape[side] != old.shape[side]:
+                    raise ValueError(f"{tensor} is {tuple(new.shape)}, not {tuple(old.shape)}")
+                setattr(layer, part, nn.Parameter(new.to(old), requires_grad=old.requires_grad))
+        if not finite(model):
+            raise ValueError(f"what the model answers with it is not finite (lora_alpha={config['lora_alpha']})")
 
 
 def weights_version(model: nn.Module) -> tuple:

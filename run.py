@@ -42,11 +42,12 @@ class Policy:
     cfg: Config
 
     @staticmethod
-    def open(cfg: Config, adapter: str) -> "Policy":
+    def open(cfg: Config, adapter: str, key: str) -> "Policy":
+        """`key`: where the user named the adapter that it begins with, init or adapter."""
         model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
         policy = Policy(model, Chat(tokenizer, cfg.thinking), cfg)
         if adapter:
-            policy.load(Path(adapter))
+            policy.load(Path(adapter), f"{key}: ")
         return policy
 
     def engine(self) -> Any:
@@ -71,8 +72,8 @@ class Policy:
         if lora_layers(self.model):                    # else the policy is the base, or the base with a playbook
             save_adapter(self.model, folder, self.cfg.model)
 
-    def load(self, folder: Path) -> None:
-        load_adapter(self.model, folder)
+    def load(self, folder: Path, said: str = "") -> None:
+        load_adapter(self.model, folder, said)
 
     def fingerprint(self, rules: str = "") -> str:
         """Names the policy that samples were drawn from, so that a resumed run never mixes two."""
@@ -132,7 +133,8 @@ def open_run(cfg: Config, adapter: str, training: bool) -> Run:
     playbook = Path(cfg.playbook).read_text(encoding="utf-8").strip() if cfg.playbook else ""
     find_model(cfg.model)
     folder = RunFolder(cfg)
-    return Run(cfg, Policy.open(cfg, adapter), folder, learned[:cfg.train_tasks], test_tasks, playbook)
+    policy = Policy.open(cfg, adapter, "init" if training else "adapter")
+    return Run(cfg, policy, folder, learned[:cfg.train_tasks], test_tasks, playbook)
 
 
 def pick_tasks(cfg: Config, use: str) -> list[str]:

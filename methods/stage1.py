@@ -84,7 +84,7 @@ def main(args: list[str]) -> None:
         raise UserError(f"{folder.path} has no trees yet; run python train.py with out={folder.path} first")
     trees = read_trees(records, 1, pick_tasks(cfg, "train"))
     start = str(folder.path / "warm_start") if cfg.warm_start else cfg.init
-    run = Run(cfg, Policy.open(cfg, start), folder)
+    run = Run(cfg, Policy.open(cfg, start, "init"), folder)
     run_contenders(run, trees)
     print(visible(table(trees, run.store("stage1.jsonl").records, cfg.resamples)))
     print(visible(f"results: {folder.path}/stage1.jsonl"))

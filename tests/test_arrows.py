@@ -20,6 +20,7 @@ DOORS = {                                          # the function that asks for 
     "envs.make_env": "scale.apart",
     "envs.Env.examine": "tools.examine",
     "envs.main": "tools.play",
+    "lora.files": "tools.weights",
     "lora.find_model": "tools.smollm2",
     "run.Policy.engine": "scale.serving",
     "run.report_file": "tools.report",

@@ -1,11 +1,14 @@
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
 from config import UserError
@@ -123,37 +126,311 @@ def test_loading_in_4_bit_never_holds_the_checkpoint_whole(tmp_path):
     assert size > 250e6 and whole > size and four < size / 4 + 40e6 + 100e6, (size, whole, four)
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_named(tmp_path):
-    model = family("llama")
-    model.save_pretrained(tmp_path)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / file).write_text((ROOT / "models/tiny" / file).read_text())
-    tensors = {key: value for key, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in key}
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="checkpoint lacks model.layers.1.mlp.up_proj.weight"):
-        load_model(str(tmp_path), True, 768)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no model.safetensors in"):
-        load_model(str(tmp_path), True, 768)
+# broken files
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 
 
-def test_loading_mistakes_are_one_line(tmp_path, own_tiny):
-    for name in ("nowhere", str(tmp_path), "a/b/c"):
-        with pytest.raises(UserError, match="model: .*no folder with a config.json"):
-            load_model(name, None, 64)
+def bytes_of(file, data):
+    return lambda folder: (folder / file).write_bytes(data)
+
+
+def half(file):
+    return lambda folder: os.truncate(folder / file, (folder / file).stat().st_size // 2)
+
+
+def gone(file):
+    return lambda folder: (folder / file).unlink()
+
+
+def says(file, **changes):
+    """The JSON file with these keys changed; ... takes one away."""
+    def change(folder):
+        found = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+    return change
+
+
+def tensors(file, change):
+    """`change`: of (name, tensor) a tensor, or None to leave it out."""
+    def rewrite(folder):
+        found = {key: change(key, value) for key, value in load_file(folder / file).items()}
+        save_file({key: value.contiguous() for key, value in found.items() if value is not None}, folder / file)
+    return rewrite
+
+
+def spoiled(part, number):
+    def change(key, value):
+        if part in key:
+            value.view(-1)[3] = number
+        return value
+    return change
+
+
+def more(file, extra):
+    return lambda folder: save_file(load_file(folder / file) | extra, folder / file)
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def sharded(change):
+    def split(folder):
+        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="500KB")
+        (folder / "model.safetensors").unlink()
+        change(folder)
+    return split
+
+
+def then(*changes):
+    return lambda folder: [change(folder) for change in changes]
+
+
+def words(change):
+    def rewrite(folder):
+        found = json.loads((folder / "tokenizer.json").read_text())
+        found["model"]["vocab"] = change(found["model"]["vocab"])
+        (folder / "tokenizer.json").write_text(json.dumps(found))
+    return rewrite
+
+
+WEIGHTS, CONFIG, TOKENS = "model.safetensors", "config.json", "tokenizer.json"
+INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00007.safetensors"
+BROKEN_MODELS = {
+    "empty weights": (bytes_of(WEIGHTS, b""), WEIGHTS + ": the file is empty; copy or download it again"),
+    "half weights": (half(WEIGHTS), WEIGHTS + ": SafetensorError: .*not fully covered; copy or download"),
+    "text as weights": (bytes_of(WEIGHTS, b"<!DOCTYPE html>" * 9), WEIGHTS + ": SafetensorError"),
+    "a pointer": (bytes_of(WEIGHTS, LFS), WEIGHTS + ": this is a pointer of git LFS.*run `git lfs pull`"),
+    "no weights": (gone(WEIGHTS), "has no model.safetensors; copy"),
+    "half a pickle": (then(pickled, half("pytorch_model.bin")), "pytorch_model.bin: .*; copy or download it again"),
+    "a pickled path": (then(pickled, lambda folder: torch.save({"a": folder}, folder / "pytorch_model.bin")),
+                       "pytorch_model.bin: UnpicklingError"),
+    "a pickled list": (then(pickled, lambda folder: torch.save([1], folder / "pytorch_model.bin")),
+                       "pytorch_model.bin: AttributeError"),
+    "an absent shard": (sharded(gone(SHARD)), SHARD + ": .*No such file"),
+    "half a shard": (sharded(half(SHARD)), SHARD + ": SafetensorError"),
+    "an index that is a list": (sharded(bytes_of(INDEX, b"[1]")), INDEX + ": expected a JSON object, found \\[1\\]"),
+    "an index of numbers": (sharded(says(INDEX, weight_map={"a": 3})), INDEX + ": TypeError"),
+    "an index without a map": (sharded(says(INDEX, weight_map=...)), INDEX + ": KeyError"),
+    "no config": (bytes_of(CONFIG, b"null"), CONFIG + ": expected a JSON object, found None"),
+    "half a config": (half(CONFIG), CONFIG + ": JSONDecodeError"),
+    "a binary config": (bytes_of(CONFIG, b"\xff\xfe\0"), CONFIG + ": UnicodeDecodeError"),
+    "no type": (says(CONFIG, model_type=...), "model_type"),
+    "an unknown type": (says(CONFIG, model_type="nonsense"), "nonsense"),
+    "another type": (says(CONFIG, model_type="qwen3"), "lacks model.layers.0.self_attn.k_norm.weight .and 7 more."),
+    "a type of no text": (says(CONFIG, model_type="t5"), "Unrecognized configuration class"),
+    "text for a number": (says(CONFIG, hidden_size="128"), "hidden_size"),
+    "a number below 0": (says(CONFIG, hidden_size=-128), "negative dimension"),
+    "no heads": (says(CONFIG, num_attention_heads=0), "ZeroDivisionError"),
+    "an unknown activation": (says(CONFIG, hidden_act="foo"), "'foo'"),
+    "a rope of text": (says(CONFIG, rope_parameters=dict(rope_type="default", rope_theta="x")), "TypeError"),
+    "nan": (says(CONFIG, rms_norm_eps=float("nan")), "not finite numbers"),
+    "fewer layers": (says(CONFIG, num_hidden_layers=3), "its checkpoint has model.layers.3.input_layernorm.weight"),
+    "more layers": (says(CONFIG, num_hidden_layers=5), "lacks model.layers.4.input_layernorm.weight .and 8 more."),
+    "absurdly many layers": (says(CONFIG, num_hidden_layers=10**9),
+                             "its config.json says 1000000000 layers, more than its checkpoint has tensors"),
+    "another vocabulary": (says(CONFIG, vocab_size=500), r"embed_tokens.weight as \(468, 128\), not \(500, 128\)"),
+    "another width": (says(CONFIG, intermediate_size=300), r"down_proj.weight as \(128, 256\), not \(128, 300\)"),
+    "a head of its own": (says(CONFIG, tie_word_embeddings=False), "lacks lm_head.weight"),
+    "a tensor less": (tensors(WEIGHTS, lambda key, value: None if "1.mlp.up_proj" in key else value),
+                      "lacks model.layers.1.mlp.up_proj.weight, unlike its config.json"),
+    "a tensor more": (more(WEIGHTS, {"foo.weight": torch.ones(3)}), "has foo.weight, unlike its config.json"),
+    "a tensor transposed": (tensors(WEIGHTS, lambda key, value: value.T if "1.mlp.up_proj" in key else value),
+                            r"1.mlp.up_proj.weight as \(128, 256\), not \(256, 128\)"),
+    "inf in a weight": (tensors(WEIGHTS, spoiled("2.mlp.down_proj", float("inf"))), "not finite numbers"),
+    "nan in an embedding": (tensors(WEIGHTS, spoiled("embed", float("nan"))), "not finite numbers"),
+    "half a tokenizer": (half(TOKENS), TOKENS + ": JSONDecodeError"),
+    "no tokenizer": (gone(TOKENS), "tokenizer"),
+    "an empty tokenizer": (bytes_of(TOKENS, b"{}"), "KeyError: 'added_tokens'"),
+    "a tokenizer without words": (words(lambda vocab: {}), "tokens up to -1"),
+    "a larger tokenizer": (words(lambda vocab: vocab | {"w": 468}), "tokens up to 468, its weights have 468 rows"),
+    "another's settings": (bytes_of("tokenizer_config.json", b"[]"), "tokenizer_config.json: expected a JSON object"),
+    "a pointer as template": (bytes_of("chat_template.jinja", LFS), "chat_template.jinja: .*git lfs pull"),
+    "half settings": (half("generation_config.json"), "generation_config.json: JSONDecodeError"),
+    "an adapter beside it": (bytes_of("adapter_config.json", b"{}"), "holds an adapter; give that as init= .train.py.")}
+
+
+@pytest.mark.parametrize("name", BROKEN_MODELS)
+def test_a_model_folder_that_is_broken_is_one_line(name, tmp_path):
+    change, told = BROKEN_MODELS[name]
+    folder = shutil.copytree(ROOT / "models/tiny", tmp_path / "copy")
+    change(folder)
+    for four in (False, True) if "weights" in name or "tensor" in name or "layers" in name else (False,):
+        with pytest.raises(UserError, match="(?s)^model: .*" + told) as raised:
+            load_model(str(folder), four, 64)
+        assert str(folder) in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 700
+
+
+@pytest.mark.parametrize("change", [pickled, sharded(lambda folder: None), gone("generation_config.json"),
+                                    more(WEIGHTS, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})])
+def test_a_model_folder_in_another_shape_is_loaded_all_the_same(change, tmp_path, tiny):
+    change(shutil.copytree(ROOT / "models/tiny", tmp_path / "copy"))
+    model, _ = load_model(str(tmp_path / "copy"), False, 64)
+    ids = torch.tensor([[1, 2, 300]])
+    assert torch.equal(model(input_ids=ids).logits, tiny[0](input_ids=ids).logits)
+    assert model.base_weights == tiny[0].base_weights
+
+
+def test_a_checkpoint_for_4_bits_is_in_safetensors(tmp_path):
+    pickled(shutil.copytree(ROOT / "models/tiny", tmp_path / "copy"))
+    with pytest.raises(UserError, match="4 bits need a checkpoint in safetensors"):
+        load_model(str(tmp_path / "copy"), True, 64)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "../a", "/a/b", "a/b/c", "~/a", "", "lora.py", "empty"])
+def test_a_name_that_is_no_model_is_one_line(name, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "lora.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"model: {name} is no folder with a config.json, and no hub name"):
+        load_model(name, None, 64)
+
+
+def test_a_context_that_the_model_does_not_have_is_one_line():
     with pytest.raises(UserError, match="context: 99999 is more"):
         load_model("tiny", None, 99999)
-    with pytest.raises(UserError, match="adapter: .*has no adapter_config.json"):
-        load_adapter(own_tiny[0], tmp_path)
-    other = family("llama")
-    add_lora(other, 4, 8, seed=0)
-    save_adapter(other, tmp_path / "other", "llama")
-    with pytest.raises(UserError, match="adapter: .*was made for another model"):
-        load_adapter(own_tiny[0], tmp_path / "other")
-    config = json.loads((tmp_path / "other/adapter_config.json").read_text())
-    (tmp_path / "other/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(UserError, match="use_dora"):
-        load_adapter(other, tmp_path / "other")
+
+
+ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+LAYER = "base_model.model.model.layers.{}.mlp.up_proj.lora_A.weight"
+BROKEN_ADAPTERS = {
+    "empty": (bytes_of(ADAPTER, b""), ADAPTER + ": the file is empty; copy"),
+    "half": (half(ADAPTER), ADAPTER + ": SafetensorError"),
+    "a pointer": (bytes_of(ADAPTER, LFS), "git lfs pull"),
+    "no weights": (gone(ADAPTER), "has no adapter_config.json with adapter_model.safetensors"),
+    "no settings": (gone(SETTINGS), "has no adapter_config.json with"),
+    "null": (bytes_of(SETTINGS, b"null"), SETTINGS + ": expected a JSON object, found None"),
+    "a list": (bytes_of(SETTINGS, b"[]"), SETTINGS + ": expected a JSON object"),
+    "half settings": (half(SETTINGS), SETTINGS + ": JSONDecodeError"),
+    "another kind": (says(SETTINGS, peft_type="IA3"), "peft_type is 'IA3', but must be LORA"),
+    "no kind": (says(SETTINGS, peft_type=...), "peft_type is None"),
+    "r is 0": (says(SETTINGS, r=0), "r is 0, but must be a whole number of 1 or more"),
+    "r is text": (says(SETTINGS, r="4"), "r is '4'"),
+    "r is true": (says(SETTINGS, r=True), "r is True"),
+    "no r": (says(SETTINGS, r=...), "r is None"),
+    "another r": (says(SETTINGS, r=8), r"lora_A.weight is \(4, 256\), but r is 8"),
+    "a huge r": (says(SETTINGS, r=10**9), "but r is 1000000000"),
+    "alpha is nan": (says(SETTINGS, lora_alpha=float("nan")), "lora_alpha is nan, but must be a number above 0"),
+    "alpha is text": (says(SETTINGS, lora_alpha="8"), "lora_alpha is '8'"),
+    "alpha is huge": (says(SETTINGS, lora_alpha=1e37), "not finite .lora_alpha=1e.37."),
+    "another base at its start": (says(SETTINGS, init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+    "no targets": (says(SETTINGS, target_modules=None), "target_modules is None"),
+    "a numbered base": (says(SETTINGS, base_model_name_or_path=3), "base_model_name_or_path is 3"),
+    "half a base": (bytes_of("base.json", b'{"weights": '), "base.json: JSONDecodeError"),
+    "DoRA": (says(SETTINGS, use_dora=True), "uses use_dora=True; plain LoRA is what is read here"),
+    "biases": (says(SETTINGS, bias="all"), "uses bias='all'"),
+    "what is not known": (says(SETTINGS, use_tomorrow=True), "uses use_tomorrow=True"),
+    "nan": (tensors(ADAPTER, spoiled("2.mlp.down_proj.lora_B", float("nan"))), "2.mlp.down_proj.*no finite number"),
+    "inf in 64 bits": (tensors(ADAPTER, lambda key, value: value.double() * 1e300), "no finite number"),
+    "whole numbers": (tensors(ADAPTER, lambda key, value: value.to(torch.int8)), "no finite number"),
+    "a layer less": (tensors(ADAPTER, lambda key, value: None if "layers.3" in key else value), "it lacks .*layers.3"),
+    "half a layer": (tensors(ADAPTER, lambda key, value: None if "3.mlp.up_proj.lora_B" in key else value),
+                     "it lacks .*3.mlp.up_proj.lora_B"),
+    "a layer more": (more(ADAPTER, {LAYER.format(4): torch.ones(4, 128)}), "it has .*layers.4.*this model has not"),
+    "another tensor": (more(ADAPTER, {"foo": torch.ones(3)}), r"foo is \(3,\), but r is 4"),
+    "another rank in one": (tensors(ADAPTER, lambda key, value: value[:2] if "1.mlp.up_proj.lora_A" in key else value),
+                            r"1.mlp.up_proj.lora_A.weight is \(2, 128\), but r is 4"),
+    "another width": (tensors(ADAPTER, lambda key, value: value[:, :64] if "lora_A" in key else value),
+                      r"is \(4, 64\), not \(4, 128\)")}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter of tiny, as a run saves it."""
+    model, _ = load_model("tiny", None, 64)
+    add_lora(model, 4, 8, seed=0)
+    shake(model)
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_adapter(model, folder, "tiny")
+    return folder
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_an_adapter_that_is_broken_or_no_plain_lora_is_one_line(name, adapter, own_tiny, tmp_path):
+    change, told = BROKEN_ADAPTERS[name]
+    change(shutil.copytree(adapter, tmp_path / "copy"))
+    with pytest.raises(UserError, match=f"^init: {tmp_path}/copy.*" + told) as raised:
+        load_adapter(own_tiny[0], tmp_path / "copy", "init: ")
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+def test_what_peft_saves_of_some_layers_only_is_read_whole(own_tiny, tmp_path, adapter):
+    from peft import LoraConfig, get_peft_model
+    ids = torch.randint(6, 400, (2, 30))
+    for some in (dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 2]),
+                 dict(target_modules=r".*layers\.[03]\..*\.v_proj"), dict(target_modules="all-linear"),
+                 dict(target_modules=["mlp.up_proj"], exclude_modules=r".*layers\.0\..*")):
+        made = get_peft_model(AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny"),
+                              LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **some)).eval()
+        made.save_pretrained(tmp_path / "theirs")
+        model, _ = load_model("tiny", None, 64)
+        load_adapter(model, tmp_path / "theirs")
+        assert torch.allclose(model(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-4), some
+
+
+def other_tiny(folder):
+    """A model of tiny's shape, trained on: every number is a little another."""
+    shutil.copytree(ROOT / "models/tiny", folder)
+    tensors("model.safetensors", lambda key, value: value * 1.05)(folder)
+    return folder
+
+
+def test_an_adapter_whose_base_has_other_weights_is_one_line(tmp_path, adapter, own_tiny):
+    from peft import LoraConfig, get_peft_model
+    other = str(other_tiny(tmp_path / "other"))
+    told = f"^adapter: {adapter} was trained on tiny, whose weights are not those of {other}; give model=tiny, or an"
+    with pytest.raises(UserError, match=told):
+        load_adapter(load_model(other, None, 64)[0], adapter, "adapter: ")
+    with pytest.raises(UserError, match="was trained on tiny, whose"):            # in 4 bits, too
+        load_adapter(load_model(other, True, 64)[0], adapter)
+    # PEFT's says by name alone what it was trained on: a folder that lies here
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(other), LoraConfig(r=4, target_modules=["q_proj"]))
+    made.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match=f"theirs was trained on {other}, whose weights are not .*models/tiny; give"):
+        load_adapter(own_tiny[0], tmp_path / "theirs")
+    load_adapter(load_model(other, None, 64)[0], tmp_path / "theirs")
+    says(SETTINGS, base_model_name_or_path="own/model")(tmp_path / "theirs")
+    model, _ = load_model("tiny", None, 64)
+    model.name_or_path = "another/model"
+    with pytest.raises(UserError, match="was trained on own/model, whose"):
+        load_adapter(model, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("base, told", [
+    ("tiny", ""), ("/another/machine/models/tiny", ""), (None, ""),
+    ("/another/machine/renamed", "note: .*was trained on /another/machine/renamed, by its own account")])
+def test_an_adapter_from_before_its_base_was_kept_is_loaded(base, told, adapter, own_tiny, tmp_path, capsys):
+    shutil.copytree(adapter, tmp_path / "old")
+    (tmp_path / "old/base.json").unlink()
+    says(SETTINGS, base_model_name_or_path=base)(tmp_path / "old")
+    load_adapter(own_tiny[0], tmp_path / "old")
+    assert re.match(told + "$" * (not told), capsys.readouterr().err)
+    old, new = load_file(adapter / ADAPTER), load_file(tmp_path / "old" / ADAPTER)
+    assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_an_adapter_is_of_the_same_base_in_4_bits_and_copied_elsewhere(tmp_path, adapter):
+    shutil.copytree(ROOT / "models/tiny", tmp_path / "copy")
+    for four in (True, False):
+        load_adapter(load_model(str(tmp_path / "copy"), four, 64)[0], adapter)
+
+
+def test_a_full_disk_and_weights_that_are_not_finite_leave_what_was_there(adapter, own_tiny, tmp_path, monkeypatch):
+    shutil.copytree(adapter, tmp_path / "kept")
+    model, before = own_tiny[0], (adapter / ADAPTER).read_bytes()
+    load_adapter(model, adapter)
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr("lora.save_file", full)
+    with pytest.raises(UserError, match="is the disk full. .*No space left on device.*run the same command again"):
+        save_adapter(model, tmp_path / "kept", "tiny")
+    lora_parameters(model)[0].data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="the adapter is not finite, so it is not saved; lower lr= or lora_alpha="):
+        save_adapter(model, tmp_path / "kept", "tiny")
+    assert (tmp_path / "kept" / ADAPTER).read_bytes() == before
 
 
 def test_a_model_whose_attention_the_engine_cannot_mask_is_refused():

@@ -90,7 +90,7 @@ def main(args: list[str]) -> None:
     task = own["task"] or tasks[0]
     if task not in {*tasks, *ask(env, "tasks", "valid"), *ask(env, "tasks", "test")}:
         raise UserError(f"task: {cfg.env} has no task {task!r}; there is {tasks[0]}, and {len(tasks) - 1} others")
-    run = Run(cfg, Policy.open(cfg, cfg.init), folder=None)
+    run = Run(cfg, Policy.open(cfg, cfg.init, "init"), folder=None)
     env.rules = run.world().rules
     say(f"{env.rules}\n")
     tree, engine = Tree(task), run.policy.engine()

@@ -1,0 +1,171 @@
+"""The files of a model and of an adapter, looked over as they are loaded (lora.py): is each whole, do those of a folder
+belong together, was the adapter trained on this model? What is wrong is one line, with the file and what to do.
+"""
+import hashlib
+import re
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterable
+
+import torch
+from safetensors import safe_open
+
+import ranks
+from config import UserError
+from lora import find_folder, is_hub_name, read_json, reading
+
+Shapes = dict[str, tuple[int, ...]]                    # a tensor's name -> its shape
+
+
+# ------------------------------------------------------------------------------------------------------- a model
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files with a model's weights, in the order in which transformers looks for them."""
+    for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = file.with_name(f"{file.name}.index.json")
+        if file.is_file():
+            return [file]
+        if index.is_file():
+            with reading("model: ", index):
+                return sorted({folder / part for part in read_json("model: ", index)["weight_map"].values()})
+    raise UserError(f"model: {folder} has no model.safetensors; copy or download it again")
+
+
+def shapes_of(folder: Path) -> Shapes:
+    """What a checkpoint holds, without reading it. A file that is not whole shows here."""
+    found: Shapes = {}
+    for file in checkpoint_files(folder):
+        with reading("model: ", file):
+            if file.suffix == ".bin":
+                pickled = torch.load(file, weights_only=True, map_location="meta")
+                found |= {key: tuple(value.shape) for key, value in pickled.items()}
+                continue
+            with safe_open(file, framework="pt") as tensors:
+                found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+    return found
+
+
+def check_folder(folder: Path) -> None:
+    """Before transformers reads it, for it would say less of what is wrong."""
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            read_json("model: ", folder / name)
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        with reading("model: ", template):
+            if template.read_text(encoding="utf-8").startswith("version https://git-lfs"):
+                raise ValueError("no template")
+    layers = read_json("model: ", folder / "config.json").get("num_hidden_layers")
+    if type(layers) is int and layers > len(shapes_of(folder)):             # to make as many would take for ever
+        raise UserError(f"model: {folder}: its config.json says {layers} layers, more than its checkpoint has tensors")
+
+
+def check_tensors(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple]) -> None:
+    """Config and checkpoint must be of one model. `mismatched`: (tensor, its shape, what the config says)."""
+    odd = [*(f"has {key} as {tuple(found)}, not {tuple(expected)}" for key, found, expected in sorted(mismatched)),
+           *(f"lacks {key}" for key in sorted(missing)), *(f"has {key}" for key in sorted(unexpected))]
+    if odd:
+        more = f" (and {len(odd) - 1} more)" * (len(odd) > 1)
+        raise ValueError(f"its checkpoint {odd[0]}{more}, unlike its config.json")
+
+
+def check_names(model: Any, found: Shapes) -> None:
+    """The same for a model without weights, and a checkpoint that holds `found`."""
+    wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    known = "|".join([*(model._keys_to_ignore_on_load_unexpected or []), "rotary_emb.inv_freq"])
+    check_tensors(wanted.keys() - found.keys(),
+                  {key for key in found.keys() - model.state_dict().keys() if not re.search(known, key)},
+                  [(key, found[key], shape) for key, shape in wanted.items() if found.get(key, shape) != shape])
+
+
+def check_vocabulary(tokenizer: Any, rows: int) -> None:
+    """Every token of text has its row; added ones may lack theirs (Gemma 3 has one for pictures)."""
+    added = tokenizer.get_added_vocab()
+    last = max((i for token, i in tokenizer.get_vocab().items() if token not in added), default=-1)
+    if not 0 <= last < rows or not tokenizer.encode("a"):
+        raise ValueError(f"its tokenizer has tokens up to {last}, its weights have {rows} rows for them")
+
+
+# --------------------------------------------------------------------------------------------- what a base is
+def sample_of(value: torch.Tensor) -> bytes:
+    """64 of its numbers, alike in every precision: those of all tensors tell one model from another."""
+    flat = value.detach().flatten()
+    return flat[::max(1, len(flat) // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+
+
+def base_digest(model: Any) -> str:
+    """What base.json keeps beside an adapter. "": the model was not loaded from a checkpoint."""
+    samples = getattr(model, "base_weights", ())
+    return hashlib.sha256(b"".join(sorted(samples))).hexdigest()[:16] if samples else ""
+
+
+def check_base(model: Any, said: str, base: str, digest: str) -> None:
+    """An adapter's base must be this model. In what we save, its weights say so. Of another's the name is all there
+    is: a folder that lies here is compared, two hub names must be one, else another name is but a note."""
+    here, folder, same = model.name_or_path, find_folder(base) if base else None, True
+    if digest:
+        same = digest == base_digest(model)
+    elif folder and folder.resolve() != Path(here).resolve():
+        samples = set()
+        for file in checkpoint_files(folder):
+            with reading("model: ", file), safe_open(file, framework="pt") as opened:
+                samples |= {sample_of(opened.get_tensor(key)) for key in opened.keys()}
+        same = model.base_weights <= samples
+    elif is_hub_name(base) and is_hub_name(here):
+        same = base == here
+    elif base and Path(base).name != Path(here).name and ranks.rank() == 0:
+        print(f"note: {said} was trained on {base}, by its own account, and is used on {here}", file=sys.stderr)
+    if not same:
+        raise UserError(f"{said} was trained on {base}, whose weights are not those of {here}; give model={base}, "
+                        f"or an adapter of this model")
+
+
+# ----------------------------------------------------------------------------------------------------- an adapter
+# what a config of PEFT must say, and which of its keys change no answer; another that is set is not read here
+MUST: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "peft_type": (lambda v: v == "LORA", "LORA: plain LoRA is what is read here"),
+    "r": (lambda v: type(v) is int and v >= 1, "a whole number of 1 or more"),
+    "lora_alpha": (lambda v: type(v) in (int, float) and 0 < v < 1e38, "a number above 0"),
+    "init_lora_weights": (lambda v: v in (None, True, False, "gaussian", "orthogonal"),
+                          "one that leaves the base as it is"),
+    "target_modules": (lambda v: v and isinstance(v, (str, list)), "the names of the layers that it changes"),
+    "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "the name of its base")}
+IDLE = """task_type auto_mapping peft_version revision inference_mode lora_dropout exclude_modules layers_to_transform
+layers_pattern megatron_config megatron_core qalora_group_size""".split()
+
+
+def read_adapter(key: str, folder: Path) -> tuple[dict, dict[str, torch.Tensor], str]:
+    """(config, tensors, digest of its base or ""). Raises UserError for all that is no plain, whole, finite LoRA."""
+    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not file.is_file() or not weights.is_file():
+        raise UserError(f"{key}{folder} has no adapter_config.json with adapter_model.safetensors beside it")
+    config = read_json(key, file)
+    for name, (holds, must) in MUST.items():
+        if not holds(config.get(name)):
+            raise UserError(f"{key}{file}: {name} is {config.get(name)!r}, but must be {must}")
+    for name in sorted(config.keys() - MUST.keys() - set(IDLE)):
+        if config[name] and config[name] != "none":
+            raise UserError(f"{key}{file}: uses {name}={config[name]!r}; plain LoRA is what is read here")
+    with reading(key, weights), safe_open(weights, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        for name, value in tensors.items():
+            rank = value.shape[0 if ".lora_A." in name else -1] if value.dim() == 2 else 0
+            if rank != config["r"]:
+                raise ValueError(f"{name} is {tuple(value.shape)}, but r is {config['r']} in {file.name}")
+            if not value.is_floating_point() or not value.float().isfinite().all():
+                raise ValueError(f"{name} holds what is no finite number")
+    base = folder / "base.json"
+    return config, tensors, read_json(key, base).get("weights", "") if base.is_file() else ""
+
+
+def check_layers(layers: Iterable[str], config: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """An adapter has all that its config promises, and no half of a layer. Where that names some layers only, or a
+    pattern, it is taken at its word."""
+    some = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+    targets = config["target_modules"] if isinstance(config["target_modules"], list) and not some else []
+    own = {name: [f"base_model.model.{name}.{part}.weight" for part in ("lora_A", "lora_B")] for name in layers}
+    for name, pair in own.items():
+        lacks = [tensor for tensor in pair if tensor not in tensors]
+        if lacks and (len(lacks) == 1 or any(f".{name}".endswith(f".{target}") for target in targets)):
+            raise ValueError(f"it lacks {lacks[0]}")
+    if more := tensors.keys() - {tensor for pair in own.values() for tensor in pair}:
+        raise ValueError(f"it has {min(more)}, which this model has not")
