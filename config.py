@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -327,6 +328,8 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)):        # what all ranks have found rank 0 tells, and ends them
+            time.sleep(10)
         sys.exit(visible(f"error: {error}"))
     except ModuleNotFoundError as error:                # a fork may have left a wing out
         if (error.name or "").partition(".")[0] not in ("methods", "worlds", "scale", "tools"):

@@ -18,6 +18,7 @@ where log pi'(a | h) is the sum over the action's tokens, so a token of a pair i
 D_reh beta/|D_reh|. A step sees one of the M batches of an epoch and takes M times its share of L: over an epoch
 that is L.
 """
+import math
 import random
 import time
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ import ranks
 from config import Config, UserError, guarded, load_config, method_file, refuse, visible
 from eval import sample
 from leafe import Targets, Tree, explore, read_trees, targets
+from lora import aside, finite, reading
 from packing import Batch, Packed, Weights, packed_nll, training_rows
 from run import Run, open_run, read_jsonl, report_file, write_aside
 
@@ -122,21 +124,25 @@ def optimise(run: Run, round_: int, objective: Objective, batches: Callable[[int
         if ranks.world() > 1:
             sums = ranks.give_gradients(parameters, mine, len(batch.rows), len(names))
         # the step
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        shown = dict(zip(names, sums.tolist()))
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
+        if not all(map(math.isfinite, [*shown.values(), norm])):
+            raise diverged(cfg, state["step"] + 1, shown, norm)
         optimizer.step()
         optimizer.zero_grad()
         state["step"] += 1
         state["tokens"] += sum(len(row.ids) for row in batch.rows)
         # say what it did, and keep where to go on from
-        shown = dict(zip(names, sums.tolist()))
         told = dict(round=round_, step=state["step"])
         if not any(told.items() <= record.items() for record in run.metrics.records):    # before a kill it may have been told
-            run.metrics.append(dict(**told, **shown, gradient_norm=float(norm), lr=cfg.lr * batch.lr,
+            run.metrics.append(dict(**told, **shown, gradient_norm=norm, lr=cfg.lr * batch.lr,
                                     tokens=state["tokens"], seconds=round(time.time() - began, 2)))
         bar.update()
         bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in shown.items())
                             + f", {(state['tokens'] - before) / (time.time() - began):.0f} tokens/s")
         if batch.resume is not None:
+            if not finite(model):
+                raise diverged(cfg, state["step"], shown, norm)
             state["resume"] = batch.resume
             save_checkpoint(run.folder.path, parameters, optimizer, state)
     bar.close()
@@ -151,6 +157,13 @@ def backward(model, row: Packed, objective: Objective, scale: float) -> torch.Te
         raise UserError(f"row_tokens: out of memory in a training row of {len(row.ids)} tokens; lower "
                         f"row_tokens= (and context=), or set gradient_checkpointing=true") from None
     return losses.detach()
+
+
+def diverged(cfg: Config, step: int, losses: dict[str, float], norm: float) -> UserError:
+    """What was computed in optimiser step `step`, or the weights after it, is no finite number."""
+    told = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
+    return UserError(f"lr: training diverged in step {step} ({told}, gradient norm {norm:.3g}); lower lr={cfg.lr}, "
+                     f"lora_alpha={cfg.lora_alpha} or a loss's weight, with another out=; what was before it stays")
 
 
 def sft_batches(before: list[Packed], rows: list[Packed], cfg: Config, first: int) -> Iterator[Batch]:
@@ -189,23 +202,32 @@ def save_checkpoint(folder: Path, parameters, optimizer, state: dict[str, int]) 
     """Adapter, optimiser, position; the order of the data follows from the seed, nothing else is random."""
     if ranks.rank():
         return
-    aside = folder / "checkpoint.pt.new"
-    torch.save(dict(state=state, parameters=[p.detach().cpu() for p in parameters],
-                    optimizer=optimizer.state_dict()), aside)
-    aside.replace(folder / "checkpoint.pt")
+    with aside(folder / "checkpoint.pt") as file:
+        torch.save(dict(state=state, parameters=[p.detach().cpu() for p in parameters],
+                        optimizer=optimizer.state_dict()), file)
 
 
 def load_checkpoint(folder: Path, parameters, optimizer, round_: int) -> dict[str, int]:
     """Where to go on: optimiser steps and tokens so far, and what the batches resume from. 0 without a checkpoint."""
-    path = folder / "checkpoint.pt"
-    saved = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-    if not saved or saved["state"]["round"] != round_:
-        return dict(round=round_, step=0, tokens=0, resume=0)
-    with torch.no_grad():
+    path, start = folder / "checkpoint.pt", dict(round=round_, step=0, tokens=0, resume=0)
+    if not path.exists():
+        return start
+    with reading("", path, f"delete it: the training of round {round_} begins anew"), torch.no_grad():
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        if not all(type(saved["state"][name]) is int for name in start):
+            raise ValueError(f"its state is {saved['state']}")
+        if saved["state"]["round"] != round_:
+            return start
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
+            if value.shape != parameter.shape or not value.isfinite().all():
+                raise ValueError(f"weights of shape {tuple(value.shape)}: not finite, or of another adapter")
             parameter.copy_(value)
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["state"]
+        optimizer.load_state_dict(saved["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            for value in (moments["exp_avg"], moments["exp_avg_sq"]):
+                if value.shape != parameter.shape or not value.isfinite().all():
+                    raise ValueError(f"moments of shape {tuple(value.shape)}: not finite, or of another adapter")
+        return saved["state"]
 
 
 # ---------------------------------------------------------------------------------------------------- the whole loop

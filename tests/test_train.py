@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from html import escape
 
@@ -22,8 +23,8 @@ from conftest import ROOT, run_of
 from engine import Chat
 from leafe import targets
 from lora import load_model, lora_parameters
-from packing import Segment, pack, rows_of, training_rows
-from run import Jsonl, read_jsonl
+from packing import Segment, pack, packed_nll, rows_of, training_rows
+from run import Jsonl, open_run, read_jsonl
 from test_leafe import grow, tree_by_hand
 from tools.report import STAGE_1, about, chat_pairs, reflections_in_words
 from train import Objective, epoch, fit, loss_weights, optimise, sft_batches
@@ -381,10 +382,130 @@ def test_exported_pairs_render_to_the_very_ids_that_are_trained_on(tiny, setting
 def test_out_of_memory_in_training_is_one_line_with_the_key(own_tiny, settings):
     def fails(*_):
         raise torch.OutOfMemoryError
-    rows = [pack([[Segment([3, 4, 5], [(0.0, 0.0), (1.0, 0.0), (1.0, 0.0)], None)]])]
     run = run_of(settings(), own_tiny, folder=True)
     with pytest.raises(UserError, match="row_tokens: out of memory in a training row of 3 tokens; lower row_tokens="):
-        optimise(run, 1, Objective(("a", "b"), fails, 1), partial(sft_batches, [], rows, run.cfg))
+        optimise(run, 1, Objective(("a", "b"), fails, 1), partial(sft_batches, [], three_tokens(), run.cfg))
+
+
+def three_tokens():
+    return [pack([[Segment([3, 4, 5], [(0.0, 0.0), (1.0, 0.0), (1.0, 0.0)], None)]])]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
+def test_a_step_that_is_not_finite_is_one_line_and_the_checkpoint_before_it_stays(what, own_tiny, settings):
+    run, seen = run_of(settings("checkpoint_every=1", "steps=5", "lr=0.02"), own_tiny, folder=True), []
+
+    def loss(model, row):
+        losses = packed_nll(model, [row])
+        seen.append(losses)
+        if len(seen) == 3 and what == "loss":
+            return losses * float("nan")
+        if len(seen) == 3 and what == "gradient":
+            return losses + (losses - losses.detach()) * 1e30 * 1e30      # the loss stays as it is
+        return losses
+
+    def batches(first):
+        for batch in sft_batches([], three_tokens(), run.cfg, first):
+            yield batch if what != "weights" or batch.resume != 3 else replace(batch, lr=1e38)
+    told = (r"^lr: training diverged in step 3 \(a .*, b .*, gradient norm .*\); lower lr=0.02, lora_alpha=.* or a "
+            "loss's weight, with another out=; what was before it stays")
+    with pytest.raises(UserError, match=told) as raised:
+        optimise(run, 1, Objective(("a", "b"), loss, 5), batches)
+    assert dict(loss="a nan", gradient="norm nan", weights="a ")[what] in str(raised.value)
+    saved = torch.load(run.folder.path / "checkpoint.pt", weights_only=True)
+    assert saved["state"]["step"] == 2 and all(value.isfinite().all() for value in saved["parameters"])
+    told = list(read_jsonl(run.folder.path / "metrics.jsonl"))
+    assert len(told) == (3 if what == "weights" else 2) and "NaN" not in json.dumps(told)
+
+
+@pytest.mark.parametrize("setting", ["lr=1e30", "lora_alpha=1e30"])
+def test_training_that_diverges_saves_nothing_that_is_not_finite(setting, own_tiny, settings):
+    run = run_of(settings("steps=30", "checkpoint_every=1", setting), own_tiny, folder=True)
+    key, _, value = setting.partition("=")
+    with pytest.raises(UserError, match=f"lr: training diverged in step .*{key}={float(value):g}".replace("+", ".")):
+        fit(run, 1, ("a", "b"), three_tokens())
+    path = run.folder.path / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)["parameters"] if path.exists() else []
+    assert all(value.isfinite().all() for value in saved)
+
+
+def broken(file, change):
+    found = torch.load(file, weights_only=True)
+    change(found)
+    torch.save(found, file)
+
+
+BROKEN = {"half": lambda file: os.truncate(file, file.stat().st_size // 2),
+          "empty": lambda file: file.write_bytes(b""),
+          "text": lambda file: file.write_bytes(b"checkpoint" * 99),
+          "another pickle": lambda file: torch.save([1, 2], file),
+          "no state": lambda file: broken(file, lambda found: found.pop("state")),
+          "a step of text": lambda file: broken(file, lambda found: found["state"].update(step="3")),
+          "no optimiser": lambda file: broken(file, lambda found: found.pop("optimizer")),
+          "fewer weights": lambda file: broken(file, lambda found: found["parameters"].pop()),
+          "another shape": lambda file: broken(
+              file, lambda found: found["parameters"].__setitem__(0, torch.ones(1, 128))),
+          "nan": lambda file: broken(file, lambda found: found["parameters"][3].fill_(float("nan"))),
+          "moments of another shape": lambda file: broken(
+              file, lambda found: found["optimizer"]["state"][0].update(exp_avg=torch.ones(2))),
+          "moments of nan": lambda file: broken(
+              file, lambda found: found["optimizer"]["state"][0]["exp_avg_sq"].fill_(float("nan")))}
+
+
+def test_a_checkpoint_that_is_broken_is_one_line(own_tiny, settings):
+    run = run_of(settings("steps=2", "lora_rank=2"), own_tiny, folder=True)
+    fit(run, 1, ("a", "b"), three_tokens())
+    file = run.folder.path / "checkpoint.pt"
+    whole = file.read_bytes()
+    for name, change in BROKEN.items():
+        file.write_bytes(whole)
+        change(file)
+        with pytest.raises(UserError, match=f"^{file}: .*; delete it: the training of round 1 begins anew$") as raised:
+            fit(run, 1, ("a", "b"), three_tokens())
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 500, name
+    file.write_bytes(whole)
+    fit(run, 1, ("a", "b"), three_tokens())                            # and whole, it is gone on with
+
+
+def test_a_checkpoint_that_a_full_disk_cuts_short_leaves_the_one_before(own_tiny, settings, monkeypatch):
+    run = run_of(settings("steps=2", "checkpoint_every=1"), own_tiny, folder=True)
+    save = torch.save
+
+    def full(found, file):
+        if found["state"]["step"] == 2:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+        save(found, file)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="checkpoint.pt.new cannot be written; is the disk full.*nothing is lost"):
+        fit(run, 1, ("a", "b"), three_tokens())
+    assert torch.load(run.folder.path / "checkpoint.pt", weights_only=True)["state"]["step"] == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_whose_training_diverges_end_with_one_line(tmp_path):
+    (tmp_path / "three.py").write_text(THREE)
+    process = under_two_ranks(tmp_path / "run", f"method={tmp_path}/three.py", "evaluate_base=false", "train_tasks=2",
+                              "steps=3", "lr=1e30", env=dict(os.environ, OMP_NUM_THREADS="1"))
+    _, errors = process.communicate(timeout=200)
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1 and len(lines) == 1 and "training diverged in step" in lines[0], errors
+    assert errors.count("Traceback") == errors.count("ChildFailedError") // 2 == 1, errors             # torchrun's own
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("key, training", [("init", True), ("adapter", False)])
+def test_an_adapter_that_is_not_there_is_blamed_on_the_key_that_names_it(key, training, settings, tmp_path):
+    cfg = settings(f"{key}={tmp_path}/nowhere")
+    with pytest.raises(UserError, match=f"^{key}: {tmp_path}/nowhere has no adapter_config.json"):
+        open_run(cfg, getattr(cfg, key), training)
+
+
+def test_a_run_s_own_adapter_that_is_broken_is_named_by_its_file(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run/adapter_1/adapter_model.safetensors").write_bytes(b"")
+    _, errors = train(tmp_path / "run").communicate(timeout=100)
+    assert f"error: {tmp_path}/run/adapter_1/adapter_model.safetensors: the file is empty" in errors
+    assert "Traceback" not in errors
 
 
 def test_beta_infinite_leaves_l_reh_alone(settings):
