@@ -1,5 +1,5 @@
-"""The core alone: a copy without methods/, worlds/, scale/ and all of tools/ but examine, report and weights runs LEAFE
-whole, and each door that leads nowhere there says so in one line."""
+"""The core alone: a copy without methods/, worlds/, scale/ and all of tools/ but the report runs LEAFE whole, and each
+door that leads nowhere there says so in one line."""
 import json
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ def bare(tmp_path_factory):
     copy = tmp_path_factory.mktemp("bare") / "leafe"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
     for tool in (copy / "tools").iterdir():
-        if tool.name not in ("__init__.py", "examine.py", "report.py", "weights.py", "page.html"):
+        if tool.name not in ("__init__.py", "report.py", "page.html"):
             tool.unlink()
     return copy
 
