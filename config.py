@@ -8,23 +8,28 @@
 import errno
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from reprlib import Repr
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, TextIO
 from unicodedata import category
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "config.yaml"
+SHORT = Repr()
+SHORT.maxlist, SHORT.maxstring, SHORT.maxother, SHORT.maxlevel = 12, 80, 80, 2
+short = SHORT.repr                                     # of a value, to be shown
 
 
 class UserError(Exception):
@@ -46,15 +51,25 @@ def each(keys: str, holds: Callable[[Any, dict], Any], must: str) -> list[Check]
     return [(key, holds, must) for key in keys.split()]
 
 
+def within(keys: str, low: int, high: int, null: str = "") -> list[Check]:
+    """Above `high` lies what no machine holds, or no one means. `null`: what is said of keys that may be null."""
+    return [*each(keys, lambda v, s: v is None or v >= low, f"must be {low} or more{null}"),
+            *each(keys, lambda v, s: v is None or v <= high, f"must be at most {high:,}")]
+
+
 CHECKS: list[Check] = [
-    *each("lora_rank context slots train_tasks test_tasks rounds roots reflect_every attempts action_tokens "
-          "reflect_tokens corrections_per_task steps batch_tokens row_tokens checkpoint_every samples resamples "
-          "warm_steps", lambda v, s: v >= 1, "must be 1 or more"),
-    *each("snapshot_mb temperature reflect_temperature max_depth beta warmup seed warm_start engine_patience",
-          lambda v, s: v >= 0, "must be 0 or more"),
+    *within("context slots train_tasks test_tasks reflect_every action_tokens reflect_tokens corrections_per_task "
+            "steps batch_tokens row_tokens checkpoint_every resamples warm_steps", 1, 1_000_000),
+    *within("lora_rank rounds roots attempts", 1, 4096),
+    *within("samples", 1, 100_000),
+    *within("workers horizon", 1, 4096, ", or null (see config.yaml)"),
+    *within("seed", 0, 10**18),
+    *within("snapshot_mb max_depth warmup warm_start engine_patience engine_timeout env_timeout", 0, 1_000_000),
+    *within("temperature reflect_temperature", 0, 100),
+    *within("observation_tokens", 8, 1_000_000),
+    ("beta", lambda v, s: v >= 0, "must be 0 or more"),
     *each("lora_alpha lr clip engine_timeout env_timeout", lambda v, s: 0 < v < float("inf"), "must be above 0"),
-    *each("workers horizon", lambda v, s: v is None or v >= 1, "must be 1 or more, or null (see config.yaml)"),
-    ("observation_tokens", lambda v, s: v >= 8, "must be 8 or more"),
+    ("resamples", lambda v, s: v * s["test_tasks"] <= 10**8, "with test_tasks={test_tasks} no memory holds them"),
     ("rehearsal_share", lambda v, s: 0 <= v <= 1, "must lie in 0..1"),
     ("engine", lambda v, s: not v or re.match("https?://", v),
      "must be a server's address, like http://localhost:8000/v1"),
@@ -78,18 +93,19 @@ def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, st
         if key not in kinds:
             owners = ", ".join(owners_of(key))
             fix = f"; it is a key of method={owners}" if owners else nearest(key, kinds)
-            raise UserError(f"{sources[key]}: there is no key {key!r}{fix}")
-        if not fits(value, kinds[key]):
-            raise UserError(f"{sources[key]}: {key} is {value!r}, but must be {SAYS.get(kinds[key], kinds[key])}")
+            raise UserError(f"{sources[key]}: there is no key {short(key)}{fix}")
+        if not fits(value, kinds[key]) or isinstance(value, str) and visible(value) != value:
+            raise UserError(f"{sources[key]}: {key} is {short(value)}, but must be {SAYS.get(kinds[key], kinds[key])}")
     for key, holds, must in [*CHECKS, *getattr(method, "CHECKS", [])]:
         if not holds(settings[key], settings):
-            raise UserError(f"{sources[key]}: {key} is {settings[key]!r}, but "
+            raise UserError(f"{sources[key]}: {key} is {short(settings[key])}, but "
                             + re.sub(r"\{(\w+)\}", lambda name: str(settings.get(name[1], name[0])), must))
 
 
-SAYS = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
-        int | None: "a whole number or null", bool | None: "true, false or null", list[int]: "a list of whole numbers",
-        list[float]: "a list of numbers", list[str]: "a list of texts"}
+SAYS = {int: "a whole number, of at most 18 digits", float: "a number", bool: "true or false",
+        str: "text, in quotes if it could be a number", int | None: "a whole number or null", bool | None:
+        "true, false or null", list[int]: "a list of whole numbers", list[float]: "a list of numbers",
+        list[str]: "a list of texts"}
 
 
 def kind_of(key: str, shipped_value: Any) -> Any:
@@ -102,13 +118,13 @@ def kind_of(key: str, shipped_value: Any) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
+    if hasattr(kind, "__origin__"):
+        return isinstance(value, list) and all(fits(v, *kind.__args__) for v in value)
     if isinstance(value, bool):
         return kind in (bool, bool | None)
     if kind is float:
         return isinstance(value, (int, float)) and value == value
-    if hasattr(kind, "__origin__"):
-        return isinstance(value, list) and all(fits(v, *kind.__args__) for v in value)
-    return isinstance(value, kind)
+    return isinstance(value, kind) and (not isinstance(value, int) or abs(value) <= 10**18)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -126,57 +142,111 @@ def refuse(cfg: Config, **reasons: str) -> None:       # keys that are set, and 
 @lru_cache
 def shipped() -> dict[str, Any]:
     """The values of the config.yaml that comes with the project: what another file leaves out, or is older than."""
-    return yaml.safe_load(SHIPPED.read_text())
+    return read_yaml(SHIPPED)
 
 
 def load_config(args: list[str]) -> Config:
     """`config.yaml [preset=NAME] [key=value ...]`. Raises UserError: one line with key, file and fix."""
-    path = next((arg for arg in args if "=" not in arg), "config.yaml")
-    extra = [arg for arg in args if "=" not in arg and arg != path]
-    if extra:
-        raise UserError(f"{extra[0]}: not understood; write options as key=value")
-    options = dict(arg.split("=", 1) for arg in args if "=" in arg and not arg.startswith("preset="))
-    presets = [one for arg in args if arg.startswith("preset=") for one in read_presets(arg.partition("=")[2])]
-    file = read_yaml(Path(path))
+    paths = [arg for arg in args if "=" not in arg or "/" in arg.partition("=")[0]]     # a path may hold a "="
+    given = [arg.split("=", 1) for arg in args if arg not in paths]
+    if paths[1:]:
+        raise UserError(f"{paths[1]}: not understood; write options as key=value")
+    presets = [one for key, text in given if key == "preset" for one in read_presets(text)]
+    return resolved(Path(*paths or ["config.yaml"]), presets, {key: text for key, text in given if key != "preset"})
+
+
+def kept_config(folder: Path) -> Config:               # a run's
+    return resolved(folder / "config.yaml", [], {})
+
+
+def resolved(path: Path, presets: list[tuple[str, dict[str, Any]]], options: dict[str, str]) -> Config:
+    file = read_yaml(path)
     method = options.get("method")
-    below = read_presets(file.get("preset", ""))       # what the file itself builds on
-    for _, layer in [*reversed(presets), (path, file), *reversed(below), ("", shipped())]:
+    below = read_presets(file.get("preset", ""), (path,))          # what the file itself builds on
+    layers = [*below, (f"{path}", file), *presets]
+    for _, layer in [*reversed(layers), ("", shipped())]:
         method = method or layer.get("method")
     brought = brought_by(str(method))
+    kinds = {key: kind_of(key, value) for key, value in {**brought, **shipped()}.items()}
     # what the method sets and a copy of config.yaml has as it was shipped is not meant; in a run's own file it is
     if set(shipped()) <= set(file) and not set(brought) <= set(file):
-        file = {key: value for key, value in file.items() if key not in brought or value != shipped().get(key)}
-    kinds = {key: kind_of(key, value) for key, value in {**brought, **shipped()}.items()}
-    given = {key: read_value(key, text, kinds.get(key)) for key, text in options.items()}
+        for key in [key for key in brought if key in file and file[key] == shipped().get(key)]:
+            del file[key]
+    given = {key: text if kinds.get(key) is str else words(text, f"{key}={text} cannot be read as a value")
+             for key, text in options.items()}
 
     settings: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", brought), *below, (path, file), *presets]:
+    for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", brought), *layers]:
+        for name in layer.get("methods", {}):
+            if not name.endswith(".py") and name not in (known := ["leafe", *method_names()]):
+                raise UserError(f"{where}: methods: there is no method {short(name)}{nearest(name, known)}")
         own = layer.get("methods", {}).get(method, {})             # what it says for this method alone
         for where, part in [(where, layer), (f"{where}, method {method}", own)]:
             for key, value in part.items():
                 serves_another = key not in kinds and owners_of(key)
                 if key not in ("methods", "preset") and not serves_another:
-                    settings[key], sources[key] = number(value), where
-    settings |= {key: number(value) for key, value in given.items()}
+                    settings[key], sources[key] = value, where
+    settings |= given
     sources |= dict.fromkeys(given, "the command line")
-    check(settings, kinds, sources, method_file(str(method)))
+    with blaming(getattr(method_file(str(method)), "__file__", ""), f"method: the CHECKS of {method} failed"):
+        check(settings, kinds, sources, method_file(str(method)))
     return Config(**settings)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+class Words(yaml.SafeLoader):
+    """YAML with numbers as people write them: 1e-3 is one; 010 and 1:30, bases of 8 and 60 by its rules, are none, nor
+    are days. No key stands twice."""
+    yaml_implicit_resolvers: dict = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: dict[str, int] = {}
+        for key, line in [(str(key.value), key.start_mark.line + 1) for key, _ in node.value]:
+            if key in seen:
+                raise yaml.YAMLError(f"{key} stands in line {seen[key]} and again in line {line}; keep one")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+for tag, pattern in [("null", "~|null|"), ("bool", "true|yes|on|false|no|off"), ("int", r"[-+]?(0|[1-9]\d*(_\d+)*)"),
+                     ("float", r"[-+]?((?=.*[.e])(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|\.inf|\.nan)")]:
+    Words.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$", re.I | re.A), None)
+
+
+class Dumper(yaml.SafeDumper):                         # writes what Words reads
+    yaml_implicit_resolvers = Words.yaml_implicit_resolvers
+
+
+def read_text(path: Path) -> str:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return (text := path.read_bytes()).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: line {text.count(10, 0, error.start) + 1} is not UTF-8 text; save it as that") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def words(text: str, fault: str) -> Any:
+    try:
+        return yaml.load(text, Words)
+    except Exception as error:                         # YAML's own, or what its tags raise: !!int x
+        raise UserError(f"{fault}: {' '.join(str(error).split())}") from None
+
+
+def is_lines(value: Any) -> bool:                      # of `key: value`
+    return isinstance(value, dict) and fits(list(value), list[str])
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
         fix = ("config.yaml comes with the project" if path.parent.is_dir() else
                f"there is no run {path.parent}; its folder is what out= named")
-        raise UserError(f"{path}: there is no such file; {fix}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UserError(f"{path}: there is no such file; {fix}")
+    settings = words(read_text(path), f"{path}: not YAML")
+    if not is_lines(settings):
         raise UserError(f"{path}: expected lines of `key: value`")
     methods = settings.get("methods", {})
-    if not isinstance(methods, dict) or not all(isinstance(part, dict) for part in methods.values()):
+    if not is_lines(methods) or not all(map(is_lines, methods.values())):
         raise UserError(f"{path}: methods must hold the name of a method, and below it lines of `key: value`")
     if settings.get("experiences") and settings.get("method") == "leafe":           # as it was called
         settings["method"] = "other_lessons"
@@ -185,32 +255,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def read_presets(name: str, above: tuple = ()) -> list[tuple[str, dict[str, Any]]]:
-    """(where, settings) of configs/<name>.yaml, or of a .yaml file; what it builds on (`preset: other`) first."""
+def read_presets(name: str, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(where, settings) of configs/<name>.yaml, or of a .yaml file, beside the one that names it; what it builds on
+    (`preset: other`) first."""
     if not name:
         return []
-    path = Path(name) if name.endswith(".yaml") else ROOT / "configs" / f"{name}.yaml"
+    beside = above[-1].parent if above else Path()
+    path = beside / name if name.endswith(".yaml") else ROOT / "configs" / f"{name}.yaml"
     if not path.is_file():
         there = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
-        raise UserError(f"preset={name}: there is no such file in configs/; there are {', '.join(there)}"
+        raise UserError(f"{above[-1] if above else 'the command line'}: preset={name}: there is no such file in "
+                        f"{beside if name.endswith('.yaml') else 'configs/; there are ' + ', '.join(there)}"
                         f"{nearest(name, there)}")
-    if path in above:
+    if path.resolve() in [file.resolve() for file in above]:
         raise UserError(f"{above[-1]}: preset: {name} builds on this file itself")
     settings = read_yaml(path)
     return [*read_presets(settings.get("preset", ""), (*above, path)), (f"{path}", settings)]
-
-
-def read_value(key: str, text: str, kind: Any) -> Any:
-    try:
-        return text if kind is str else yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key}={text}: {text!r} cannot be read as a value") from None
-
-
-def number(value: Any) -> Any:
-    """YAML reads 1e-3 as text; people mean a number."""
-    means_one = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
-    return float(value) if means_one else value
 
 
 # -------------------------------------------------------------------------------- files that are asked for by name
@@ -234,6 +294,8 @@ def method_file(name: str) -> ModuleType | None:
     module = load_file(name, "method") if name.endswith(".py") else import_module(f"methods.{name}")
     if not hasattr(module, "train") and not hasattr(module, "several_runs"):
         raise UserError(f"method: {name} has no function train(run, round_)")
+    for part in {"train", "check", "several_runs"} & set(vars(module) if name.endswith(".py") else ()):
+        setattr(module, part, blaming(module.__file__, f"method: {part} of {name} failed")(getattr(module, part)))
     return module
 
 
@@ -244,11 +306,11 @@ def keys_of(method: str) -> str:
 
 def brought_by(method: str) -> dict[str, Any]:
     """The same as values."""
-    try:
-        brought = yaml.safe_load(keys_of(method)) or {}
-        return {str(key): number(value) for key, value in brought.items()}
-    except (yaml.YAMLError, AttributeError):
-        raise UserError(f"method: KEYS of {method} must be text, a line `key: value` each") from None
+    fault, keys = f"method: KEYS of {method} must be text, a line `key: value` each", keys_of(method)
+    brought = words(keys, fault) or {} if isinstance(keys, str) else None
+    if not is_lines(brought):
+        raise UserError(fault)
+    return brought
 
 
 @lru_cache
@@ -285,9 +347,9 @@ def blaming(file: str, happened: str) -> Iterator[None]:
     """What the user's own code raises inside becomes two lines: what happened, and its file, line and message."""
     try:
         yield
-    except UserError:
-        raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, UserError) or getattr(error, "errno", 0) in FULL:
+            raise
         frames = traceback.extract_tb(error.__traceback__)[2:]       # behind this one, and the one that asked
         where = file
         for frame in [frame for frame in frames if frame.filename == file] or frames:
@@ -312,11 +374,31 @@ def usage_of(args: list[str], usage: str) -> str:
     return text.strip() + keys
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)         # the way is to be freed
+STOPPED = "\nstopped; nothing is lost: the same command goes on from here"
+gone: set[TextIO] = set()
+
+
+def lasting(stream: TextIO, write: Callable, *args: Any) -> Any:
+    """What its reader leaves unread ("| head" has seen enough) goes nowhere, and the run goes on."""
+    try:
+        return write(*args)
+    except OSError:
+        gone.add(stream)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return write(*args)
+
+
 def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     """Run a script's main, or show `usage`, if given: the user's mistakes become one line, Ctrl-C loses nothing."""
     args = sys.argv[1:]
-    if sys.stdout:                                      # an old terminal may not know all letters
-        sys.stdout.reconfigure(errors="backslashreplace")              # type: ignore[union-attr]
+    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
+        stream = getattr(sys, name) or open(os.devnull, mode)          # closed: a file of the run's would take its number
+        if mode == "w":
+            stream.reconfigure(errors="backslashreplace")
+            stream.write, stream.flush = (partial(lasting, stream, write) for write in (stream.write, stream.flush))
+        setattr(sys, name, stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)           # see stopped
     sys.excepthook = lambda *error: print(visible("".join(traceback.format_exception(*error))), file=sys.stderr)
     try:
         if usage and (not args or set(args) & {"-h", "--help"}):
@@ -324,9 +406,8 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         else:
             main(args)
         sys.stdout.flush()
-    except BrokenPipeError:                             # "| head" has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        if gone:
+            sys.exit(141)
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)):        # what all ranks have found rank 0 tells, and ends them
             time.sleep(10)
@@ -337,10 +418,23 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         wing, dot, file = error.name.partition(".")
         sys.exit(f"error: this copy of the project has no {wing}/{file + '.py' * bool(dot)}")
     except KeyboardInterrupt:
-        print("\nstopped; nothing is lost: the same command goes on from here", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if not error.filename and error.errno not in FULL:
             raise
-        sys.exit(visible(f"error: {error.filename or 'out'}: {error.strerror}; nothing is lost: "
-                         f"free the way and run the same command again"))
+        again = "; nothing is lost: free the way and run the same command again" * (error.errno in FULL)
+        sys.exit(visible(f"error: {error.filename or 'out'}: {error.strerror}{again}"))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):           # torch's own, CPU's or GPU's
+            raise
+        sys.exit(f"error: out of memory; lower slots=, context=, row_tokens= or snapshot_mb= and go on ({error})")
+
+
+def stopped(*_: Any) -> None:                          # by Ctrl-C, before there is anything to lose
+    os.write(2, f"{STOPPED}\n".encode())
+    os._exit(130)
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent in [ROOT / wing for wing in ("", "tools", "methods")]:
+    signal.signal(signal.SIGINT, stopped)              # one of the scripts: its imports take seconds

@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
+from config import UserError, guarded, kept_config, load_config, refuse, visible    # before torch: Ctrl-C
+
 import torch
 from tqdm import tqdm
 
 import ranks
-from config import UserError, guarded, load_config, refuse, visible
 from engine import Job
 from envs import ask
 from leafe import Attempt, episode
@@ -125,14 +126,14 @@ class Samples:
 
 def main(args: list[str]) -> None:
     if args[0] == "table" and len(args) == 2:
-        cfg = load_config([str(Path(args[1]) / "config.yaml")])
+        cfg = kept_config(Path(args[1]))
         print(visible(report_file().report(Path(args[1]), cfg, pick_tasks(cfg, "test"))))
     elif args[0] == "compare" and len(args) == 2:
         from tools.compare import show                 # the door of the tables of several runs
         show(Path(args[1]))
     elif args[0] == "compare" and len(args) == 3:
-        cfg = load_config([str(Path(args[-1].partition(":")[0]) / "config.yaml")])
         report = report_file()
+        cfg = kept_config(report.parted(args[-1])[0])
         print(visible(report.table([report.read_samples(name) for name in args[1:]], cfg.ks, cfg.resamples)))
     elif args[0] in ("table", "compare"):
         raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")

@@ -17,10 +17,11 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Generator, Iterable, Iterator
 
+from config import Config, UserError, guarded    # before torch: Ctrl-C
+
 from tqdm import tqdm
 
 import ranks
-from config import Config, UserError, guarded
 from engine import Ask, Episode, Job
 from envs import Env, ReplayMismatch, ask, closing, visit
 from run import Run
@@ -106,7 +107,7 @@ class Branch:
 
     @staticmethod
     def read(record: dict) -> "Branch":
-        fields = {key: value for key, value in record.items() if key != "round"}
+        fields = {key: value for key, value in record.items() if key not in ("round", "made_by")}
         fields["turns"] = [Turn(**turn) for turn in fields["turns"]]
         fields["reflections"] = [Reflection(**reflection) for reflection in fields["reflections"]]
         return Branch(**fields)
@@ -254,6 +255,9 @@ def grow(tree: Tree, cfg: Config, lessons: dict[str, list[str]]) -> Generator[li
             attempt.number = number
         for attempt, branch in zip(level, (yield level)):
             branch.number, branch.parent = attempt.number, attempt.parent        # a file of before may lack them
+            if (branch.tau, branch.experience) != (attempt.tau, attempt.e):
+                raise UserError(f"trees.jsonl: attempt {branch.name} of {branch.task} does not follow from those before "
+                                f"it; restore the file, or delete this task's lines")
             tree.join(branch)
             for request in requests(tree, branch, cfg, lessons):
                 place = request.past[-1].parent, request.tau, request.e
@@ -333,6 +337,10 @@ def read_trees(records: Iterable[dict], round_: int, tasks: list[str]) -> list[T
     trees = [Tree(task) for task in tasks]
     for tree in trees:
         for branch in in_order_of_birth(branches[tree.task]):
+            if branch.parent is not None and not (branch.parent < branch.number
+                                                  and 1 <= branch.tau <= len(tree.branch_path(branch.parent))):
+                raise UserError(f"trees.jsonl: attempt {branch.name} of {branch.task} replaces turn {branch.tau} of "
+                                f"attempt number {branch.parent}, which there is not; restore the file")
             tree.join(branch)
     if not all(tree.branches for tree in trees):
         raise UserError(f"trees.jsonl has no tree for some of the {len(tasks)} tasks in round {round_}; "

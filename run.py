@@ -20,7 +20,7 @@ import yaml
 from torch import nn
 
 import ranks
-from config import Config, UserError, brought_by, read_yaml, shipped, visible
+from config import Config, Dumper, UserError, kept_config, read_text, visible
 from engine import Chat, Engine
 from envs import Env, ask, closing, env_class, make_env
 from lora import adapter_off, add_lora, find_model, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
@@ -130,7 +130,7 @@ def open_run(cfg: Config, adapter: str, training: bool) -> Run:
     if shared and not cfg.split.startswith("train"):
         raise UserError(f"split: {len(shared)} of the {len(test_tasks)} tasks to test on, like {shared[0]!r}, are trained "
                         f"on, too; let the world's splits share none, or say split={cfg.train_split} if it is meant")
-    playbook = Path(cfg.playbook).read_text(encoding="utf-8").strip() if cfg.playbook else ""
+    playbook = read_text(Path(cfg.playbook)).strip() if cfg.playbook else ""
     find_model(cfg.model)
     folder = RunFolder(cfg)
     policy = Policy.open(cfg, adapter, "init" if training else "adapter")
@@ -157,13 +157,14 @@ class Jsonl:
         self.file: TextIO | None = None                  # opened when it is first written to
         self.own = path.with_name(f"{path.name}.{ranks.rank()}.part") if ranks.rank() else path
         self.silent = alone and ranks.rank() > 0
+        self.stamp: dict[str, str] = {}                  # what each record says besides: who made it
         self.records = list(read_jsonl(path, repair=ranks.rank() == 0)) if path.exists() else []
 
     def append(self, record: dict) -> None:
         self.records.append(record)
         if not self.silent:
             self.file = self.file or open(self.own, "a", encoding="utf-8")
-            self.file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            self.file.write(json.dumps(record | self.stamp, separators=(",", ":")) + "\n")
             self.file.flush()
 
     def gather(self) -> None:
@@ -184,7 +185,9 @@ class Jsonl:
 
 
 def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
-    """Every record of a file. Only the last line may be damaged: it is left out, and cut off if `repair`."""
+    """Every record of a file, once, if it is one (report.RECORDS). Only the last line may be damaged: it is left out,
+    and cut off if `repair`."""
+    fresh = report_file().inspector(path)
     with open(path, "rb") as file:
         good = 0
         for number, line in enumerate(file, 1):
@@ -192,7 +195,7 @@ def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
                 if not line.endswith(b"\n"):
                     raise ValueError
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 if file.read(1):
                     raise UserError(f"{path}: line {number} is damaged, and is not the last; "
                                     f"restore the file or delete it") from None
@@ -200,7 +203,8 @@ def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
                       file=sys.stderr)
                 break
             good += len(line)
-            yield record
+            if fresh(number, line, record):
+                yield record
     if repair and good < path.stat().st_size:
         os.truncate(path, good)
 
@@ -253,12 +257,12 @@ class RunFolder:
         """Keep config.yaml; refuse to mix results of two configurations in one folder."""
         kept, now = self.path / "config.yaml", dict(vars(config))
         if kept.exists():
-            before = {**shipped(), **brought_by(config.method), **read_yaml(kept)}
+            before = vars(kept_config(self.path))
             odd = [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]
             if odd:
                 raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, "
                                 f"not {now[odd[0]]!r}; choose another out=, or delete that folder")
-        write_aside(kept, yaml.safe_dump(now, sort_keys=False))
+        write_aside(kept, yaml.dump(now, Dumper=Dumper, sort_keys=False))
 
     def store(self, name: str, alone: bool = False) -> Jsonl:
         if name not in self.stores:
@@ -273,13 +277,12 @@ class RunFolder:
     @contextmanager
     def metered(self) -> Iterator[None]:
         """Add the seconds that the block takes to seconds.json (those of a process that was killed are lost)."""
-        path, began = self.path / "seconds.json", time.time()
+        before, began = report_file().seconds(self.path), time.time()
         try:
             yield
         finally:
             if ranks.rank() == 0:
-                before = json.loads(path.read_text()) if path.exists() else 0.0
-                write_aside(path, json.dumps(round(before + time.time() - began, 1)))
+                write_aside(self.path / "seconds.json", json.dumps(round(before + time.time() - began, 1)))
 
 
 def report_file() -> ModuleType:

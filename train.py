@@ -27,11 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
 
+from config import Config, UserError, guarded, load_config, method_file, refuse, visible    # before torch: Ctrl-C
+
 import torch
 from tqdm import tqdm
 
 import ranks
-from config import Config, UserError, guarded, load_config, method_file, refuse, visible
 from eval import sample
 from leafe import Targets, Tree, explore, read_trees, targets
 from lora import aside, finite, reading
@@ -59,8 +60,7 @@ def learn(run: Run, round_: int, trees: list[Tree]) -> None:
     print(visible(words))
     run.say(round=round_, **figures)
     if not pairs.D_reh and (run.cfg.beta == float("inf") or not pairs.D_cf):
-        raise UserError("exploration found nothing to train on: no correction and no success; see trees.jsonl, and "
-                        "try more attempts=, train_tasks=, or a stronger model=")
+        raise UserError(report_file().nothing_found(trees, run.cfg, run.policy.chat.stop))
     distil(run, round_, trees, pairs)
 
 

@@ -10,10 +10,11 @@ import math
 import random
 from collections import deque
 
+from config import UserError, guarded, load_config, visible    # before torch: Ctrl-C
+
 import torch
 from tqdm import tqdm
 
-from config import UserError, guarded, load_config, visible
 from engine import Job
 from eval import spread
 from leafe import Attempt, Branch, Tree, episode, read_trees

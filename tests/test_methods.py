@@ -114,7 +114,8 @@ def test_a_baseline_without_a_budget_is_told_how_to_give_one(settings):
 
 
 def test_a_budget_taken_from_trees_counts_their_replays(settings, tmp_path):
-    lines = [json.dumps(dict(steps=5, replayed=replayed, tokens=1)) + "\n" for replayed in (0, 3)]
+    lines = [json.dumps(Branch("a", name, 1, "", [], "", [], "failure", 5, replayed, 1).record(1)) + "\n"
+             for name, replayed in (("0", 0), ("0.0", 3))]
     (tmp_path / "trees.jsonl").write_text("".join(lines))
     with pytest.raises(UserError, match="has not ended"):
         budget(settings("method=rft", f"trees={tmp_path}"))

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import torch
 
 import ranks
-from config import Config, UserError, load_config, visible
+from config import Config, UserError, kept_config, visible
 from eval import Samples, spread
 from run import write_aside
 from tools.report import cell, chart, framed, over_seeds, read_samples, spent, verdict
@@ -28,7 +28,7 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
     samples are those of leafe-<seed>/. Raises UserError if they were not sampled on the same tasks."""
     runs: dict[str, dict[str, tuple[Samples, dict]]] = {"base": {}}
     for run in sorted(path.parent for path in folder.glob("*-*/passk.json")):
-        (name, _, seed), own = run.name.rpartition("-"), load_config([str(run / "config.yaml")])
+        (name, _, seed), own = run.name.rpartition("-"), kept_config(run)
         took = spent(run)
         for start in [Path(own.init)] if own.init else []:                # what its start took counts too
             start = start if start.name == "warm_start" else start.parent
@@ -55,7 +55,7 @@ def comparison(folder: Path) -> str:
     paired. new: tasks that the policy solves in any of its samples and the base of that seed in none; lost: the
     other way round."""
     runs = read_runs(folder)
-    cfg, seeds = load_config([str(next(folder.glob("leafe-*/config.yaml")))]), list(runs["base"])
+    cfg, seeds = kept_config(next(folder.glob("leafe-*/config.yaml")).parent), list(runs["base"])
     base, leafe = ([runs[name][seed][0] for seed in seeds] for name in ("base", "leafe"))
     tasks, last = len(base[0].by_task), f"Pass@{cfg.ks[-1]}"
     figures = [f"Pass@{k}" for k in sorted({cfg.ks[0], cfg.ks[len(cfg.ks) // 2], cfg.ks[-1]})] + ["recovery"]
@@ -92,7 +92,7 @@ def comparison(folder: Path) -> str:
 
 def ended(folder: Path) -> tuple[dict[str, list[Samples]], Config]:
     """Every method of a comparison that has ended on all its seeds: name -> one policy a seed."""
-    runs, cfg = read_runs(folder), load_config([str(next(folder.glob("leafe-*/config.yaml")))])
+    runs, cfg = read_runs(folder), kept_config(next(folder.glob("leafe-*/config.yaml")).parent)
     return {name: [samples for samples, _ in found.values()] for name, found in runs.items()
             if set(found) == set(runs["base"])}, cfg
 

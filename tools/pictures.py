@@ -8,11 +8,11 @@
 from html import escape
 from pathlib import Path
 
-from config import UserError, guarded, load_config, visible
+from config import UserError, guarded, kept_config, visible
 from leafe import read_trees
 from run import pick_tasks, read_jsonl, write_aside
 from tools.compare import curves, ended
-from tools.report import chart, read_samples
+from tools.report import chart, parted, read_samples
 
 
 def passk(names: list[str]) -> str:
@@ -20,7 +20,7 @@ def passk(names: list[str]) -> str:
     if len(names) == 1 and list(Path(names[0]).glob("leafe-*")):
         policies, cfg = ended(Path(names[0]))
     else:
-        cfg = load_config([str(Path(names[0].partition(":")[0]) / "config.yaml")])
+        cfg = kept_config(parted(names[0])[0])
         policies = {name: [read_samples(name)] for name in names}
         short = {own[0].label.rpartition(":")[2]: own for own in policies.values()}
         policies = short if len(short) == len(policies) else policies
@@ -46,7 +46,7 @@ def reward(names: list[str]) -> str:
 def tree(names: list[str]) -> str:
     """One rollback tree of a run: the task named, or the smallest tree that more than one rollback won. An attempt a
     line, turn t in column t; a branch hangs on the turn that it replaces, its experience beside the arrow."""
-    folder, cfg = Path(names[0]), load_config([str(Path(names[0]) / "config.yaml")])
+    folder, cfg = Path(names[0]), kept_config(Path(names[0]))
     trees = read_trees(list(read_jsonl(folder / "trees.jsonl")), 1, pick_tasks(cfg, "train"))
     found = {tree.task: tree for tree in trees}
     won = [one for one in found.values() if any(b.success and b.name.count(".") > 1 for b in one.branches)]

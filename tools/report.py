@@ -12,20 +12,27 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass, replace
+from functools import lru_cache
+from hashlib import sha256
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, get_type_hints
+
+from config import Config, ROOT, UserError, fits, guarded, kept_config, read_text, read_yaml, short, visible    # before torch: Ctrl-C
 
 import torch
+from transformers.utils import cached_file
 
 import ranks
-from config import Config, ROOT, UserError, guarded, load_config, read_yaml, visible
 from eval import STARTS, Samples, spread
 from envs import Env, ask
-from leafe import TURN, Targets, Tree, read_trees
+from leafe import REFLECT, REFLECTION, TURN, Branch, Targets, Tree, read_trees
+from lora import find_model
 from packing import pack, rows_of, token_logp
 from run import Run, pick_tasks, read_jsonl, write_aside
 
@@ -98,10 +105,200 @@ def about() -> dict[str, Any]:
 def tell(folder: Path) -> None:
     """run.json: how this run was begun; the starts that went on with it are listed behind, where they differ."""
     path, now = folder / "run.json", about()
-    told = json.loads(path.read_text()) if path.exists() else now | {"continued": []}
+    told = read_json(path, MADE, now | {"continued": []})
     if path.exists():
         told["continued"].append({key: value for key, value in now.items() if key == "date" or value != told.get(key)})
     write_aside(path, json.dumps(told, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------ what a run's files hold
+
+MADE = dict(command=str, date=str, continued=list)
+RECORDS: dict[str, tuple[Any, ...]] = {              # file: what a line holds (a "?": may lack), and what names it
+    "trees.jsonl": (Branch, "round", "task", "name"),
+    "samples.jsonl": ({"policy": str, "weights": str, "task": str, "sample": int, "difficulty": str, "success": bool,
+                       "score": float, "turns": int, "refused": int, "tokens": int}, "policy", "task", "sample"),
+    "alternatives.jsonl": (dict(task=str, turn=int, tried=dict, why=list[int], steps=int, replayed=int, tokens=int),
+                           "task", "turn"),
+    "stage1.jsonl": (dict(method=str, task=str, solved=bool, wins=int, attempts=int, steps=int, tokens=int),
+                     "method", "task"),
+    "metrics.jsonl": ({"round?": int, "step?": int, "tokens?": int, "wave?": int},)}
+
+
+def odd(value: Any, kind: Any, at: str = "") -> str:
+    """What of a record is not of its kind, in words; "" if nothing is. A kind: a type, list[kind], kind | None, a
+    dataclass, {field: kind}."""
+    if is_dataclass(kind):
+        hints, optional = get_type_hints(kind), {own.name for own in fields(kind) if own.default is not MISSING
+                                                 or own.default_factory is not MISSING}
+        kind = {name + "?" * (name in optional): hint for name, hint in hints.items()}
+        kind |= {"round": int, "made_by?": str} if at == "" else {}
+        if isinstance(value, dict) and (others := [name for name in value if name not in kind and f"{name}?" not in kind]):
+            return f"{at or 'it'} holds {short(others[0])}, which is no field here"
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            return f"{at or 'it'} is {short(value)}, which is no record"
+        at = f"{at}." if at else ""
+        missing = [f"{at}{name} is missing" for name in kind if name[-1] != "?" and name not in value]
+        found = ((name.rstrip("?"), own) for name, own in kind.items() if name.rstrip("?") in value)
+        return next(filter(None, [*missing, *(odd(value[name], own, at + name) for name, own in found)]), "")
+    if kind == list[int] and isinstance(value, list):                      # there are millions of ids
+        good = {*map(type, value)} <= {int} and (not value or 0 <= min(value) and max(value) < 10**18)
+        return "" if good else f"{at} holds what is no token's id"
+    if hasattr(kind, "__origin__") and isinstance(value, list):
+        return next(filter(None, (odd(one, *kind.__args__, f"{at}[{n}]") for n, one in enumerate(value))), "")
+    below = kind in (int, int | None) and type(value) is int and value < (-1 if at == "number" else 0)
+    good = fits(value, kind) or kind is float and isinstance(value, bool)
+    return "" if good and not below else f"{at or 'it'} is {short(value)}, not {SAYS.get(kind, 'what stands there')}"
+
+
+SAYS = {int: "a whole number of 0 or more", float: "a number", str: "text", bool: "true or false", list: "a list",
+        int | None: "a whole number of 0 or more, or null"}
+
+
+def inspector(path: Path) -> Callable[[int, bytes, Any], bool]:
+    """What a file's lines pass through: (number, line, record) -> is it new? Raises UserError for what is no record of
+    this file, and for two that have one name and differ. One that stands there twice is left out, with a note."""
+    kind, *names = RECORDS.get(path.name, ({},))
+    seen: dict[tuple, tuple[int, int]] = {}
+
+    def fresh(number: int, line: bytes, record: Any) -> bool:
+        fault = odd(record, kind)
+        if not fault and path.name == "trees.jsonl" and not re.fullmatch(r"\d+(\.\d+)*", record["name"]):
+            fault = f"name is {short(record['name'])}, not like 0.2.1"
+        if fault:
+            raise UserError(f"{path}: line {number}: {fault}; restore the file, or delete the line and what it holds is "
+                            f"made anew")
+        first, twin = seen.setdefault(tuple(record[name] for name in names), (number, hash(line))) if names else (0, 0)
+        if first in (0, number):
+            return True
+        if twin != hash(line):
+            said = ", ".join(f"{name} {short(record[name])}" for name in names)
+            raise UserError(f"{path}: lines {first} and {number} are both {said}, and differ; delete the wrong one")
+        once(f"note: {path}: line {number} repeats line {first}, and is left out")
+        return False
+    return fresh
+
+
+@lru_cache
+def once(note: str) -> None:
+    if ranks.rank() == 0:
+        print(visible(note), file=sys.stderr)
+
+
+def read_json(path: Path, kind: Any, otherwise: Any) -> Any:
+    """A file of one value, of this kind (see `odd`); `otherwise` where there is none."""
+    if not path.exists():
+        return otherwise
+    try:
+        value = json.loads(read_text(path))
+        fault = odd(value, kind)
+    except (ValueError, RecursionError):
+        fault = "it is damaged"
+    if fault:
+        raise UserError(f"{path}: {fault}; restore it, or delete it: no result depends on it")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ who made them
+
+MAKERS = dict(model="weights: another model=", tokenizer="tokenizer: another model=",
+              template="chat template: another model= or thinking=", rules="rules: another env= or react=")
+
+
+def makers(run: Run) -> dict[str, str]:
+    """What gives the ids in a run's files their meaning, each as a digest."""
+    def digest(*parts: Any) -> str:
+        return sha256("\0".join(map(str, parts)).encode("utf-8", "replace")).hexdigest()[:8]
+    tokenizer, env = run.policy.chat.tokenizer, replace(run, playbook="").world()
+    rules = env.rules
+    env.close()
+    return dict(model=digest(*weights(find_model(run.cfg.model))),
+                tokenizer=digest(sorted(tokenizer.get_vocab().items())),
+                template=digest(tokenizer.chat_template, run.cfg.thinking), rules=digest(rules))
+
+
+def weights(model: str) -> Iterator[str]:
+    """Digests of a model's weights as they lie on the disk, so whatever they are loaded to: of a large file, a piece
+    of 4 kB here and there, 16,384 of them."""
+    folder = Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size, found = path.stat().st_size, sha256()
+        with open(path, "rb") as file:
+            for at in range(0, size, max(4096, size // 16384)):
+                file.seek(at)
+                found.update(file.read(4096))
+        yield f"{size} {found.hexdigest()}"
+
+
+def settle(run: Run) -> None:
+    """Before anything is sampled: are the files that the run goes on with, or starts from, of its own model and world,
+    and is there room in its settings? Names the makers in run.json and in the records of trees.jsonl."""
+    own, path = makers(run), run.folder.path / "run.json"
+    said = ", ".join(f"{part} {digest}" for part, digest in own.items())
+    if ranks.rank() == 0:
+        told = read_json(path, MADE, {})
+        if other := other_maker(told.get("made_by", ""), said):
+            raise UserError(f"out: {run.folder.path} holds a run of {other}; choose another out=, or delete that folder")
+        write_aside(path, json.dumps(told | dict(made_by=said), indent=1) + "\n")
+    store = run.store("trees.jsonl")
+    check_trees(run, store.path, store.records, said)
+    store.stamp = dict(made_by=said)
+    if run.train_tasks and run.cfg.trees and run.cfg.method == "leafe":
+        path = Path(run.cfg.trees) / "trees.jsonl"
+        records = list(read_jsonl(path))
+        check_trees(run, path, records, said)
+        for round_ in range(1, run.cfg.rounds + 1):
+            read_trees(records, round_, run.train_tasks)
+    check_room(run)
+
+
+def other_maker(theirs: str, ours: str) -> str:
+    """What differs, in words; "" if nothing does, or it is not known."""
+    differ = [part.split()[0] for part in theirs.split(", ") if part and part not in ours]
+    return MAKERS.get(differ[0], "other makers") if differ else ""
+
+
+def check_trees(run: Run, path: Path, records: list[dict], said: str) -> None:
+    """Were they made by who would make them here, of tokens that the model has?"""
+    if records and not any("made_by" in record for record in records):
+        once(f"note: {path} is of before its records said who made them: mind that model=, env= and react= are the same")
+    most = run.policy.model.get_input_embeddings().weight.shape[0]
+    for record in records:
+        if other := other_maker(str(record.get("made_by", "")), said):
+            raise UserError(f"trees: {path} was made with {other}; take a run's of the same, or explore anew (trees= empty)")
+        for turn in record["turns"]:
+            if not turn["obs_ids"] or not turn["action_ids"] or max(max(turn["obs_ids"]), max(turn["action_ids"])) >= most:
+                raise UserError(f"trees: {path}: attempt {record['name']} of {record['task']} holds no ids, or some "
+                                f"beyond the model's {most} tokens; restore the file, or explore anew")
+
+
+def check_room(run: Run) -> None:
+    """Raises UserError where not even a first turn, or a reflection on it, would fit into what the settings allow."""
+    cfg, chat, env = run.cfg, run.policy.chat, run.world()
+    for task in run.test_tasks:
+        ask(env, "difficulty", task)
+    task = (run.train_tasks or run.test_tasks)[0]
+    obs = ask(env, "reset", task)
+    obs = obs.result() if isinstance(obs, Future) else obs
+    known = [action for action in ask(env, "actions") if "..." not in action]
+    env.close()
+    used = len(chat.first(env.rules, TURN.format(t=1, obs=chat.glimpse(obs, cfg.observation_tokens))))
+    form = "<think>\n</think>\n<action>{}</action>" if cfg.react else "{}"
+    action, shortest = min(((a, len(chat.ids(form.format(a))) + 1) for a in known), key=lambda a: a[1], default=("", 1))
+    if shortest > cfg.action_tokens:
+        raise UserError(f"action_tokens: {cfg.action_tokens} are too few: {action!r}, the shortest action of {task}, takes "
+                        f"{shortest} with its end")
+    if used + cfg.action_tokens > cfg.context:
+        raise UserError(f"context: {cfg.context} tokens are too few: the rules with the first observation of {task} take "
+                        f"{used}, an action up to {cfg.action_tokens} (action_tokens)")
+    if run.train_tasks and cfg.method == "leafe" and not cfg.trees:
+        least, looks = len(chat.ids(REFLECTION.format(tau=1, e="x"))) + 1, len(chat.next(TURN.format(t=2, obs="") + REFLECT))
+        if least > cfg.reflect_tokens:
+            raise UserError(f"reflect_tokens: {cfg.reflect_tokens} are too few: the shortest reflection takes {least}")
+        if used + shortest + looks + cfg.reflect_tokens > cfg.context:
+            raise UserError(f"context: {cfg.context} tokens leave no room to reflect: a first turn takes {used + shortest}, "
+                            f"the question {looks}, the answer up to {cfg.reflect_tokens} (reflect_tokens)")
 
 
 # --------------------------------------------------------------------------------------- what Stage 1 cost and gave
@@ -160,19 +357,37 @@ def reflections_in_words(figures: dict[str, int]) -> str:
     return line
 
 
+def nothing_found(trees: list[Tree], cfg: Config, stop: set[int]) -> str:
+    """Why exploration gave nothing to train on, and what to change."""
+    ends = [branch.end for tree in trees for branch in tree.branches]
+    turns = [turn for tree in trees for turn in tree.turns]
+    cut = sum(turn.action_ids[-1] not in stop for turn in turns)
+    if 2 * ends.count("context") > len(ends):
+        why = f"context: {ends.count('context')} of {len(ends)} attempts ended for want of room; raise context={cfg.context}"
+    elif 2 * cut > len(turns):
+        why = f"action_tokens: {cut} of {len(turns)} actions were cut off; raise action_tokens={cfg.action_tokens}"
+    else:
+        why = "see trees.jsonl, and try more attempts=, train_tasks=, or a stronger model="
+    return f"exploration found nothing to train on: no correction and no success; {why}"
+
+
 def spent(folder: Path) -> dict[str, float]:
     """What training took so far: environment steps (replayed ones included), sampled tokens, trained tokens, seconds;
     from the run's files. Of out/<run>/warm_start, its trained tokens (its seconds are not kept apart)."""
     def records(of: Path, name: str) -> list[dict]:
         return list(read_jsonl(of / name)) if (of / name).exists() else []
     run = folder.parent if folder.name == "warm_start" else folder
-    trained = {r["round"]: r["tokens"] for r in records(run, "metrics.jsonl") if "tokens" in r}      # of the last step
+    trained = {r.get("round"): r["tokens"] for r in records(run, "metrics.jsonl") if "tokens" in r}  # of the last step
     if folder.name == "warm_start":
-        return dict(steps=0, sampled=0, trained=trained[0], seconds=0.0)
+        return dict(steps=0, sampled=0, trained=trained.get(0, 0), seconds=0.0)
     lived = records(folder, "trees.jsonl") + records(folder, "alternatives.jsonl")
-    seconds = folder / "seconds.json"
     return dict(steps=sum(r["steps"] + r["replayed"] for r in lived), sampled=sum(r["tokens"] for r in lived),
-                trained=sum(trained.values()), seconds=json.loads(seconds.read_text()) if seconds.exists() else 0.0)
+                trained=sum(trained.values()), seconds=seconds(folder))
+
+
+def seconds(folder: Path) -> float:
+    """What training took so far, of a run; and is the file that says so whole?"""
+    return read_json(folder / "seconds.json", float, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------ its table
@@ -184,21 +399,40 @@ def cell(figure: tuple[float, float, float], sign: str = "") -> str:
 def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
     """passk.json and the printed table of a run, from its samples.jsonl alone."""
     found = read_policies(folder, tasks)
-    passk = {p.label: {name: dict(zip(("estimate", "low", "high"), f))
-                       for name, f in p.figures(cfg.ks, cfg.resamples).items()} for p in found}
-    if ranks.rank() == 0:
-        write_aside(folder / "passk.json", json.dumps(passk, indent=1) + "\n")
-    return table(found, cfg.ks, cfg.resamples)
+
+    def passk() -> str:
+        return json.dumps({p.label: {name: dict(zip(("estimate", "low", "high"), f))
+                                     for name, f in p.figures(cfg.ks, cfg.resamples).items()} for p in found}, indent=1)
+    text = part("there is no passk.json", passk)
+    if ranks.rank() == 0 and text:
+        write_aside(folder / "passk.json", text + "\n")
+    return part("there is no table", lambda: table(found, cfg.ks, cfg.resamples))
+
+
+def part(lacks: str, make: Callable[[], str], instead: str = "") -> str:
+    """A part of the report. One that fails is told in a line, and the others are written all the same."""
+    try:
+        return make()
+    except Exception as error:
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        once(f"note: {lacks}: {' '.join(what.split())}")
+        return instead.format(escape(" ".join(what.split())))
+
+
+def parted(name: str) -> tuple[Path, str]:
+    """(folder, policy or "") of `out/run` and `out/run:base`; a folder's own name may hold a colon."""
+    folder, _, policy = name.rpartition(":")
+    return (Path(folder), policy) if folder and not (Path(name) / "config.yaml").exists() else (Path(name), "")
 
 
 def read_samples(name: str, policy: str | None = None, tasks: list[str] | None = None) -> Samples:
     """`out/run` (its trained policy if it has one) or `out/run:base`, on `tasks`; None: those of its config.yaml."""
-    folder, _, wanted = name.partition(":")
-    path = Path(folder) / "samples.jsonl"
+    folder, wanted = parted(name)
+    path = folder / "samples.jsonl"
     if not path.is_file():
         raise UserError(f"{folder}: there is no samples.jsonl; run train.py or eval.py with out={folder} first")
     records = list(read_jsonl(path))
-    cfg = load_config([f"{folder}/config.yaml"])
+    cfg = kept_config(folder)
     tasks = tasks or pick_tasks(cfg, "test")
     there = {record["policy"]: None for record in records}                     # in order, each once
     trained = [name for name in there if name not in STARTS] or list(there)
@@ -215,7 +449,7 @@ def policy_name(cfg: Config) -> str:
         return "warm_start"
     if not (cfg.adapter or cfg.playbook):
         return "base"
-    return Path(read_yaml(made).get("method", "trained")).stem if made.is_file() else "trained"
+    return Path(str(read_yaml(made).get("method", "trained"))).stem if made.is_file() else "trained"
 
 
 def read_policies(folder: Path, tasks: list[str]) -> list[Samples]:
@@ -341,30 +575,37 @@ WORDS = 4000                                        # characters of one text tha
 
 def page(folder: Path) -> str:
     """report.html of a run: one file that needs nothing else. Raises UserError where the run has no samples."""
-    cfg = load_config([str(folder / "config.yaml")])
+    cfg = kept_config(folder)
     policies = read_policies(folder, pick_tasks(cfg, "test"))
-    parts = [("Pass@k", curves(policies, cfg)), ("Success by difficulty", difficulties(policies))]
-    if (folder / "metrics.jsonl").exists():
-        parts.append(("Training", training(folder)))
-    trees, says = [], ""
-    of_rollbacks = cfg.method == "leafe" or (folder / "distilled.json").exists()
-    if (folder / "trees.jsonl").exists() and of_rollbacks:
+    drawn: list[dict] = []
+
+    def drawings() -> str:
         records = list(read_jsonl(folder / "trees.jsonl"))
-        round_ = max(record["round"] for record in records)
+        round_ = max((record["round"] for record in records), default=1)
         trees, says = chosen(read_trees(records, round_, pick_tasks(cfg, "train")), folder, round_)
-        parts.append(("Rollback trees", f'<p>{says}</p><div id="list"></div>'))
-    parts.append(("Settings", made(folder) + "<details><summary>config.yaml</summary><pre>"
-                  + escape((folder / "config.yaml").read_text(encoding="utf-8")) + "</pre></details>"))
-    return framed(f"{cfg.method} on {cfg.env}, {cfg.model}: {folder}",
-                  verdict({one.label: [one] for one in policies}, policies[-1].label, policies[0].label, cfg), parts,
-                  trees)
+        drawn.extend(trees)
+        return f'<p>{says}</p><div id="list"></div>'
+
+    def settings() -> str:
+        return (made(folder) + "<details><summary>config.yaml</summary><pre>"
+                + escape(read_text(folder / "config.yaml")) + "</pre></details>")
+    makes = {"Pass@k": lambda: curves(policies, cfg), "Success by difficulty": lambda: difficulties(policies)}
+    if (folder / "metrics.jsonl").exists():
+        makes["Training"] = lambda: training(folder)
+    if (folder / "trees.jsonl").exists() and (cfg.method == "leafe" or (folder / "distilled.json").exists()):
+        makes["Rollback trees"] = drawings
+    makes["Settings"] = settings
+    parts = [(title, part(f"{folder}/report.html lacks {title}", make, "<p>{}</p>")) for title, make in makes.items()]
+    says = part(f"{folder}/report.html lacks its verdict", lambda: verdict(
+        {one.label: [one] for one in policies}, policies[-1].label, policies[0].label, cfg), "{}")
+    return framed(f"{cfg.method} on {cfg.env}, {cfg.model}: {folder}", says, parts, drawn)
 
 
 def made(folder: Path) -> str:
     """A line on how the run came about (run.json)."""
-    if not (folder / "run.json").exists():
+    told = read_json(folder / "run.json", MADE, {})
+    if not told:
         return ""
-    told = json.loads((folder / "run.json").read_text())
     commit = f"commit {told['commit'][:12]}" + " (with changes)" * told["changed"] if told["commit"] else "no commit"
     versions = ", ".join(f"{name} {told[name]}" for name in ("python", "torch", "transformers", "bitsandbytes"))
     machine = told["gpu"] or f"{told['processor']}, {told['cores']} cores, {told['threads']} threads"
@@ -451,8 +692,7 @@ def training(folder: Path) -> str:
 
 def chosen(trees: list[Tree], folder: Path, round_: int) -> tuple[list[dict], str]:
     """The trees to draw, at most SHOWN, and a sentence on which they are."""
-    path = folder / "distilled.json"
-    pairs: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(round=0)
+    pairs: dict[str, Any] = read_json(folder / "distilled.json", dict(round=int, pairs=list), dict(round=0))
     seen = {(task, turn): both for task, turn, *both in pairs["pairs"]} if pairs["round"] == round_ else {}
     solved = [any(branch.success for branch in tree.branches) for tree in trees]
     grown = [k for k, tree in enumerate(trees) if solved[k] and not tree.branches[0].success]
