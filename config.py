@@ -172,7 +172,7 @@ def resolved(path: Path, presets: list[tuple[str, dict[str, Any]]], options: dic
     if set(shipped()) <= set(file) and not set(brought) <= set(file):
         for key in [key for key in brought if key in file and file[key] == shipped().get(key)]:
             del file[key]
-    given = {key: text if kinds.get(key) is str else words(text, f"{key}={text} cannot be read as a value")
+    given = {key: text if kinds.get(key) is str else words(text, f"{key}={text:.80} cannot be read as a value")
              for key, text in options.items()}
 
     settings: dict[str, Any] = {}
@@ -287,7 +287,7 @@ def method_file(name: str) -> ModuleType | None:
         return None
     if not name.endswith(".py") and name not in method_names():
         there = ", ".join(["leafe", *method_names()])
-        raise UserError(f"method: there is no {name!r}; there are {there}, and path/to/file.py"
+        raise UserError(f"method: there is no {short(name)}; there are {there}, and path/to/file.py"
                         f"{nearest(name, method_names())}")
     if Path(name).stem in ("base", "warm_start"):
         raise UserError(f"method: rename {name}; {Path(name).stem} is what the samples of a run's start are called")
@@ -393,7 +393,7 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     """Run a script's main, or show `usage`, if given: the user's mistakes become one line, Ctrl-C loses nothing."""
     args = sys.argv[1:]
     for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
-        stream = getattr(sys, name) or open(os.devnull, mode)          # closed: a file of the run's would take its number
+        stream: Any = getattr(sys, name) or open(os.devnull, mode)     # closed: a file of the run's would get its number
         if mode == "w":
             stream.reconfigure(errors="backslashreplace")
             stream.write, stream.flush = (partial(lasting, stream, write) for write in (stream.write, stream.flush))
@@ -436,5 +436,6 @@ def stopped(*_: Any) -> None:                          # by Ctrl-C, before there
     os._exit(130)
 
 
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent in [ROOT / wing for wing in ("", "tools", "methods")]:
+script = Path(sys.argv[0] or "/").resolve()
+if script.parent in (ROOT, ROOT / "tools", ROOT / "methods"):
     signal.signal(signal.SIGINT, stopped)              # one of the scripts: its imports take seconds

@@ -143,6 +143,7 @@ def main(args: list[str]) -> None:
         refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=",
                warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
         run = open_run(cfg, cfg.adapter, training=False)
+        report_file().settle(run)
         sample(run, report_file().policy_name(cfg))
         run.folder.close()
         print(visible(report_file().report(run.folder.path, cfg, run.test_tasks)))

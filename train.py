@@ -249,6 +249,7 @@ def whole_run(cfg: Config) -> None:
     if cfg.warm_start:
         warm_start().tasks(cfg)
     run = open_run(cfg, cfg.init, training=True)
+    report_file().settle(run)                          # is what lies there, or in trees=, of this model and world?
     folder = run.folder.path
     if cfg.warm_start:
         warm_start().begin(run)

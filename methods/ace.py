@@ -3,7 +3,7 @@
     python train.py config.yaml method=ace trees=out/quest out=out/ace
 """
 import ranks
-from config import Check, Config, each
+from config import Check, Config, within
 from methods import rollouts as shared
 from methods.rollouts import BUDGET, budget, waves
 from run import Run, write_aside
@@ -14,8 +14,7 @@ playbook_tokens: 160          # longest playbook
 context: 1024                 # it stands before every episode
 row_tokens: 1024
 """
-CHECKS: list[Check] = [*shared.CHECKS, *each("grpo_tasks", lambda v, s: v >= 1, "must be 1 or more"),
-                       *each("playbook_tokens", lambda v, s: v >= 0, "must be 0 or more"),
+CHECKS: list[Check] = [*shared.CHECKS, *within("grpo_tasks", 1, 1_000_000), *within("playbook_tokens", 0, 1_000_000),
                        ("warm_start", lambda v, s: not v, "does not go with method=ace")]
 
 

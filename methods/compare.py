@@ -28,7 +28,8 @@ seeds: [0, 1, 2]              # a run of each method on each
 """ + "\n".join(OWN.values()) + "\n"
 CHECKS: list[Check] = [
     ("seeds", lambda v, s: v and min(v) >= 0, "must be a list of numbers of 0 or more, like [0, 1]"),
-    ("warm_start", lambda v, s: not v, "does not go with method=compare")]
+    ("warm_start", lambda v, s: not v, "does not go with method=compare"),
+    *(one for module in (rft, early_experience, grpo, ace) for one in module.CHECKS if one[0] in OWN)]
 
 
 def several_runs(cfg: Config, args: list[str]) -> None:

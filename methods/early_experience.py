@@ -9,7 +9,7 @@ from collections import deque
 from tqdm import tqdm
 
 import ranks
-from config import Check, Config
+from config import Check, Config, within
 from engine import Ask, Chat, Job
 from envs import ReplayMismatch, ask, visit
 from leafe import TURN, Tree, Turn
@@ -27,7 +27,7 @@ lr: 0.001                     # chosen on the validation split (docs/results.md)
 """
 CHECKS: list[Check] = [
     *shared.CHECKS,
-    ("alternatives", lambda v, s: v >= 1, "must be 1 or more"),
+    *within("alternatives", 1, 4096),
     ("alternatives_share", lambda v, s: 0 <= v <= 1, "must lie in 0..1"),
     ("early_experience", lambda v, s: v in ("world", "reflection"), "must be world or reflection"),
     ("early_experience", lambda v, s: v == "world" or s["action_tokens"] > s["reflect_tokens"],

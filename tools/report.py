@@ -146,7 +146,7 @@ def odd(value: Any, kind: Any, at: str = "") -> str:
         good = {*map(type, value)} <= {int} and (not value or 0 <= min(value) and max(value) < 10**18)
         return "" if good else f"{at} holds what is no token's id"
     if hasattr(kind, "__origin__") and isinstance(value, list):
-        return next(filter(None, (odd(one, *kind.__args__, f"{at}[{n}]") for n, one in enumerate(value))), "")
+        return next(filter(None, (odd(one, kind.__args__[0], f"{at}[{n}]") for n, one in enumerate(value))), "")
     below = kind in (int, int | None) and type(value) is int and value < (-1 if at == "number" else 0)
     good = fits(value, kind) or kind is float and isinstance(value, bool)
     return "" if good and not below else f"{at or 'it'} is {short(value)}, not {SAYS.get(kind, 'what stands there')}"
