@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
 
-from config import Config, UserError, guarded, load_config, method_file, refuse, visible    # before torch: Ctrl-C
+from config import Config, UserError, guarded, load_config, method_file, read_text, refuse, visible    # before torch: Ctrl-C
 
 import torch
 from tqdm import tqdm
@@ -267,7 +267,7 @@ def whole_run(cfg: Config) -> None:
         if cfg.evaluate_rounds and round_ < cfg.rounds:
             sample(run, f"{Path(cfg.method).stem}-{round_}", round_)
     if (folder / "playbook.txt").exists():
-        run = replace(run, playbook=(folder / "playbook.txt").read_text(encoding="utf-8").strip())
+        run = replace(run, playbook=read_text(folder / "playbook.txt").strip())
     else:
         run.policy.save(folder / "adapter")
     sample(run, Path(cfg.method).stem, cfg.rounds)
