@@ -377,6 +377,7 @@ def test_a_board_is_shown_in_one_manner(tmp_path, text, shown):
     ("######\n#@ *.#\n######\n", "1 boxes, 2 goals"),
     ("#####\n#@ *#\n#####\n", "every box is on a goal already"),
     ("#####\n#@x.#\n#####\n", "line 6: 'x' is no square of a level"),
+    ("#####\n#@$.x\n#####\n", "line 6: 'x' is no square"),
     ("5#|#@$.#|5#\n", "line 5: .* is run-length encoded")])
 def test_a_bad_level_is_named_before_anything_is_played(tmp_path, bad, message):
     path = tmp_path / "levels.txt"

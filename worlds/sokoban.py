@@ -36,10 +36,8 @@ def parse_level(board: str) -> Level:
 # ---------------------------------------------------------------------------------------------------- level files
 ENDINGS = (".txt", ".sok", ".xsb")                # what is read of a folder
 BOARD = re.compile(r"(?:^[ \t_-]*[#.$@*+][#.$@*+ \t_-]*(?:\n|\Z))+", re.M)           # rows next to each other
-ODD_ROW = re.compile(r"^[ \t]*#[#.$@*+ \t_-]*([^#.$@*+ \t\n_-])[#.$@*+ \t_-]*(?:[^#.$@*+ \t\n_-][#.$@*+ \t_-]*)?#[ \t]*$",
-                     re.M)                        # a row, but for one or two letters
 PLAIN = re.compile(r"#[#.$@*+ ]*#(?:\n#[#.$@*+ ]*#)*\n?")                            # as Boxoban draws a board
-RUNS = re.compile(r"^[\d#.$@*+ |_-]*(?:\d#|#\||\|#)[\d#.$@*+ |_-]*$", re.M)          # 5#|#@$.#|5#
+RUNS = re.compile(r"[\d#.$@*+ |_-]*(?:\d#|#\||\|#)[\d#.$@*+ |_-]*$")                 # 5#|#@$.#|5#
 
 
 @dataclass
@@ -114,7 +112,7 @@ def read_boards(path: Path) -> list[str]:
     """The levels of a file, drawn. What stands between them (headers, titles, blank lines) is text. Raises UserError
     for what was meant as a level and is none."""
     text, boards = level_text(read_bytes(path)), []
-    refuse_odd_rows(path, BOARD.sub("\n", text), text)
+    refuse_odd_rows(path, text)
     for match in BOARD.finditer(text):
         board = drawn(match[0])
         if is_meant(board):
@@ -125,15 +123,20 @@ def read_boards(path: Path) -> list[str]:
     return boards
 
 
-def refuse_odd_rows(path: Path, between: str, text: str) -> None:
+def refuse_odd_rows(path: Path, text: str) -> None:
     """A row with a typing error, or in the short hand of some collections, would be taken as text between levels."""
-    odd = next((row for row in ODD_ROW.finditer(between) if set(row[0]) & set(MAN + MAN_ON_GOAL + BOX + BOX_ON_GOAL)),
-               None)
-    if row := odd or RUNS.search(between):
-        line = text.count("\n", 0, text.index(row[0])) + 1
-        wrong = (f"{odd[1]!r} is no square of a level; squares are # . $ @ * + - _" if odd else
-                 f"{row[0][:30]!r} is run-length encoded; write its rows out")
-        raise UserError(f"data: {path}, line {line}: {wrong}")
+    board = "\0"
+    lines = BOARD.sub(board + "\n", text).split("\n")
+    for before, row, after in zip(["", *lines], lines, [*lines[1:], ""]):
+        letters = re.sub(r"[#.$@*+ \t_-]", "", row) if re.search(r"[$@*+]", row) else ""
+        framed = row.strip().startswith(WALL) and row.strip().endswith(WALL)
+        if 0 < len(letters) <= 2 and (framed or before == after == board):           # more is a sentence
+            wrong = f"{letters[0]!r} is no square of a level; squares are # . $ @ * + - _"
+        elif WALL in row and RUNS.match(row):
+            wrong = f"{row[:30]!r} is run-length encoded; write its rows out"
+        else:
+            continue
+        raise UserError(f"data: {path}, line {text.count(chr(10), 0, text.index(row)) + 1}: {wrong}")
 
 
 def level_text(raw: bytes) -> str:

@@ -126,7 +126,9 @@ DOWNLOAD = [SHAPE[0],
 def check(record: dict, shape: list, where: str) -> None:
     for fields, fits, kind, nullable in shape:
         for field in fields.split():
-            value = record.get(field)
+            if field not in record:
+                raise UserError(f"{where}: it has no {field}" + "; null says that there is none" * nullable)
+            value = record[field]
             if not (nullable and value is None) and not fits(value):
                 raise UserError(f"{where}: {field} must be {kind}{' or null' * nullable}, not {named(value)}")
 
@@ -135,6 +137,7 @@ def tidy(item: dict, beside: dict[str, dict], where: str) -> dict | None:
     """A product in one shape, whichever file it comes from; None for the few that the original leaves out. `beside`:
     what the public download has of a product in other files."""
     download = "small_description" in item
+    item = {"pricing": None} | item if download else item
     check(item, DOWNLOAD if download else SHAPE, where)
     asin = item["asin"]
     if asin == "nan" or len(asin) > 10:
