@@ -128,8 +128,8 @@ def open_run(cfg: Config, adapter: str, training: bool) -> Run:
     learned = pick_tasks(cfg.but(train_tasks=cfg.train_tasks + cfg.warm_start), "train") if training else []
     shared = sorted(set(test_tasks) & set(learned))
     if shared and not cfg.split.startswith("train"):
-        raise UserError(f"split: {len(shared)} of the {len(test_tasks)} tasks to test on, like {shared[0]!r}, are trained "
-                        f"on, too; let the world's splits share none, or say split={cfg.train_split} if it is meant")
+        raise UserError(f"split: {len(shared)} of the {len(test_tasks)} tasks of {cfg.env} to test on, like {shared[0]!r}, "
+                        f"are trained on, too; let its splits share none, or say split={cfg.train_split} if that is meant")
     playbook = read_text(Path(cfg.playbook)).strip() if cfg.playbook else ""
     find_model(cfg.model)
     folder = RunFolder(cfg)

@@ -100,10 +100,9 @@ class Process(subprocess.Popen):
     def _ready(self, end: int, event: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(end, event)
-        while (left := deadline - time.monotonic()) > 0:
-            if poll.poll(1000 * min(left, 3600)):
-                return
-        raise TimeoutError
+        while not poll.poll(1000 * min(left := max(0.0, deadline - time.monotonic()), 3600)):
+            if not left:                               # nothing is there even now; a program may have been suspended
+                raise TimeoutError
 
     def how_it_ended(self) -> str:
         """In words; the keeper's own exit code says it as a shell does."""
@@ -191,6 +190,8 @@ class Remote(Env):
         raise UserError(f"{who} {why.format(self._in_words(doing))}")
 
     def _in_words(self, question: list) -> str:
+        if question[0] == "about":                     # the first question
+            return f"__init__({self.key[1]!r})"
         told = f"{question[0]}({', '.join(repr(part)[:80] for part in question[1:2])})"
         return f"{told} of task {self.task!r}" if question[0] == "step" else told
 

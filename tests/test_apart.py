@@ -207,7 +207,7 @@ def test_nothing_is_left_of_a_program_that_is_killed_whatever_its_world_is_doing
 
 @pytest.mark.parametrize("kind, place", [
     ("HangsWhen", r"step\('.*'\) of task 'train-\d-\d{4}'"), ("HangsAtOnce", r"reset\('train-1-0000'\)"),
-    ("HangsInInit", r"about\(\)")])
+    ("HangsInInit", r"__init__\(''\)")])
 def test_a_hang_is_one_line_that_names_the_task_and_the_action(world, tiny, settings, kind, place):
     cfg = settings(f"env={world(kind)}", "env_timeout=1.5", "workers=2")
     began = time.monotonic()

@@ -486,12 +486,12 @@ def test_tasks_that_are_trained_and_tested_on_are_one_line_unless_the_split_says
     monkeypatch.setattr("run.load_model", lambda *args: pytest.fail("a model was loaded"))
     some = world("Right", "def tasks(self, split): return [split + str(n) for n in range(63)] + ['both']")
     name = world("Right", "def tasks(self, split): return [f't-{n}' for n in range(64)]")
-    with pytest.raises(UserError, match=r"split: 8 of the 8 tasks to test on, like 't-0', are trained on, too; .*"
-                                        r"or say split=train if it is meant"):
+    with pytest.raises(UserError, match=r"split: 8 of the 8 tasks of .* to test on, like 't-0', are trained on, too; .*"
+                                        r"or say split=train if that is meant"):
         open_run(settings(f"env={name}"), "", training=True)
-    with pytest.raises(UserError, match="1 of the 64 tasks to test on, like 'both', are trained on"):
+    with pytest.raises(UserError, match="1 of the 64 tasks of .* to test on, like 'both', are trained on"):
         open_run(settings(f"env={some}", "train_tasks=64", "test_tasks=64"), "", training=True)
-    with pytest.raises(UserError, match="1 of the 64 tasks to test on, like 'both', are trained on"):
+    with pytest.raises(UserError, match="1 of the 64 tasks of .* to test on, like 'both', are trained on"):
         open_run(settings(f"env={some}", "train_tasks=60", "warm_start=4", "test_tasks=64"), "", training=True)
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr("run.Policy.open", lambda *args: None)

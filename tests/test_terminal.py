@@ -195,6 +195,7 @@ PLAIN = {
     "scale/serving.py": ["engine: {self.retold} of {self.told} messages"],
     "tools/play.py": ["envs.__doc__"],
     "tools/show.py": ["text if plain else"],
+    "worlds/crossing.py": ["message.get('printed', '')"],                     # inside the sandbox, to its pipes
     "worlds/launcher.py": ["sandbox: {folder} stays: {error}"],
     "worlds/sandbox.py": ["sandbox: namespaces are forbidden here ({said['weak']})"]}
 WRITERS = ("print", "sys.exit", "tqdm.write", "sys.stderr.write", "sys.stdout.write")
@@ -204,7 +205,9 @@ def said_by(tree: ast.AST) -> list[ast.expr]:
     """What is printed: the first argument of each print and the like, and the words of each progress bar."""
     found: list[ast.expr] = []
     for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
-        found += call.args[:1] if ast.unparse(call.func) in WRITERS else []
+        into = [ast.unparse(word.value) for word in call.keywords if word.arg == "file"]
+        if ast.unparse(call.func) in WRITERS and into in ([], ["sys.stderr"], ["sys.stdout"]):
+            found += call.args[:1]
         found += [word.value for word in call.keywords if word.arg == "desc"]
     return found
 
