@@ -343,6 +343,7 @@ def shown_levels(tmp_path, text: str | bytes) -> list[str]:
     (BOARD + "...\n\n***\n" + BOARD, 2),
     ("; 0 a;b\n" + BOARD + ";\n", 1),
     ("#########\n# Mine! #\n#########\n\n" + BOARD, 1),
+    ("##########\n# a@b.org #\n##########\n\n" + BOARD, 1),
     (BOARD.replace("\n", "\r\n"), 1),
     (BOARD.replace("\n", "\r"), 1),
     (BOARD[:-1], 1),
@@ -378,6 +379,7 @@ def test_a_board_is_shown_in_one_manner(tmp_path, text, shown):
     ("#####\n#@ *#\n#####\n", "every box is on a goal already"),
     ("#####\n#@x.#\n#####\n", "line 6: 'x' is no square of a level"),
     ("#####\n#@$.x\n#####\n", "line 6: 'x' is no square"),
+    ("#####\n#@$.#  ; push it\n#####\n", "line 6: ';' is no square"),
     ("5#|#@$.#|5#\n", "line 5: .* is run-length encoded")])
 def test_a_bad_level_is_named_before_anything_is_played(tmp_path, bad, message):
     path = tmp_path / "levels.txt"
@@ -393,6 +395,8 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
         (tmp_path / name).write_text((BOARD + "\n") * boards)
     names = ["m_train_000/0", "m_train_000/1", "train_001/0", "u_train_000/0"]
     assert Sokoban(str(tmp_path)).tasks("train") == names
+    (tmp_path / "m/train_001.sok").write_text(BOARD)
+    assert Sokoban(f"{tmp_path}/m").tasks("train") == ["train_000/0", "train_000/1", "train_001.sok/0", "train_001.txt/0"]
     both = f"{tmp_path}/u/train_000.txt,{tmp_path}/m/train_000.txt,{tmp_path}/u/../u/train_000.txt"
     assert Sokoban(both).tasks("train") == [names[3], *names[:2]]
 

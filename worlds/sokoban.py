@@ -94,7 +94,8 @@ def read_folder(folder: Path) -> tuple[dict[Path, list[str]], list[str]]:
 def names_of(paths: list[Path]) -> dict[str, Path]:
     """A name here for each file: its own, if that tells the split, as Boxoban's do once they are sorted; else with the
     two folders above. Files that would have one name are told apart by more of their folders."""
-    parts = {path: (*path.parent.parts, path.stem) for path in paths}
+    stems = Counter((path.parent, path.stem) for path in paths)
+    parts = {path: (*path.parent.parts, path.stem if stems[path.parent, path.stem] == 1 else path.name) for path in paths}
     depth = {path: 1 if split_of(path.stem) else 3 for path in paths}
     while True:
         names = {path: "_".join(parts[path][-depth[path]:]) for path in paths}
@@ -130,13 +131,16 @@ def refuse_odd_rows(path: Path, text: str) -> None:
     for before, row, after in zip(["", *lines], lines, [*lines[1:], ""]):
         letters = re.sub(r"[#.$@*+ \t_-]", "", row) if re.search(r"[$@*+]", row) else ""
         framed = row.strip().startswith(WALL) and row.strip().endswith(WALL)
-        if 0 < len(letters) <= 2 and (framed or before == after == board):           # more is a sentence
+        within = before == after == board
+        few = len(letters) <= 2                                # more, and framed, is a title
+        if letters and (few and (framed or within) or within and WALL in row and not framed):
             wrong = f"{letters[0]!r} is no square of a level; squares are # . $ @ * + - _"
         elif WALL in row and RUNS.match(row):
             wrong = f"{row[:30]!r} is run-length encoded; write its rows out"
         else:
             continue
-        raise UserError(f"data: {path}, line {text.count(chr(10), 0, text.index(row)) + 1}: {wrong}")
+        line = text.count("\n", 0, text.index(row)) + 1
+        raise UserError(f"data: {path}, line {line}: {wrong}")
 
 
 def level_text(raw: bytes) -> str:
