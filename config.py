@@ -428,7 +428,7 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):           # torch's own, CPU's or GPU's
             raise
-        sys.exit(f"error: out of memory; lower slots=, context=, row_tokens= or snapshot_mb= and go on ({error})")
+        sys.exit(visible(f"error: out of memory; lower slots=, context=, row_tokens= or snapshot_mb= and go on ({error})"))
 
 
 def stopped(*_: Any) -> None:                          # by Ctrl-C, before there is anything to lose

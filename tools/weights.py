@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 import ranks
-from config import UserError
+from config import UserError, visible
 from lora import find_folder, is_hub_name, read_json, reading
 
 Shapes = dict[str, tuple[int, ...]]                    # a tensor's name -> its shape
@@ -113,7 +113,7 @@ def check_base(model: Any, said: str, base: str, digest: str) -> None:
     elif is_hub_name(base) and is_hub_name(here):
         same = base == here
     elif base and Path(base).name != Path(here).name and ranks.rank() == 0:
-        print(f"note: {said} was trained on {base}, by its own account, and is used on {here}", file=sys.stderr)
+        print(visible(f"note: {said} was trained on {base}, by its own account, and is used on {here}"), file=sys.stderr)
     if not same:
         raise UserError(f"{said} was trained on {base}, whose weights are not those of {here}; give model={base}, "
                         f"or an adapter of this model")
