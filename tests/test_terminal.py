@@ -73,7 +73,7 @@ def test_what_steers_or_hides_is_shown_and_what_is_read_stays():
 def sample_folder(folder: Path, name: str, policy: str = "base") -> str:
     """A run's folder, as eval.py leaves it."""
     folder.mkdir(parents=True)
-    cfg = vars(config.load_config([str(ROOT / "config.yaml"), "preset=smoke", f"env={name}", f"out={folder}"]))
+    cfg = vars(config.load_config([str(ROOT / "config.yaml"), "preset=smoke", f"env={name}"]))
     (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
     tasks = [f"test-{n}{HOSTILE}".replace("\ud83d", "") for n in range(8)]
     records = [dict(policy=policy, weights="x", task=task, sample=i, difficulty="hard" + HOSTILE, success=not i, score=0.0,
