@@ -178,7 +178,7 @@ def test_a_terminal_that_does_not_know_all_letters_is_no_error(world, encoding):
 @pytest.mark.slow
 def test_a_whole_run_in_a_hostile_world_is_tame_on_both_streams_and_makes_its_page(world, tmp_path):
     done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke", f"env={world('Hostile')}",
-                           "method=grpo", "env_steps=40", f"out={tmp_path}/run"], cwd=ROOT, capture_output=True)
+                           "method=grpo", "env_steps=40", "action_tokens=40", f"out={tmp_path}/run"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     tame(done.stdout.decode())
     for part in re.split(r"\r|\n|\x1b\[A", done.stderr.decode()):                   # of the progress bars
