@@ -51,8 +51,8 @@ NOT_NOUNS = set("a an and at by for from in is it of on or our the this to up wi
 
 # ------------------------------------------------------------------------------------------------- the catalogue
 
-def elements(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, product) of a file, one at a time: a JSON array of any size, or one object a line."""
+def elements(path: Path) -> Iterator[Any]:
+    """The products of a file, one at a time: a JSON array of any size, or one object a line."""
     decoder, between, text, at, count = json.JSONDecoder(), re.compile(r"[ \r\n\t\[\],]*"), "", 0, 0
     with opened(path) as raw:
         file = io.TextIOWrapper(raw, "utf-8-sig")
@@ -64,8 +64,7 @@ def elements(path: Path) -> Iterator[tuple[str, dict]]:
                 except (ValueError, RecursionError):       # cut off at the block's end
                     break
                 count += 1
-                where = f"data: {path}, product {count}"
-                yield where, record_of(item, where)
+                yield item
     if at < len(text):
         raise UserError(f"data: {path}, product {count + 1}, is not JSON: {text[at:at + 60]!r}; is the file whole?")
 
@@ -96,9 +95,12 @@ def is_options(value: Any) -> bool:
 
 
 def is_choices(value: Any) -> bool:
-    """Options as the public download has them: [{"value": "black"}, ...] by their names."""
-    return isinstance(value, dict) and is_texts([*value]) and all(
-        isinstance(choice, dict) and is_text(choice.get("value")) for choices in value.values() for choice in choices or [])
+    """Options as the public download has them: [{"value": "black"}, ...], or null, by their names."""
+    if not isinstance(value, dict) or not is_texts([*value]):
+        return False
+    lists = [choices for choices in value.values() if choices is not None]
+    return all(isinstance(choices, list) and all(isinstance(choice, dict) and is_text(choice.get("value"))
+                                                 for choice in choices) for choices in lists)
 
 
 def is_wishes(value: Any) -> bool:
@@ -138,10 +140,11 @@ def tidy(item: dict, beside: dict[str, dict], where: str) -> dict | None:
     what the public download has of a product in other files."""
     download = "small_description" in item
     item = {"pricing": None} | item if download else item
-    check(item, DOWNLOAD if download else SHAPE, where)
+    check(item, [("asin", is_text, "text", False)], where)
     asin = item["asin"]
-    if asin == "nan" or len(asin) > 10:
+    if asin == "nan" or len(asin) > 10:                # whatever else it holds
         return None
+    check(item, DOWNLOAD if download else SHAPE, where)
     if download:
         about, points = beside["items_ins_v2.json"].get(asin, {}), item["small_description"]
         prices = [number(part) for part in (item.get("pricing") or "").split("$")[1:]][:2]
@@ -166,8 +169,8 @@ def tidy(item: dict, beside: dict[str, dict], where: str) -> dict | None:
                 human=item["human_instructions"] or [])
 
 
-def made_up() -> Iterator[tuple[str, dict]]:
-    """A catalogue of 240 products, the same on every machine; like `elements`."""
+def made_up() -> Iterator[dict]:
+    """A catalogue of 240 products, the same on every machine."""
     kinds = {"lamp": ("garden", "table lamps"), "mug": ("garden", "coffee mugs"), "jacket": ("fashion", "jackets"),
              "sneaker": ("fashion", "sneakers"), "soap": ("beauty", "soaps"), "shampoo": ("beauty", "shampoos"),
              "tea": ("grocery", "teas"), "cable": ("electronics", "cables")}
@@ -183,13 +186,12 @@ def made_up() -> Iterator[tuple[str, dict]]:
         brand, colours = rng.choice("Alder Birch Cedar Dune Ember Fjord".split()), rng.sample("black blue brown gray grey green orange pink".split(), 3)
         sizes = rng.sample(["small", "medium", "large"], 2)
         wanted = rng.sample(own, rng.randint(1, len(own)))
-        yield "the catalogue made here", dict(
-            asin=f"B{i:09d}", name=f"{brand} {kind}, {own[0]}", category=category, query=query,
-            product_category=f"{category.title()} › {query.title()} › {brand}", bullet_points=[f"{own[-1]}."],
-            description=f"a {kind} by {brand}: {', '.join(own)}.", pricing=[rng.randint(5, 80) + 0.99],
-            options=dict(color=colours, size=sizes) if rng.random() < 0.5 else {}, attributes=own,
-            instruction=f"find me a {kind} that is {' and '.join(wanted)}", instruction_attributes=wanted,
-            human_instructions=None)
+        yield dict(asin=f"B{i:09d}", name=f"{brand} {kind}, {own[0]}", category=category, query=query,
+                   product_category=f"{category.title()} › {query.title()} › {brand}", bullet_points=[f"{own[-1]}."],
+                   description=f"a {kind} by {brand}: {', '.join(own)}.", pricing=[rng.randint(5, 80) + 0.99],
+                   options=dict(color=colours, size=sizes) if rng.random() < 0.5 else {}, attributes=own,
+                   instruction=f"find me a {kind} that is {' and '.join(wanted)}", instruction_attributes=wanted,
+                   human_instructions=None)
 
 
 def goals_of(item: dict, human: bool) -> Iterator[dict]:
@@ -222,8 +224,10 @@ def build(path: Path | None, to: str) -> None:
                      "create temp table wish (n integer primary key, human integer, goal text); "
                      "create table goal (n integer primary key, goal text)")
     counts, products, endless = {True: 0, False: 0}, 0, ""
-    for where, raw in tqdm(elements(path) if path else made_up(), desc="index products", unit="product", delay=2):
-        item = tidy(raw, beside, where)
+    source = tqdm(elements(path) if path else made_up(), desc="index products", unit="product", delay=2)
+    for n, raw in enumerate(source, 1):
+        where = f"data: {path}, product {n}"
+        item = tidy(record_of(raw, where), beside, where)
         if item is None or db.execute("select 1 from product where asin = ?", [item["asin"]]).fetchone():
             continue
         products += 1
