@@ -31,7 +31,7 @@ def reading(key: str, file: Path, fix: str = "copy or download it again") -> Ite
     """The door of every file of a model, an adapter or a checkpoint: whatever its reader raises becomes one line."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         found = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
@@ -43,8 +43,8 @@ def reading(key: str, file: Path, fix: str = "copy or download it again") -> Ite
         raise UserError(f"{key}{file}: {' '.join(found.split())[:300]}; {fix}") from None
 
 
-def read_json(key: str, file: Path) -> dict:
-    with reading(key, file):
+def read_json(key: str, file: Path, fix: str = "copy or download it again") -> dict:
+    with reading(key, file, fix):
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"expected a JSON object, found {found!r}")
@@ -96,9 +96,9 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
     with reading("model: ", Path(path), fix):
         if Path(path).is_dir():
             files().check_folder(Path(path))
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)       # nor ask whether to
         check_attention(name, config.get_text_config(), context)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if load_in_4bit if load_in_4bit is not None else device == "cuda":
             model = load_4bit(path, config, dtype, device)
         else:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import ranks
 from eval import sample
 from leafe import Targets, Tree, explore, read_trees, targets
-from lora import aside, finite, reading
+from lora import aside, files, finite, reading
 from packing import Batch, Packed, Weights, packed_nll, training_rows
 from run import Run, open_run, read_jsonl, report_file, write_aside
 
@@ -214,19 +214,12 @@ def load_checkpoint(folder: Path, parameters, optimizer, round_: int) -> dict[st
         return start
     with reading("", path, f"delete it: the training of round {round_} begins anew"), torch.no_grad():
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        if not all(type(saved["state"][name]) is int for name in start):
-            raise ValueError(f"its state is {saved['state']}")
         if saved["state"]["round"] != round_:
             return start
+        files().check_checkpoint(saved, parameters, start)
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
-            if value.shape != parameter.shape or not value.isfinite().all():
-                raise ValueError(f"weights of shape {tuple(value.shape)}: not finite, or of another adapter")
             parameter.copy_(value)
         optimizer.load_state_dict(saved["optimizer"])
-        for parameter, moments in optimizer.state.items():
-            for value in (moments["exp_avg"], moments["exp_avg_sq"]):
-                if value.shape != parameter.shape or not value.isfinite().all():
-                    raise ValueError(f"moments of shape {tuple(value.shape)}: not finite, or of another adapter")
         return saved["state"]
 
 

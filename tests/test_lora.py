@@ -221,6 +221,7 @@ BROKEN_MODELS = {
     "an unknown type": (says(CONFIG, model_type="nonsense"), "nonsense"),
     "another type": (says(CONFIG, model_type="qwen3"), "lacks model.layers.0.self_attn.k_norm.weight .and 7 more."),
     "a type of no text": (says(CONFIG, model_type="t5"), "Unrecognized configuration class"),
+    "code of its own": (says(CONFIG, model_type="x", auto_map=dict(AutoConfig="a.B")), "contains custom code"),
     "text for a number": (says(CONFIG, hidden_size="128"), "hidden_size"),
     "a number below 0": (says(CONFIG, hidden_size=-128), "negative dimension"),
     "no heads": (says(CONFIG, num_attention_heads=0), "ZeroDivisionError"),
@@ -296,7 +297,7 @@ def test_a_context_that_the_model_does_not_have_is_one_line():
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LAYER = "base_model.model.model.layers.{}.mlp.up_proj.lora_A.weight"
 BROKEN_ADAPTERS = {
-    "empty": (bytes_of(ADAPTER, b""), ADAPTER + ": the file is empty; copy"),
+    "empty": (bytes_of(ADAPTER, b""), ADAPTER + ": the file is empty; copy it again, or delete its folder and train"),
     "half": (half(ADAPTER), ADAPTER + ": SafetensorError"),
     "a pointer": (bytes_of(ADAPTER, LFS), "git lfs pull"),
     "no weights": (gone(ADAPTER), "has no adapter_config.json with adapter_model.safetensors"),

@@ -5,7 +5,7 @@ import hashlib
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from safetensors import safe_open
@@ -129,6 +129,7 @@ MUST: dict[str, tuple[Callable[[Any], Any], str]] = {
                           "one that leaves the base as it is"),
     "target_modules": (lambda v: v and isinstance(v, (str, list)), "the names of the layers that it changes"),
     "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "the name of its base")}
+ANEW = "copy it again, or delete its folder and train it anew"
 IDLE = """task_type auto_mapping peft_version revision inference_mode lora_dropout exclude_modules layers_to_transform
 layers_pattern megatron_config megatron_core qalora_group_size""".split()
 
@@ -138,14 +139,14 @@ def read_adapter(key: str, folder: Path) -> tuple[dict, dict[str, torch.Tensor],
     file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not file.is_file() or not weights.is_file():
         raise UserError(f"{key}{folder} has no adapter_config.json with adapter_model.safetensors beside it")
-    config = read_json(key, file)
+    config = read_json(key, file, ANEW)
     for name, (holds, must) in MUST.items():
         if not holds(config.get(name)):
             raise UserError(f"{key}{file}: {name} is {config.get(name)!r}, but must be {must}")
     for name in sorted(config.keys() - MUST.keys() - set(IDLE)):
         if config[name] and config[name] != "none":
             raise UserError(f"{key}{file}: uses {name}={config[name]!r}; plain LoRA is what is read here")
-    with reading(key, weights), safe_open(weights, framework="pt") as opened:
+    with reading(key, weights, ANEW), safe_open(weights, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         for name, value in tensors.items():
             rank = value.shape[0 if ".lora_A." in name else -1] if value.dim() == 2 else 0
@@ -154,7 +155,7 @@ def read_adapter(key: str, folder: Path) -> tuple[dict, dict[str, torch.Tensor],
             if not value.is_floating_point() or not value.float().isfinite().all():
                 raise ValueError(f"{name} holds what is no finite number")
     base = folder / "base.json"
-    return config, tensors, read_json(key, base).get("weights", "") if base.is_file() else ""
+    return config, tensors, read_json(key, base, ANEW).get("weights", "") if base.is_file() else ""
 
 
 def check_layers(layers: Iterable[str], config: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -169,3 +170,16 @@ def check_layers(layers: Iterable[str], config: dict, tensors: dict[str, torch.T
             raise ValueError(f"it lacks {lacks[0]}")
     if more := tensors.keys() - {tensor for pair in own.values() for tensor in pair}:
         raise ValueError(f"it has {min(more)}, which this model has not")
+
+
+# --------------------------------------------------------------------------------- a run's checkpoint of its training
+def check_checkpoint(saved: dict, parameters: Sequence[torch.Tensor], state: Iterable[str]) -> None:
+    """It holds whole numbers under `state`, and for each of the adapter's tensors one of its shape and two moments."""
+    if not all(type(saved["state"][name]) is int for name in state):
+        raise ValueError(f"its state is {saved['state']}")
+    moments = saved["optimizer"]["state"]
+    pairs = [*zip(parameters, saved["parameters"], strict=True),
+             *((parameters[i], moments[i][name]) for i in moments for name in ("exp_avg", "exp_avg_sq"))]
+    for parameter, value in pairs:
+        if value.shape != parameter.shape or not value.isfinite().all():
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} is not finite, or of another adapter")
