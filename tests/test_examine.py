@@ -370,6 +370,23 @@ def test_the_tasks_of_a_part_are_held_against_all_other_splits(world):
         assert [note.rpartition(", are in ")[2] for note in notes] == [f"{other}, too" for other in others]
 
 
+def test_tasks_that_are_the_same_under_other_names_are_a_note(world):
+    by_number = "def reset(self, task): return super().reset(task.split('-')[1]) + ' room ' + task.split('-')[1]"
+    note, = make_env(world("Right", by_number)).examine("train")
+    assert note.endswith("class Odd: train-0 and test-0, and those behind them, begin with the same words; are they the "
+                         "same tasks? the splits must share none")
+    by_name = "def reset(self, task): return super().reset(task) + ' room ' + task"
+    assert make_env(world("Right", by_name)).examine("train") == [] == make_env(world("Right", "pass")).examine("train")
+
+
+@pytest.mark.parametrize("body", [
+    "def tasks(self, split): return random.sample([f'{split}-{n}' for n in range(64)], 64)",
+    "n = 0\ndef tasks(self, split):\n Odd.n += 1\n return [f'{split}-{Odd.n}']"])
+def test_a_list_of_tasks_that_changes_is_one_line(world, body):
+    assert re.search(r"class Odd: tasks\('train'\) returned another list when it was asked again; it must return the same "
+                     "ids in the same order, always$", refusal(world("Right", body)))
+
+
 @pytest.mark.parametrize("base, body", [
     ("Right", "pass"), ("Bare", "pass"), ("Right", "def tasks(self, split): return (split,)"),
     ("Right", "def tasks(self, split): return []"), ("Right", "score = 1\nmax_turns = 1"),

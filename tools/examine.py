@@ -26,6 +26,9 @@ def examine(env: Env, split: str, other: Env) -> list[str]:
     turns = getattr(env, "max_turns", None)
     must(env, turns, int, "max_turns must be the turns an episode may have, like max_turns = 20")
     tasks = texts(env, "tasks", split)
+    if texts(other, "tasks", split) != tasks:
+        raise UserError(f"{where(env)}: tasks({split!r}) returned another list when it was asked again; it must return "
+                        f"the same ids in the same order, always")
     if not tasks:
         return []
     said, notes = list(look_around(env, tasks[0])), []
@@ -41,9 +44,19 @@ def examine(env: Env, split: str, other: Env) -> list[str]:
             raise UserError(f"{where(env)}: with another episode beside it, it gives other observations, {differs}; "
                             f"keep all that changes in self, not in the class or the file")
     for part in sorted({"train", "valid", "test"} - {split.partition("-")[0]}):
-        if shared := sorted(set(tasks) & set(texts(env, "tasks", part))):
+        theirs = texts(env, "tasks", part)
+        if shared := sorted(set(tasks) & set(theirs)):
             notes.append(f"{where(env)}: {len(shared)} tasks of {split}, like {shared[0]}, are in {part}, too")
+        elif part != "valid" and begin_alike(env, tasks[:3], theirs[:3]):
+            notes.append(f"{where(env)}: {tasks[0]} and {theirs[0]}, and those behind them, begin with the same words; "
+                         f"are they the same tasks? the splits must share none")
     return notes
+
+
+def begin_alike(env: Env, some: list[str], others: list[str]) -> bool:
+    """Do tasks of two splits begin alike, one by one, though those of one split do not?"""
+    said, again = ([wait_for(env, "reset", task) for task in tasks] for tasks in (some, others))
+    return said == again and len(set(said)) == len(said) > 1
 
 
 def texts(env: Env, what: str, *args: Any) -> list[str]:
