@@ -149,6 +149,8 @@ def read_adapter(key: str, folder: Path) -> tuple[dict, dict[str, torch.Tensor],
     with reading(key, weights, ANEW), safe_open(weights, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         for name, value in tensors.items():
+            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise ValueError(f"{name} is none of the tensors of plain LoRA")
             rank = value.shape[0 if ".lora_A." in name else -1] if value.dim() == 2 else 0
             if rank != config["r"]:
                 raise ValueError(f"{name} is {tuple(value.shape)}, but r is {config['r']} in {file.name}")
