@@ -27,31 +27,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 @contextmanager
-def reading(key: str, file: Path, fix: str = "copy or download it again") -> Iterator[None]:
-    """The door of every file of a model, an adapter or a checkpoint: whatever its reader raises becomes one line."""
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
-        head = file.open("rb").read(24) if file.is_file() else b"-"
-        if not head:
-            found = "the file is empty"
-        if head.startswith(b"version https://git-lfs"):
-            found, fix = "this is a pointer of git LFS, not the file", "run `git lfs pull`"
-        raise UserError(f"{key}{file}: {' '.join(found.split())[:300]}; {fix}") from None
-
-
-def read_json(key: str, file: Path, fix: str = "copy or download it again") -> dict:
-    with reading(key, file, fix):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"expected a JSON object, found {found!r}")
-        return found
-
-
-@contextmanager
 def aside(file: Path) -> Iterator[Path]:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half."""
     new = file.with_name(file.name + ".new")
@@ -92,8 +67,8 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transformers.logging.set_verbosity_error()           # what they would warn of ends the run here
     huggingface_hub.logging.set_verbosity_error()
-    fix = f"a local folder works offline; `hf download {name}` fetches it" if is_hub_name(path) else "is it whole?"
-    with reading("model: ", Path(path), fix):
+    fix = f"a local folder works offline; `hf download {name}` fetches it" if is_hub_name(path) else "copy or download all of it again"
+    with files().reading("model: ", Path(path), fix):
         if Path(path).is_dir():
             files().check_folder(Path(path))
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)       # nor ask whether to
@@ -273,7 +248,7 @@ def load_adapter(model: Any, folder: Path, key: str = "") -> None:
         files().check_base(model, f"{key}{folder}", config.get("base_model_name_or_path") or "", digest)
     if not lora_layers(model):
         add_lora(model, config["r"], config["lora_alpha"], seed=0)
-    with reading(key, folder, f"was it made for another model than {model.name_or_path}?"):
+    with files().reading(key, folder, f"was it made for another model than {model.name_or_path}?"):
         files().check_layers(lora_layers(model), config, tensors)
         for name, layer in lora_layers(model).items():
             layer.scale, layer.loads = config["lora_alpha"] / config["r"], layer.loads + 1

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import ranks
 from eval import sample
 from leafe import Targets, Tree, explore, read_trees, targets
-from lora import aside, files, finite, reading
+from lora import aside, files, finite
 from packing import Batch, Packed, Weights, packed_nll, training_rows
 from run import Run, open_run, read_jsonl, report_file, write_aside
 
@@ -212,7 +212,7 @@ def load_checkpoint(folder: Path, parameters, optimizer, round_: int) -> dict[st
     path, start = folder / "checkpoint.pt", dict(round=round_, step=0, tokens=0, resume=0)
     if not path.exists():
         return start
-    with reading("", path, f"delete it: the training of round {round_} begins anew"), torch.no_grad():
+    with files().reading("", path, f"delete it: the training of round {round_} begins anew"), torch.no_grad():
         saved = torch.load(path, weights_only=True, map_location="cpu")
         if saved["state"]["round"] != round_:
             return start

@@ -2,19 +2,46 @@
 belong together, was the adapter trained on this model? What is wrong is one line, with the file and what to do.
 """
 import hashlib
+import json
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import torch
 from safetensors import safe_open
 
 import ranks
 from config import UserError, visible
-from lora import find_folder, is_hub_name, read_json, reading
+from lora import find_folder, is_hub_name
 
 Shapes = dict[str, tuple[int, ...]]                    # a tensor's name -> its shape
+
+
+@contextmanager
+def reading(key: str, file: Path, fix: str = "copy or download it again") -> Iterator[None]:
+    """The door of every file of a model, an adapter or a checkpoint: whatever its reader raises becomes one line."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
+        head = file.open("rb").read(24) if file.is_file() else b"-"
+        if not head:
+            found = "the file is empty"
+        if head.startswith(b"version https://git-lfs"):
+            found, fix = "this is a pointer of git LFS, not the file", "run `git lfs pull`"
+        raise UserError(f"{key}{file}: {' '.join(found.split())[:300]}; {fix}") from None
+
+
+def read_json(key: str, file: Path, fix: str = "copy or download it again") -> dict:
+    with reading(key, file, fix):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected a JSON object, found {found!r}")
+        return found
 
 
 # ------------------------------------------------------------------------------------------------------- a model
