@@ -390,7 +390,7 @@ def open_env(name: str, data: str = "") -> Env:
         return kind(data) if data else kind()          # type: ignore[call-arg]
 
 
-def make_env(name: str, data: str = "", timeout: float = 600.0) -> Env:
+def make_env(name: str, data: str = "", timeout: float = 1800.0) -> Env:
     """The environment; where it asks for it by `apart`, in a process of its own, which has so many seconds a call."""
     if env_class(name).apart:
         from scale.apart import Remote

@@ -49,6 +49,7 @@ class Process(subprocess.Popen):
 
     def __init__(self, key: tuple[str, str]):
         super().__init__([sys.executable, "-c", START, *key], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                         stderr=None if sys.__stderr__ else subprocess.DEVNULL,
                          start_new_session=True)                           # Ctrl-C is not for it
         self.ends = self.stdin.fileno(), self.stdout.fileno()              # type: ignore[union-attr]
         for end in self.ends:
@@ -139,7 +140,7 @@ class Remote(Env):
     idle: dict[tuple[str, str], list[Process]] = defaultdict(list)
     about: dict[tuple[str, str], list] = {}
 
-    def __init__(self, name: str, data: str, timeout: float = 600.0):
+    def __init__(self, name: str, data: str, timeout: float = 1800.0):
         self.key, self.timeout, self.task = (name, data), timeout, ""
         self.process: Process | None = None
         if self.key not in Remote.about:
@@ -193,7 +194,7 @@ class Remote(Env):
         if question[0] == "about":                     # the first question
             return f"__init__({self.key[1]!r})"
         told = f"{question[0]}({', '.join(repr(part)[:80] for part in question[1:2])})"
-        return f"{told} of task {self.task!r}" if question[0] == "step" else told
+        return f"{told} of task {repr(self.task)[:80]}" if question[0] == "step" else told
 
     # an episode goes on when these are there
     def reset(self, task: str) -> Any:

@@ -335,6 +335,15 @@ def test_a_bad_outcome_there_names_its_field_and_the_world_s_file(world, bad, sa
     assert said.startswith(f"env: {file}, class Wrong: ") and says in said and "\n" not in said
 
 
+def test_a_program_without_streams_has_worlds_all_the_same(world):
+    source = (f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport config\nfrom envs import make_env\n"
+              f"def main(args):\n env = make_env({world('Says')!r})\n env.reset(env.tasks('test')[0]).result()\n"
+              f" sys.exit(7 if env.step('go').result().obs == 'you cannot do that.' else 1)\nconfig.guarded(main)")
+    for closed in ("<&- >&- 2>&-", "2>&-", "<&-", ">&-"):
+        done = subprocess.run(["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, source], capture_output=True)
+        assert done.returncode == 7, (closed, done)
+
+
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_world_is_closed_when_the_program_ends_and_what_it_raises_then_is_a_note(world, tmp_path, raises):
     told = tmp_path / ("raise" if raises else "told")
