@@ -115,9 +115,11 @@ def test_scienceworlds_java_ends_with_its_process():
     needs("scienceworld", "java")
     env = make_env("scienceworld", "easy")
     env.reset("boil/0").result()
-    pid = env.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    assert children
+    children = [str(env.process.pid)]                  # the keeper, the world, java
+    for pid in children:
+        children += Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) >= 3 and "java" in Path(f"/proc/{children[2]}/comm").read_text()
+    del children[0]
     env.process.kill()
     env.process.wait()
     for _ in range(100):
