@@ -67,8 +67,8 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transformers.logging.set_verbosity_error()           # what they would warn of ends the run here
     huggingface_hub.logging.set_verbosity_error()
-    fix = f"a local folder works offline; `hf download {name}` fetches it" if is_hub_name(path) else "copy or download all of it again"
-    with files().reading("model: ", Path(path), fix):
+    hub = f"a local folder works offline; `hf download {name}` fetches it"
+    with files().reading("model: ", Path(path), hub if is_hub_name(path) else "copy or download all of it again"):
         if Path(path).is_dir():
             files().check_folder(Path(path))
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)       # nor ask whether to

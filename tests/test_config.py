@@ -60,6 +60,8 @@ def brought(method):
     (["out= "], "out is ' ', but must name a folder"),
     (["row_tokens=100"], "row_tokens is 100, but must be at least context (768)"),
     (["lr=0"], "lr is 0, but must be above 0"), (["lr=nan"], "lr is 'nan'"), (["lr=.nan"], "lr is nan"),
+    (["lr=1e39"], "lr is 1e+39, but must be above 0, and below 1e38"),
+    (["lora_alpha=1e300"], "lora_alpha is 1e+300, but must be above 0, and below 1e38"),
     (["warm_start=4", "react=true"], "warm_start is 4, but goes with neither init= nor react=true"),
     (["steps=["], "cannot be read as a value"),
     (["preset=smok"], f"there are {', '.join(PRESETS)}; did you mean 'smoke'?"),
