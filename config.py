@@ -209,7 +209,7 @@ class Words(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-for tag, pattern in [("null", "~|null|"), ("bool", "true|yes|on|false|no|off"), ("int", r"[-+]?(0|[1-9]\d*(_\d+)*)"),
+for tag, pattern in [("null", "~|null|"), ("bool", "true|yes|on|false|no|off"), ("int", r"[-+]?(0|[1-9]\d{0,30}(_\d{3}){0,9})"),
                      ("float", r"[-+]?((?=.*[.e])(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|\.inf|\.nan)")]:
     Words.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$", re.I | re.A), None)
 

@@ -337,8 +337,8 @@ def read_trees(records: Iterable[dict], round_: int, tasks: list[str]) -> list[T
     trees = [Tree(task) for task in tasks]
     for tree in trees:
         for branch in in_order_of_birth(branches[tree.task]):
-            if branch.parent is not None and not (branch.parent < branch.number
-                                                  and 1 <= branch.tau <= len(tree.branch_path(branch.parent))):
+            if branch.parent is None and branch.experience or branch.parent is not None and not (
+                    branch.parent < branch.number and 1 <= branch.tau <= len(tree.branch_path(branch.parent))):
                 raise UserError(f"trees.jsonl: attempt {branch.name} of {branch.task} replaces turn {branch.tau} of "
                                 f"attempt number {branch.parent}, which there is not; restore the file")
             tree.join(branch)

@@ -28,7 +28,10 @@ def budget(cfg: Config) -> int:
                         f"many as that run's trees took")
     if not cfg.env_steps and not (Path(cfg.trees) / "adapter").exists():
         raise UserError(f"trees: {cfg.trees} has not ended, so what its trees took is not known yet; finish that run")
-    return cfg.env_steps or int(report_file().spent(Path(cfg.trees))["steps"])
+    steps = cfg.env_steps or int(report_file().spent(Path(cfg.trees))["steps"])
+    if not steps:
+        raise UserError(f"trees: the trees of {cfg.trees} took no steps, so there is no budget; give env_steps=")
+    return steps
 
 
 def taken(store: Jsonl, upto: int) -> int:

@@ -1,12 +1,14 @@
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 import train
-from config import ROOT, SHIPPED, UserError, keys_of, load_config, method_names, owners_of, shipped
+from config import (ROOT, SHIPPED, UserError, kept_config, keys_of, load_config, method_file, method_names, owners_of,
+                    shipped)
 from run import RunFolder
 
 METHODS = ["leafe", *method_names()]
@@ -365,3 +367,138 @@ def test_a_comparison_hands_on_what_a_file_sets_for_all_its_runs(tmp_path):
     write(tmp_path / "mine.yaml", method="compare", trees="out/other")
     with pytest.raises(UserError, match="trees: method=compare sets it"):
         train.main(args)
+
+
+# whatever lies in a file
+
+BROKEN = {
+    "latin-1": ("out: caf\xe9\n".encode("latin-1"), "line 1 is not UTF-8 text"),
+    "latin-1 in line 3": ("steps: 3\nlr: 1\nout: \xe9\n".encode("latin-1"), "line 3 is not UTF-8 text"),
+    "UTF-16": ("steps: 3\n".encode("utf-16"), "line 1 is not UTF-8 text"),
+    "UTF-16 without a mark": ("steps: 3\n".encode("utf-16-le"), "not YAML: unacceptable character"),
+    "binary": (bytes(range(256)), "line 2 is not UTF-8 text"),
+    "zeros": (bytes(64), "unacceptable character"),
+    "empty": (b"", "expected lines of `key: value`"), "comments alone": (b"# a\n", "expected lines"),
+    "a list": (b"- a\n", "expected lines"), "a number": (b"42\n", "expected lines"),
+    "a number as key": (b"3: 4\n", "expected lines"), "null as key": (b"~: 4\n", "expected lines"),
+    "true as key": (b"yes: 4\n", "expected lines"), "a list as key": (b"? [a]\n: 4\n", "unhashable key"),
+    "a number as a method's key": (b"methods: {leafe: {3: 4}}\n", "methods must hold"),
+    "a number as a method": (b"methods: {3: {lr: 1}}\n", "methods must hold"),
+    "a list of methods": (b"methods: [grpo]\n", "methods must hold"),
+    "a method without keys": (b"methods:\n  grpo:\n", "methods must hold"),
+    "a misspelt method": (b"methods: {grpoo: {lr: 1}}\n", "methods: there is no method 'grpoo'; did you mean 'grpo'"),
+    "presets": (b"preset: [smoke]\n", "preset must be the name"), "a preset's number": (b"preset: 3\n", "preset must be"),
+    "a preset that is no file": (b"preset: no.yaml\n", "preset=no.yaml: there is no such file in"),
+    "a preset that is itself": (b"preset: ./mine.yaml\n", "builds on this file itself"),
+    "a key twice": (b"steps: 3\nlr: 1\nsteps: 4\n", "steps stands in line 1 and again in line 3; keep one"),
+    "a method's key twice": (b"methods:\n  rft:\n    lr: 1\n    lr: 2\n", "lr stands in line 3 and again in line 4"),
+    "octal": (b"steps: 010\n", "steps is '010', but must be a whole number"),
+    "base 60": (b"steps: 1:30\n", "steps is '1:30', but must be"), "hexadecimal": (b"steps: 0x1F\n", "steps is '0x1F'"),
+    "a day": (b"steps: 2026-01-01\n", "steps is '2026-01-01'"), "no day": (b"steps: 2026-99-99\n", "steps is '2026-99-99'"),
+    "a tag": (b"steps: !!int many\n", "not YAML"), "a tag that runs": (b"x: !!python/object/apply:os.getpid []\n", "not YAML"),
+    "a deep nest": (b"[" * 5000, "not YAML"), "an unknown alias": (b"ks: *a\n", "undefined alias"),
+    "an endless list": (b"ks: &a [1, *a]\n", "ks is .*but must be a list of whole numbers"),
+    "a billion laughs": (b"a: &a [1,1,1,1,1,1,1,1]\n" + b"".join(
+        b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 8)) for c in range(98, 110)), "no key 'a'"),
+    "two documents": (b"steps: 3\n---\nlr: 1\n", "not YAML"), "cut off": (b'steps: 3\nout: "x', "not YAML"),
+    "too many digits": (b"seed: " + b"9" * 5000 + b"\n", "seed is '9+\\.\\.\\.9+', but must be a whole number, of at"),
+    "a number for a text": (b"out: 100\n", "out is 100, but must be text, in quotes"),
+    "no for a text": (b"out: no\n", "out is False, but must be text"), "nothing for a text": (b"out:\n", "out is None"),
+    "half a letter": (b'out: "a\\ud800"\n', "out is .*but must be text"), "a zero": (b'out: "a\\0b"\n', "out is .*must be text"),
+    "an escape": (b'out: "a\\x1b[31m"\n', "out is .*must be text"), "a method's list": (b"method: [rft]\n", "there is no"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("way", ["file", "preset"])
+def test_whatever_lies_in_a_file_of_settings_is_one_line_with_file_and_place(kind, way, tmp_path):
+    data, message = BROKEN[kind]
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message) as error:
+        load_config([str(path)] if way == "file" else [str(SHIPPED), f"preset={path}"])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert "mine.yaml" in str(error.value) or kind == "a method's list"
+
+
+def test_a_folder_or_a_name_too_long_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: Is a directory"):
+        load_config([str(tmp_path)])
+    done = subprocess.run([sys.executable, "train.py", "a" * 300], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: {'a' * 300}: File name too long\n"
+
+
+VALUES = ["-1", "0", "1e5", "1e20", "1" + "0" * 20, "9" * 5000, ".nan", ".inf", "-.inf", "1e400", "true", "null", "", "[]",
+          "[1]", "{}", "text", "[", "010", "1:30", "'", "*a", "!!int x", "\x1b[31m"]
+ANY_TEXT = {"model", "init", "adapter", "playbook", "env", "data", "out", "trees", "experiences"}
+HUGE_IS_FINE = {"lora_alpha", "lr", "clip", "beta", "grpo_clip", "grpo_dual"}     # what diverges is told as such
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_key_takes_what_makes_sense_and_says_in_one_line_what_does_not(method, tmp_path):
+    path = tmp_path / "mine.yaml"
+    for key in brought(method) if method != "leafe" else shipped():
+        for value in VALUES:
+            path.write_text(f"method: {method}\n{key}: {value}\n" if key != "method" else f"method: {value}\n")
+            for args in ([str(SHIPPED), f"method={method}", f"{key}={value}"], [str(path)]):
+                try:
+                    load_config(args)
+                    took = True
+                except UserError as error:
+                    took = False
+                    assert "\n" not in str(error) and len(str(error)) < 700, error
+                    assert key in str(error) or "mine.yaml: not YAML" in str(error), error
+                if key not in ANY_TEXT and value in (".nan", "-.inf", "9" * 5000, "[", "*a", "!!int x", "text"):
+                    assert not took, (key, value)
+                if key not in ANY_TEXT and value in ("1e20", "1" + "0" * 20):
+                    assert took == (key in HUGE_IS_FINE), (key, value)
+                if key not in ANY_TEXT and value in (".inf", "1e400"):
+                    assert took == (key == "beta"), (key, value)
+
+
+@pytest.mark.parametrize("text", ["1e5", "010", "1:30", "null", "no", "100", "2026-01-01", "a=b", "a:b", "lr=1"])
+def test_a_text_is_taken_as_it_stands_on_the_command_line_and_kept(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = load(f"out={text}", f"init={text}")
+    assert (cfg.out, cfg.init) == (text, text)
+    RunFolder(cfg).lock.close()
+    assert kept_config(Path(text)) == cfg == load_config([f"./{text}/config.yaml"])
+    RunFolder(cfg).lock.close()                        # the same run
+
+
+def test_a_preset_named_in_a_file_lies_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep/below.yaml", steps=7)
+    write(tmp_path / "below.yaml", steps=8)
+    monkeypatch.chdir(tmp_path)
+    assert load_config([write(tmp_path / "deep/mine.yaml", preset="below.yaml")]).steps == 7
+    assert load("preset=below.yaml").steps == 8         # on the command line: from here
+
+
+def test_more_resamples_than_a_memory_holds_are_refused_at_the_start():
+    with pytest.raises(UserError, match="resamples is 100000000000, but must be at most 1,000,000"):
+        load("resamples=100000000000")
+    with pytest.raises(UserError, match="resamples is 1000000, but with test_tasks=512 no memory holds them"):
+        load("resamples=1000000", "test_tasks=512")
+
+
+@pytest.mark.parametrize("checks, says", [
+    ("[('heads', lambda v, s: 1 / 0, 'x')]", r"mine.py, line 2, in <lambda>: ZeroDivisionError"),
+    ("[('headz', lambda v, s: True, 'x')]", r"KeyError: 'headz'"), ("[3]", "TypeError"), ("3", "TypeError")])
+def test_checks_that_fail_are_told_with_the_method_s_file(checks, says, tmp_path):
+    with pytest.raises(UserError, match=rf"^method: the CHECKS of .*mine.py failed\n  .*{says}"):
+        load(method(tmp_path / "mine.py", KEYS="'heads: 3'", CHECKS=checks))
+
+
+def test_a_method_that_raises_is_told_with_its_file_and_line(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def check(cfg):\n    cfg.nothing\n\n\ndef train(run, round_):\n    return [][round_]\n")
+    own = method_file(str(path))
+    with pytest.raises(UserError, match=r"^method: train of .*mine.py failed\n  .*mine.py, line 6, in train: IndexError"):
+        own.train(None, 1)
+    with pytest.raises(UserError, match=r"^method: check of .*mine.py failed\n  .*mine.py, line 2, in check: Attribute"):
+        own.check(load())
+    path = tmp_path / "full.py"
+    path.write_text("def train(run, round_):\n    raise OSError(28, 'No space left on device')\n")
+    with pytest.raises(OSError, match="No space left"):                   # not its fault: guarded says how to go on
+        method_file(str(path)).train(None, 1)

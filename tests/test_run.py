@@ -1,13 +1,17 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from config import UserError
 from conftest import ROOT, run_of
 from envs import Quest
+from leafe import Branch
 from run import PLAYBOOK, REACT, Jsonl, RunFolder, absorb, read_jsonl
+from tools import report
 
 
 # the folder
@@ -115,3 +119,149 @@ def test_behind_a_world_s_rules_stand_how_to_answer_and_the_playbook(settings, t
     run = run_of(settings(), tiny, playbook="look twice.\nleap once.")
     assert run.world().rules == run.but(horizon=3).world().rules == rules + PLAYBOOK + "look twice.\nleap once."
     assert Quest.rules == rules and run.cfg.horizon is None          # nobody else's
+
+
+# what lies in its files
+
+TURN = dict(obs="a hall", obs_ids=[3, 4], action="go", action_ids=[5, 2], parent=None, experience="", score=0.0,
+            success=False, valid=True)
+TREE = Branch("t", "0", 1, "", [], "", [], "failure", 1, 0, 2, number=0).record(1) | dict(turns=[TURN])
+SAMPLE = dict(policy="base", weights="base", task="t", sample=0, difficulty="all", success=False, score=0.0, turns=1,
+              refused=0, tokens=2)
+GOOD = {"trees.jsonl": TREE, "samples.jsonl": SAMPLE, "metrics.jsonl": dict(round=1, step=1, tokens=3)}
+
+
+def turn(**changes):
+    return TREE | dict(turns=[TURN | changes])
+
+
+def without(record, key):
+    return {name: value for name, value in record.items() if name != key}
+
+
+@pytest.mark.parametrize("name, record, fault", [
+    *((name, odd, "which is no record") for name in GOOD for odd in (["a"], 3, "a", None, float("nan"), True)),
+    *(("samples.jsonl", without(SAMPLE, key), f"{key} is missing") for key in SAMPLE),
+    *(("samples.jsonl", SAMPLE | {key: odd}, f"{key} is ") for key in SAMPLE for odd in ([1], None)),
+    *(("samples.jsonl", SAMPLE | {key: -1}, f"{key} is -1, not a whole number of 0 or more")
+      for key in ("sample", "turns", "refused", "tokens")),
+    *(("trees.jsonl", without(TREE, key), f"{key} is missing") for key in TREE if key not in (
+        "number", "parent", "clipped")),
+    *(("trees.jsonl", TREE | {key: {}}, f"{key} is |{key} holds") for key in TREE),
+    ("trees.jsonl", TREE | dict(name="a.b"), "name is 'a.b', not like 0.2.1"),
+    ("trees.jsonl", TREE | dict(number=-2), "number is -2"), ("trees.jsonl", TREE | dict(steps=10**30), "steps is 1000"),
+    ("trees.jsonl", TREE | dict(other=1), "it holds 'other', which is no field here"),
+    ("trees.jsonl", turn(obs=None), r"turns\[0\].obs is None, not text"),
+    ("trees.jsonl", turn(success="yes"), r"turns\[0\].success is 'yes', not true or false"),
+    *(("trees.jsonl", turn(obs_ids=ids), r"turns\[0\].obs_ids (holds|is)")
+      for ids in ([-1], ["a"], [1.5], [True], [[1]], [10**20], "ab", None)),
+    *(("trees.jsonl", TREE | dict(reflections=[odd]), r"reflections\[0\]") for odd in (3, {}, {"t": 1})),
+    ("metrics.jsonl", dict(step="x"), "step is 'x'"), ("metrics.jsonl", dict(tokens=None), "tokens is None")])
+def test_a_line_that_is_no_record_of_its_file_is_told_with_file_line_and_field(name, record, fault, tmp_path):
+    path = tmp_path / name
+    path.write_text(json.dumps(GOOD[name]) + "\n" + json.dumps(record) + "\n")
+    for read in (lambda: list(read_jsonl(path)), lambda: Jsonl(path)):
+        with pytest.raises(UserError, match=fault) as error:
+            read()
+        assert str(error.value).startswith(f"{path}: line 2: ") and "restore the file, or delete the line" in str(error.value)
+    assert path.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("line", [b'{"a"\n', b"\n", b"\xff\xfe\n", b"[" * 5000 + b"\n", b'{"a": ' + b"9" * 5000 + b"}\n"])
+def test_a_line_that_is_no_json_is_told_or_dropped_at_the_end(line, tmp_path, capsys):
+    path = tmp_path / "samples.jsonl"
+    good = json.dumps(SAMPLE).encode() + b"\n"
+    path.write_bytes(line + good)
+    with pytest.raises(UserError, match="samples.jsonl: line 1 is damaged, and is not the last"):
+        Jsonl(path)
+    path.write_bytes(good + line)
+    assert Jsonl(path).records == [SAMPLE] and path.read_bytes() == good
+    assert "the last line was cut short" in capsys.readouterr().err
+
+
+def test_a_score_may_be_true_and_an_old_record_may_lack_what_came_later(tmp_path):
+    old = without(without(without(turn(score=True), "number"), "parent"), "clipped")
+    (tmp_path / "trees.jsonl").write_text(json.dumps(old) + "\n")
+    assert list(read_jsonl(tmp_path / "trees.jsonl")) == [old]
+
+
+def test_a_record_that_stands_there_twice_is_taken_once_and_two_that_differ_are_one_line(tmp_path, capsys):
+    for name, other in (("samples.jsonl", dict(success=True)), ("trees.jsonl", dict(steps=9))):
+        path, line = tmp_path / name, json.dumps(GOOD[name])
+        path.write_text(f"{line}\n{line}\n")
+        assert Jsonl(path).records == list(read_jsonl(path)) == [GOOD[name]]
+        assert capsys.readouterr().err == f"note: {path}: line 2 repeats line 1, and is left out\n"         # once
+        path.write_text(f"{line}\n{json.dumps(GOOD[name] | other)}\n")
+        with pytest.raises(UserError, match=f"{name}: lines 1 and 2 are both .*task 't'.*and differ; delete the wrong"):
+            Jsonl(path)
+    (tmp_path / "metrics.jsonl").write_text('{"a":1}\n{"a":1}\n')         # have no names
+    assert len(Jsonl(tmp_path / "metrics.jsonl").records) == 2
+
+
+@pytest.mark.parametrize("name, read", [("seconds.json", "seconds"), ("run.json", "tell")])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "null", "NaN", "[" * 5000, "\udcff", '{"continued": 3}'])
+def test_a_damaged_file_of_one_value_is_one_line_that_says_to_delete_it(name, read, text, tmp_path):
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=f"{name}: .*(restore it, or delete it|not UTF-8)") as error:
+        getattr(report, read)(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / name).unlink()
+    getattr(report, read)(tmp_path)
+
+
+def test_damaged_seconds_are_told_before_the_work_they_would_measure(settings):
+    folder, done = RunFolder(settings()), []
+    (folder.path / "seconds.json").write_text("{")
+    with pytest.raises(UserError, match="seconds.json: it is damaged"):
+        with folder.metered():
+            done.append("work")
+    assert not done
+
+
+@pytest.mark.parametrize("text", ["steps: [", "\xff", "", "just words", "stps: 3\n", "steps: x\n", "steps: 3\nsteps: 4\n"])
+def test_a_damaged_config_of_a_run_is_one_line_that_names_it(text, settings):
+    cfg = settings()
+    RunFolder(cfg).lock.close()
+    path = Path(cfg.out) / "config.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=f"^{path}"):
+        RunFolder(cfg)
+
+
+# who reads what it says, and who stops it
+
+SAYS = "import config, sys, time\ndef main(args):\n    for i in range(3000): print('a line', i); print(i, file=sys.stderr)\n" \
+       "    open(args[0], 'w').write('whole')\nconfig.guarded(main)"
+
+
+@pytest.mark.parametrize("way, ends", [("| head -1", 141), (">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("2>&1 | head -1", 141),
+                                       ("2>&1 | true", 141), ("> /dev/full", 141), ("<&- >&- 2>&-", 0)])
+def test_a_run_goes_on_whoever_reads_what_it_says(way, ends, tmp_path):
+    line = f"set -o pipefail; {sys.executable} -c \"$CODE\" {tmp_path}/x {way}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CODE": SAYS})
+    assert (tmp_path / "x").read_text() == "whole" and done.returncode == ends
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "leafe.py", "-m tools.report", "-m methods.stage1"])
+def test_ctrl_c_during_the_imports_is_one_line(script):
+    code = ("import builtins, os, runpy, signal, sys\nreal = builtins.__import__\n"
+            "def slow(name, *rest, **more):\n"
+            "    if name in ('torch', 'tqdm'): os.kill(os.getpid(), signal.SIGINT)\n"
+            "    return real(name, *rest, **more)\nbuiltins.__import__ = slow\n"
+            "sys.argv = [os.path.abspath(sys.argv[1])]\nsys.path.insert(0, os.getcwd())\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    file = script.removeprefix("-m ").replace(".", "/").removesuffix("/py") + ".py"
+    done = subprocess.run([sys.executable, "-c", code, file], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "\nstopped; nothing is lost: the same command goes on from here\n"
+
+
+@pytest.mark.parametrize("raises, says", [
+    ("MemoryError()", "error: out of memory; lower slots="),
+    ("RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried')", "error: out of memory; lower slots="),
+    ("OSError(36, 'File name too long', 'aaa')", "error: aaa: File name too long"),
+    ("OSError(28, 'No space left on device')", "error: out: No space left on device; nothing is lost")])
+def test_what_a_machine_refuses_is_one_line(raises, says):
+    code = f"import config\ndef main(args):\n    raise {raises}\nconfig.guarded(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(says) and done.stderr.count("\n") == 1

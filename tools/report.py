@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 
 import ranks
 from eval import STARTS, Samples, spread
-from envs import Env, ask
+from envs import Env, ask, closing
 from leafe import REFLECT, REFLECTION, TURN, Branch, Targets, Tree, read_trees
 from lora import find_model
 from packing import pack, rows_of, token_logp
@@ -113,7 +113,7 @@ def tell(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ what a run's files hold
 
-MADE = dict(command=str, date=str, continued=list)
+MADE = {"command": str, "date": str, "continued": list, "made_by?": str}          # run.json
 RECORDS: dict[str, tuple[Any, ...]] = {              # file: what a line holds (a "?": may lack), and what names it
     "trees.jsonl": (Branch, "round", "task", "name"),
     "samples.jsonl": ({"policy": str, "weights": str, "task": str, "sample": int, "difficulty": str, "success": bool,
@@ -202,17 +202,17 @@ def read_json(path: Path, kind: Any, otherwise: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------ who made them
 
-MAKERS = dict(model="weights: another model=", tokenizer="tokenizer: another model=",
-              template="chat template: another model= or thinking=", rules="rules: another env= or react=")
+MAKERS = dict(model="other weights (model=)", tokenizer="another tokenizer (model=)",
+              template="another chat template (model=, thinking=)", rules="other rules (env=, data=, react=)")
 
 
 def makers(run: Run) -> dict[str, str]:
     """What gives the ids in a run's files their meaning, each as a digest."""
     def digest(*parts: Any) -> str:
         return sha256("\0".join(map(str, parts)).encode("utf-8", "replace")).hexdigest()[:8]
-    tokenizer, env = run.policy.chat.tokenizer, replace(run, playbook="").world()
-    rules = env.rules
-    env.close()
+    tokenizer = run.policy.chat.tokenizer
+    with closing(replace(run, playbook="").world()) as env:
+        rules = env.rules
     return dict(model=digest(*weights(find_model(run.cfg.model))),
                 tokenizer=digest(sorted(tokenizer.get_vocab().items())),
                 template=digest(tokenizer.chat_template, run.cfg.thinking), rules=digest(rules))
@@ -239,7 +239,7 @@ def settle(run: Run) -> None:
     if ranks.rank() == 0:
         told = read_json(path, MADE, {})
         if other := other_maker(told.get("made_by", ""), said):
-            raise UserError(f"out: {run.folder.path} holds a run of {other}; choose another out=, or delete that folder")
+            raise UserError(f"out: {run.folder.path} holds a run with {other}; choose another out=, or delete that folder")
         write_aside(path, json.dumps(told | dict(made_by=said), indent=1) + "\n")
     store = run.store("trees.jsonl")
     check_trees(run, store.path, store.records, said)
@@ -248,15 +248,18 @@ def settle(run: Run) -> None:
         path = Path(run.cfg.trees) / "trees.jsonl"
         records = list(read_jsonl(path))
         check_trees(run, path, records, said)
-        for round_ in range(1, run.cfg.rounds + 1):
-            read_trees(records, round_, run.train_tasks)
+        try:
+            for round_ in range(1, run.cfg.rounds + 1):
+                read_trees(records, round_, run.train_tasks)
+        except UserError as error:
+            raise UserError(f"trees: {run.cfg.trees}: {error}") from None
     check_room(run)
 
 
 def other_maker(theirs: str, ours: str) -> str:
     """What differs, in words; "" if nothing does, or it is not known."""
     differ = [part.split()[0] for part in theirs.split(", ") if part and part not in ours]
-    return MAKERS.get(differ[0], "other makers") if differ else ""
+    return MAKERS.get(differ[0], "others") if differ else ""
 
 
 def check_trees(run: Run, path: Path, records: list[dict], said: str) -> None:
@@ -267,22 +270,21 @@ def check_trees(run: Run, path: Path, records: list[dict], said: str) -> None:
     for record in records:
         if other := other_maker(str(record.get("made_by", "")), said):
             raise UserError(f"trees: {path} was made with {other}; take a run's of the same, or explore anew (trees= empty)")
-        for turn in record["turns"]:
-            if not turn["obs_ids"] or not turn["action_ids"] or max(max(turn["obs_ids"]), max(turn["action_ids"])) >= most:
+        for ids in [turn[of] for turn in record["turns"] for of in ("obs_ids", "action_ids")]:
+            if not ids or max(ids) >= most:
                 raise UserError(f"trees: {path}: attempt {record['name']} of {record['task']} holds no ids, or some "
                                 f"beyond the model's {most} tokens; restore the file, or explore anew")
 
 
 def check_room(run: Run) -> None:
     """Raises UserError where not even a first turn, or a reflection on it, would fit into what the settings allow."""
-    cfg, chat, env = run.cfg, run.policy.chat, run.world()
-    for task in run.test_tasks:
-        ask(env, "difficulty", task)
-    task = (run.train_tasks or run.test_tasks)[0]
-    obs = ask(env, "reset", task)
-    obs = obs.result() if isinstance(obs, Future) else obs
-    known = [action for action in ask(env, "actions") if "..." not in action]
-    env.close()
+    cfg, chat, task = run.cfg, run.policy.chat, (run.train_tasks or run.test_tasks)[0]
+    with closing(run.world()) as env:
+        for one in run.test_tasks:
+            ask(env, "difficulty", one)                # the tables need it of each
+        obs = ask(env, "reset", task)
+        obs = obs.result() if isinstance(obs, Future) else obs
+        known = [action for action in ask(env, "actions") if "..." not in action]
     used = len(chat.first(env.rules, TURN.format(t=1, obs=chat.glimpse(obs, cfg.observation_tokens))))
     form = "<think>\n</think>\n<action>{}</action>" if cfg.react else "{}"
     action, shortest = min(((a, len(chat.ids(form.format(a))) + 1) for a in known), key=lambda a: a[1], default=("", 1))
@@ -292,7 +294,8 @@ def check_room(run: Run) -> None:
     if used + cfg.action_tokens > cfg.context:
         raise UserError(f"context: {cfg.context} tokens are too few: the rules with the first observation of {task} take "
                         f"{used}, an action up to {cfg.action_tokens} (action_tokens)")
-    if run.train_tasks and cfg.method == "leafe" and not cfg.trees:
+    branches = cfg.attempts > cfg.roots and cfg.max_depth and cfg.beta < math.inf
+    if run.train_tasks and cfg.method == "leafe" and not cfg.trees and branches:
         least, looks = len(chat.ids(REFLECTION.format(tau=1, e="x"))) + 1, len(chat.next(TURN.format(t=2, obs="") + REFLECT))
         if least > cfg.reflect_tokens:
             raise UserError(f"reflect_tokens: {cfg.reflect_tokens} are too few: the shortest reflection takes {least}")
@@ -435,7 +438,7 @@ def read_samples(name: str, policy: str | None = None, tasks: list[str] | None =
     cfg = kept_config(folder)
     tasks = tasks or pick_tasks(cfg, "test")
     there = {record["policy"]: None for record in records}                     # in order, each once
-    trained = [name for name in there if name not in STARTS] or list(there)
+    trained = [name for name in there if name not in STARTS] or [*there, "any"]
     own = Path(cfg.method).stem                        # of a method of one's own, its file's name
     wanted = wanted or policy or (own if own in there else trained[0])
     chosen = [r for r in records if r["policy"] == wanted and r["task"] in set(tasks)]
