@@ -11,14 +11,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from config import UserError, load_config
+from config import UserError, kept_config, load_config
 from conftest import ROOT, run_of
 from envs import Quest
+from eval import main as eval_main
 from eval import sample
-from leafe import explore
+from leafe import explore, read_trees
 from run import read_jsonl
+from tools import report as report_
 from tools.pictures import tree
-from tools.report import SHOWN, main, page
+from tools.report import SHOWN, main, nothing_found, page, read_samples
 
 HOSTILE = '</script><script>document.title = "owned"</script><img src=x onerror=\'document.title = "owned"\'>'
 EVIL = [HOSTILE, "<!--<script>", "]]></style>", "\u2028&lt;b&gt; \" ' `", "@BODY@ @TREES@", "a" * 9000]
@@ -214,3 +216,56 @@ def test_a_browser_draws_the_trees_and_the_keyboard_moves_in_them(explored, tmp_
     assert told["told"].startswith("attempt 0.") and told["drawn"] == "6" and told["title"] == "LEAFE"
     assert told["wide"] == ""                                             # nothing runs out of a phone's screen
     assert done.stdout.count("<polyline") == 4
+
+
+@pytest.mark.parametrize("name, text, lost", [
+    ("metrics.jsonl", "[1]\n{}\n", ["Training"]), ("metrics.jsonl", '{"round":1,"step":1,"L":"x"}\n' * 2 + "{}\n", []),
+    ("metrics.jsonl", '{"round":1,"step":1,"L":"x"}\n{"round":1,"step":2,"L":3}\n', ["Training"]),
+    ("trees.jsonl", "{}\n{}\n", ["Training", "Rollback trees"]), ("trees.jsonl", "", ["Rollback trees"]),
+    ("distilled.json", "{", ["Rollback trees"]), ("distilled.json", '{"round": 1, "pairs": [3]}', ["Rollback trees"]),
+    ("seconds.json", "[]", ["Training"]), ("run.json", "", ["Settings"]), ("run.json", '{"command":"a","date":"b","continued":[]}',
+                                                                          ["Settings"])])
+def test_a_part_that_fails_is_told_in_a_line_and_the_others_are_written(explored, name, text, lost, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(explored[0], folder)
+    (folder / name).write_text(text)
+    main(["page", str(folder)])
+    page_, told = (folder / "report.html").read_text(), capsys.readouterr().err.splitlines()
+    for heading in ("Pass@k", "Success by difficulty", "Training", "Rollback trees", "Settings"):
+        assert f"<h2>{heading}</h2>" in page_
+    assert re.search(r"<b>leafe</b> wins [\d.]+", page_)
+    for part in lost:
+        assert sum(line.startswith(f"note: {folder}/report.html lacks {part}: ") for line in told) == 1, told
+    assert len(told) == len(lost)
+
+
+def test_a_table_that_fails_leaves_the_figures(explored, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(explored[0], folder)
+    monkeypatch.setattr(report_, "by_difficulty", lambda samples: {}[3])
+    assert report_.report(folder, kept_config(folder), Quest().tasks("test")[:2]) == ""
+    assert set(json.loads((folder / "passk.json").read_text())) == {"base", "leafe"}
+    assert capsys.readouterr().err == "note: there is no table: KeyError: 3\n"
+
+
+@pytest.mark.parametrize("name", ["a=b", "a:b", "c:base", "lr=1"])
+def test_a_folder_s_name_may_hold_what_an_option_or_a_policy_has(explored, name, tmp_path, capsys):
+    folder = tmp_path / name
+    shutil.copytree(explored[0], folder)
+    main(["page", str(folder)])
+    eval_main(["table", str(folder)])
+    eval_main(["compare", f"{folder}:base", str(folder)])
+    assert "difference" in capsys.readouterr().out and read_samples(f"{folder}:base").label == f"{folder}:base"
+
+
+def test_why_exploration_found_nothing_is_said_by_what_happened(explored):
+    trees = read_trees(list(read_jsonl(explored[0] / "trees.jsonl")), 1, Quest().tasks("train")[:6])
+    ends = [turn.action_ids[-1] for tree_ in trees for turn in tree_.turns]
+    assert "try more attempts=" in nothing_found(trees, explored[1], set(ends))
+    assert re.search(r"action_tokens: (\d+) of \1 actions were cut off; raise action_tokens=16",
+                     nothing_found(trees, explored[1], set()))
+    for one in trees:
+        for branch in one.branches:
+            branch.end = "context"
+    assert re.search(r"context: (\d+) of \1 attempts ended for want of room; raise context=768",
+                     nothing_found(trees, explored[1], set(ends)))

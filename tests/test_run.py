@@ -1,15 +1,19 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from config import UserError
+from config import UserError, load_config
 from conftest import ROOT, run_of
+from engine import Chat
 from envs import Quest
-from leafe import Branch
+from leafe import Branch, explore
+from lora import load_model
 from run import PLAYBOOK, REACT, Jsonl, RunFolder, absorb, read_jsonl
 from tools import report
 
@@ -265,3 +269,115 @@ def test_what_a_machine_refuses_is_one_line(raises, says):
     code = f"import config\ndef main(args):\n    raise {raises}\nconfig.guarded(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(says) and done.stderr.count("\n") == 1
+
+
+# who made them
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """A folder with the trees of two tasks, as train.py leaves them."""
+    cfg = load_config([str(ROOT / "config.yaml"), "preset=smoke", "attempts=2", f"out={tmp_path_factory.mktemp('made')}/run"])
+    run = run_of(cfg, tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+    report.settle(run)
+    explore(run, TASKS)
+    run.folder.close()
+    run.folder.lock.close()
+    return run.folder.path
+
+
+TASKS = Quest().tasks("train")[:2]
+
+
+def other_tiny(path, what):
+    """A copy of the embedded model with one thing changed; loaded."""
+    shutil.copytree(ROOT / "models/tiny", path)
+    if what == "weights":
+        tensors = load_file(path / "model.safetensors")
+        tensors["model.norm.weight"][0] += 1e-3
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    for name in [file.name for file in path.glob("*") if file.suffix in (".json", ".jinja")]:
+        text = (path / name).read_text()
+        if what == "template" and name == "chat_template.jinja":
+            text += "{# another #}"
+        if what == "tokenizer" and name == "tokenizer.json":
+            told = json.loads(text)
+            vocab = told["model"]["vocab"]
+            a, b = sorted(vocab, key=vocab.get)[20:22]
+            vocab[a], vocab[b] = vocab[b], vocab[a]
+            text = json.dumps(told)
+        (path / name).write_text(text)
+    model, tokenizer = load_model(str(path), None, 768)
+    return model, Chat(tokenizer)
+
+
+@pytest.mark.parametrize("what, fault", [
+    ("nothing", None), ("weights", r"other weights \(model=\)"), ("tokenizer", r"another tokenizer \(model=\)"),
+    ("template", r"another chat template \(model=, thinking=\)"), ("rules", r"other rules \(env=, data=, react=\)")])
+def test_trees_of_another_model_template_or_world_are_refused_before_anything_is_sampled(what, fault, made, settings, tmp_path):
+    pair = other_tiny(tmp_path / "model", what)
+    args = [f"model={tmp_path}/model", *(["react=true", "action_tokens=60"] if what == "rules" else [])]
+    for number, more in enumerate(([f"trees={made}"], [])):            # another run's trees, and a run gone on with
+        cfg = settings(*args, *more, f"out={tmp_path}/{number}")
+        run = run_of(cfg, pair, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+        if not more:
+            shutil.copy(made / "trees.jsonl", run.folder.path)
+        if fault:
+            with pytest.raises(UserError, match=f"trees: .*trees.jsonl was made with {fault}"):
+                report.settle(run)
+        else:
+            report.settle(run)
+            assert json.loads((run.folder.path / "run.json").read_text())["made_by"].startswith("model ")
+
+
+def test_a_run_is_not_gone_on_with_by_another_model_of_the_same_name(made, settings, tmp_path):
+    cfg = load_config([f"{made}/config.yaml"])
+    with pytest.raises(UserError, match=rf"out: {made} holds a run with other weights \(model=\); choose another out="):
+        report.settle(run_of(cfg, other_tiny(tmp_path / "model", "weights"), folder=True, test_tasks=TASKS).but(
+            model=str(tmp_path / "model")))
+
+
+def test_trees_from_before_they_said_who_made_them_are_taken_with_a_note(made, tiny, settings, tmp_path, capsys):
+    (tmp_path / "old").mkdir()
+    records = [without(record, "made_by") for record in read_jsonl(made / "trees.jsonl")]
+    (tmp_path / "old/trees.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = run_of(settings(f"trees={tmp_path}/old"), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+    report.settle(run)
+    assert f"note: {tmp_path}/old/trees.jsonl is of before its records said who made them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil, fault", [
+    (lambda records: records[1:], "is not whole"), (lambda records: [], "has no tree for some of the 2 tasks in round 1"),
+    (lambda records: [record | dict(round=2) for record in records], "has no tree for some"),
+    (lambda records: [records[0] | dict(experience="look")] + records[1:], "which there is not"),
+    (lambda records: [record | dict(tau=99) if record["parent"] is not None else record for record in records],
+     "replaces turn 99 of attempt number 0, which there is not"),
+    (lambda records: [records[0] | dict(turns=[TURN | dict(obs_ids=[468])])] + records[1:], "beyond the model's 468 tokens"),
+    (lambda records: [records[0] | dict(turns=[TURN | dict(action_ids=[])])] + records[1:], "holds no ids")])
+def test_trees_that_are_not_whole_are_told_before_anything_is_sampled(spoil, fault, made, tiny, settings, tmp_path):
+    (tmp_path / "bad").mkdir()
+    records = spoil(list(read_jsonl(made / "trees.jsonl")))
+    (tmp_path / "bad/trees.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = run_of(settings(f"trees={tmp_path}/bad"), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+    with pytest.raises(UserError, match=f"^trees: {tmp_path}/bad.*{fault}"):
+        report.settle(run)
+
+
+# is there room?
+
+@pytest.mark.parametrize("args, fault", [
+    (["context=60"], r"context: 60 tokens are too few: the rules with the first observation of .* take \d+, an action"),
+    (["action_tokens=760"], "context: 768 tokens are too few"),
+    (["action_tokens=1"], "action_tokens: 1 are too few: '.*', the shortest action of .*, takes 3 with its end"),
+    (["react=true"], "action_tokens: 16 are too few"), (["reflect_tokens=2"], "reflect_tokens: 2 are too few"),
+    (["reflect_tokens=700"], "context: 768 tokens leave no room to reflect")])
+def test_settings_that_leave_no_room_are_told_before_anything_is_sampled(args, fault, tiny, settings):
+    run = run_of(settings(*args), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+    with pytest.raises(UserError, match=f"^{fault}"):
+        report.settle(run)
+
+
+def test_a_group_that_a_world_cannot_name_is_told_before_anything_is_sampled(tiny, settings, monkeypatch):
+    monkeypatch.setattr(Quest, "difficulty", lambda world, task: {TASKS[0]: "easy"}.get(task))
+    run = run_of(settings(), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+    with pytest.raises(UserError, match="difficulty.* must return the name of a group, which is text, not NoneType"):
+        report.settle(run)
