@@ -104,8 +104,8 @@ def check(settings: dict[str, Any], kinds: dict[str, Any], sources: dict[str, st
 
 
 SAYS = {int: "a whole number, of at most 18 digits", float: "a number", bool: "true or false",
-        str: "text, in quotes if it could be a number", int | None: "a whole number or null", bool | None:
-        "true, false or null", list[int]: "a list of whole numbers", list[float]: "a list of numbers",
+        str: "text without controls (in quotes if it could be a number)", int | None: "a whole number or null",
+        bool | None: "true, false or null", list[int]: "a list of whole numbers", list[float]: "a list of numbers",
         list[str]: "a list of texts"}
 
 
@@ -209,7 +209,8 @@ class Words(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-for tag, pattern in [("null", "~|null|"), ("bool", "true|yes|on|false|no|off"), ("int", r"[-+]?(0|[1-9]\d{0,30}(_\d{3}){0,9})"),
+for tag, pattern in [("null", "~|null|"), ("bool", "true|yes|on|false|no|off"),
+                     ("int", r"[-+]?(0|[1-9]\d{0,30}(_\d{3}){0,9})"),
                      ("float", r"[-+]?((?=.*[.e])(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|\.inf|\.nan)")]:
     Words.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$", re.I | re.A), None)
 
@@ -222,7 +223,7 @@ def read_text(path: Path) -> str:
     try:
         return (text := path.read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: line {text.count(10, 0, error.start) + 1} is not UTF-8 text; save it as that") from None
+        raise UserError(f"{path}: line {text.count(10, 0, error.start) + 1} is not UTF-8 text; save it so") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
@@ -394,7 +395,7 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     """Run a script's main, or show `usage`, if given: the user's mistakes become one line, Ctrl-C loses nothing."""
     args = sys.argv[1:]
     for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
-        stream: Any = getattr(sys, name) or open(os.devnull, mode)     # closed: a file of the run's would get its number
+        stream: Any = getattr(sys, name) or open(os.devnull, mode)     # or a file of the run's gets its number
         if mode == "w":
             stream.reconfigure(errors="backslashreplace")
             stream.write, stream.flush = (partial(lasting, stream, write) for write in (stream.write, stream.flush))
@@ -429,7 +430,7 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):           # torch's own, CPU's or GPU's
             raise
-        sys.exit(visible(f"error: out of memory; lower slots=, context=, row_tokens= or snapshot_mb= and go on ({error})"))
+        sys.exit(visible(f"error: out of memory; lower slots=, context=, row_tokens= or snapshot_mb= ({error})"))
 
 
 def stopped(*_: Any) -> None:                          # by Ctrl-C, before there is anything to lose

@@ -256,8 +256,8 @@ def grow(tree: Tree, cfg: Config, lessons: dict[str, list[str]]) -> Generator[li
         for attempt, branch in zip(level, (yield level)):
             branch.number, branch.parent = attempt.number, attempt.parent        # a file of before may lack them
             if (branch.tau, branch.experience) != (attempt.tau, attempt.e):
-                raise UserError(f"trees.jsonl: attempt {branch.name} of {branch.task} does not follow from those before "
-                                f"it; restore the file, or delete this task's lines")
+                raise UserError(f"trees.jsonl: attempt {branch.name} of {branch.task} does not follow from those "
+                                f"before it; restore the file, or delete this task's lines")
             tree.join(branch)
             for request in requests(tree, branch, cfg, lessons):
                 place = request.past[-1].parent, request.tau, request.e

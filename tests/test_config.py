@@ -402,7 +402,7 @@ BROKEN = {
         b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 8)) for c in range(98, 110)), "no key 'a'"),
     "two documents": (b"steps: 3\n---\nlr: 1\n", "not YAML"), "cut off": (b'steps: 3\nout: "x', "not YAML"),
     "too many digits": (b"seed: " + b"9" * 5000 + b"\n", "seed is '9+\\.\\.\\.9+', but must be a whole number, of at"),
-    "a number for a text": (b"out: 100\n", "out is 100, but must be text, in quotes"),
+    "a number for a text": (b"out: 100\n", "out is 100, but must be text .*in quotes"),
     "no for a text": (b"out: no\n", "out is False, but must be text"), "nothing for a text": (b"out:\n", "out is None"),
     "half a letter": (b'out: "a\\ud800"\n', "out is .*but must be text"), "a zero": (b'out: "a\\0b"\n', "out is .*must be text"),
     "an escape": (b'out: "a\\x1b[31m"\n', "out is .*must be text"), "a method's list": (b"method: [rft]\n", "there is no"),
@@ -436,11 +436,11 @@ HUGE_IS_FINE = {"lora_alpha", "lr", "clip", "beta", "grpo_clip", "grpo_dual"}   
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_key_takes_what_makes_sense_and_says_in_one_line_what_does_not(method, tmp_path):
-    path = tmp_path / "mine.yaml"
+    path, empty = tmp_path / "mine.yaml", write(tmp_path / "empty.yaml")
     for key in brought(method) if method != "leafe" else shipped():
         for value in VALUES:
             path.write_text(f"method: {method}\n{key}: {value}\n" if key != "method" else f"method: {value}\n")
-            for args in ([str(SHIPPED), f"method={method}", f"{key}={value}"], [str(path)]):
+            for args in ([empty, f"method={method}", f"{key}={value}"], [str(path)]):
                 try:
                     load_config(args)
                     took = True

@@ -23,7 +23,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Callable, Iterator, get_type_hints
 
-from config import Config, ROOT, UserError, fits, guarded, kept_config, read_text, read_yaml, short, visible    # before torch: Ctrl-C
+from config import (Config, ROOT, UserError, fits, guarded, kept_config, read_text, read_yaml, short,    # before torch:
+                    visible)                                                                             # Ctrl-C
 
 import torch
 from transformers.utils import cached_file
@@ -133,7 +134,8 @@ def odd(value: Any, kind: Any, at: str = "") -> str:
                                                  or own.default_factory is not MISSING}
         kind = {name + "?" * (name in optional): hint for name, hint in hints.items()}
         kind |= {"round": int, "made_by?": str} if at == "" else {}
-        if isinstance(value, dict) and (others := [name for name in value if name not in kind and f"{name}?" not in kind]):
+        others = [name for name in value if not {name, f"{name}?"} & set(kind)] if isinstance(value, dict) else []
+        if others:
             return f"{at or 'it'} holds {short(others[0])}, which is no field here"
     if isinstance(kind, dict):
         if not isinstance(value, dict):
@@ -167,8 +169,8 @@ def inspector(path: Path) -> Callable[[int, bytes, Any], bool]:
         if not fault and path.name == "trees.jsonl" and not re.fullmatch(r"\d+(\.\d+)*", record["name"]):
             fault = f"name is {short(record['name'])}, not like 0.2.1"
         if fault:
-            raise UserError(f"{path}: line {number}: {fault}; restore the file, or delete the line and what it holds is "
-                            f"made anew")
+            raise UserError(f"{path}: line {number}: {fault}; restore the file, or delete the line and what it holds "
+                            f"is made anew")
         first, twin = seen.setdefault(tuple(record[name] for name in names), (number, hash(line))) if names else (0, 0)
         if first in (0, number):
             return True
@@ -239,7 +241,8 @@ def settle(run: Run) -> None:
     if ranks.rank() == 0:
         told = read_json(path, MADE, {})
         if other := other_maker(told.get("made_by", ""), said):
-            raise UserError(f"out: {run.folder.path} holds a run with {other}; choose another out=, or delete that folder")
+            raise UserError(f"out: {run.folder.path} holds a run with {other}; choose another out=, or delete that "
+                            f"folder")
         write_aside(path, json.dumps(told | dict(made_by=said), indent=1) + "\n")
     store = run.store("trees.jsonl")
     check_trees(run, store.path, store.records, said)
@@ -265,11 +268,12 @@ def other_maker(theirs: str, ours: str) -> str:
 def check_trees(run: Run, path: Path, records: list[dict], said: str) -> None:
     """Were they made by who would make them here, of tokens that the model has?"""
     if records and not any("made_by" in record for record in records):
-        once(f"note: {path} is of before its records said who made them: mind that model=, env= and react= are the same")
+        once(f"note: {path} is of before its records said who made them: mind that model=, env= and react= are its own")
     most = run.policy.model.get_input_embeddings().weight.shape[0]
     for record in records:
         if other := other_maker(str(record.get("made_by", "")), said):
-            raise UserError(f"trees: {path} was made with {other}; take a run's of the same, or explore anew (trees= empty)")
+            raise UserError(f"trees: {path} was made with {other}; take a run's of the same, or explore anew "
+                            f"(trees= empty)")
         for ids in [turn[of] for turn in record["turns"] for of in ("obs_ids", "action_ids")]:
             if not ids or max(ids) >= most:
                 raise UserError(f"trees: {path}: attempt {record['name']} of {record['task']} holds no ids, or some "
@@ -289,19 +293,21 @@ def check_room(run: Run) -> None:
     form = "<think>\n</think>\n<action>{}</action>" if cfg.react else "{}"
     action, shortest = min(((a, len(chat.ids(form.format(a))) + 1) for a in known), key=lambda a: a[1], default=("", 1))
     if shortest > cfg.action_tokens:
-        raise UserError(f"action_tokens: {cfg.action_tokens} are too few: {action!r}, the shortest action of {task}, takes "
-                        f"{shortest} with its end")
+        raise UserError(f"action_tokens: {cfg.action_tokens} are too few: {action!r}, the shortest action of {task}, "
+                        f"takes {shortest} with its end")
     if used + cfg.action_tokens > cfg.context:
-        raise UserError(f"context: {cfg.context} tokens are too few: the rules with the first observation of {task} take "
-                        f"{used}, an action up to {cfg.action_tokens} (action_tokens)")
+        raise UserError(f"context: {cfg.context} tokens are too few: the rules with the first observation of {task} "
+                        f"take {used}, an action up to {cfg.action_tokens} (action_tokens)")
     branches = cfg.attempts > cfg.roots and cfg.max_depth and cfg.beta < math.inf
     if run.train_tasks and cfg.method == "leafe" and not cfg.trees and branches:
-        least, looks = len(chat.ids(REFLECTION.format(tau=1, e="x"))) + 1, len(chat.next(TURN.format(t=2, obs="") + REFLECT))
+        least = len(chat.ids(REFLECTION.format(tau=1, e="x"))) + 1
+        looks = len(chat.next(TURN.format(t=2, obs="") + REFLECT))
         if least > cfg.reflect_tokens:
             raise UserError(f"reflect_tokens: {cfg.reflect_tokens} are too few: the shortest reflection takes {least}")
         if used + shortest + looks + cfg.reflect_tokens > cfg.context:
-            raise UserError(f"context: {cfg.context} tokens leave no room to reflect: a first turn takes {used + shortest}, "
-                            f"the question {looks}, the answer up to {cfg.reflect_tokens} (reflect_tokens)")
+            raise UserError(f"context: {cfg.context} tokens leave no room to reflect: a first turn takes "
+                            f"{used + shortest}, the question {looks}, the answer up to {cfg.reflect_tokens} "
+                            f"(reflect_tokens)")
 
 
 # --------------------------------------------------------------------------------------- what Stage 1 cost and gave
@@ -366,7 +372,8 @@ def nothing_found(trees: list[Tree], cfg: Config, stop: set[int]) -> str:
     turns = [turn for tree in trees for turn in tree.turns]
     cut = sum(turn.action_ids[-1] not in stop for turn in turns)
     if 2 * ends.count("context") > len(ends):
-        why = f"context: {ends.count('context')} of {len(ends)} attempts ended for want of room; raise context={cfg.context}"
+        why = (f"context: {ends.count('context')} of {len(ends)} attempts ended for want of room; raise "
+               f"context={cfg.context}")
     elif 2 * cut > len(turns):
         why = f"action_tokens: {cut} of {len(turns)} actions were cut off; raise action_tokens={cfg.action_tokens}"
     else:
