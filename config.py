@@ -190,7 +190,7 @@ def resolved(path: Path, presets: list[tuple[str, dict[str, Any]]], options: dic
                     settings[key], sources[key] = value, where
     settings |= given
     sources |= dict.fromkeys(given, "the command line")
-    with blaming(getattr(method_file(str(method)), "__file__", ""), f"method: the CHECKS of {method} failed"):
+    with blaming(getattr(method_file(str(method)), "__file__", ""), f"method: the CHECKS of {method}, (key, holds(value, settings), must) each, failed"):
         check(settings, kinds, sources, method_file(str(method)))
     return Config(**settings)
 
@@ -356,7 +356,7 @@ def blaming(file: str, happened: str) -> Iterator[None]:
         where = file
         for frame in [frame for frame in frames if frame.filename == file] or frames:
             where = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
-        if isinstance(error, SyntaxError):
+        if isinstance(error, SyntaxError) and error.filename:
             where = f"{error.filename}, line {error.lineno}"
         raise UserError(f"{happened}\n  {where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
@@ -379,16 +379,23 @@ def usage_of(args: list[str], usage: str) -> str:
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)         # the way is to be freed
 STOPPED = "\nstopped; nothing is lost: the same command goes on from here"
 gone: set[TextIO] = set()
+in_mid_line: dict[TextIO, bool] = {}                   # where a progress bar stands
 
 
 def lasting(stream: TextIO, write: Callable, *args: Any) -> Any:
     """What its reader leaves unread ("| head" has seen enough) goes nowhere, and the run goes on."""
+    if args:
+        in_mid_line[stream] = not args[0].endswith("\n")
     try:
         return write(*args)
     except OSError:
         gone.add(stream)
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return write(*args)
+
+
+def fail(text: str) -> None:
+    sys.exit("\n" * in_mid_line.get(sys.stderr, False) + visible(f"error: {text}"))
 
 
 def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
@@ -413,12 +420,12 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)):        # what all ranks have found rank 0 tells, and ends them
             time.sleep(10)
-        sys.exit(visible(f"error: {error}"))
+        fail(str(error))
     except ModuleNotFoundError as error:                # a fork may have left a wing out
         if (error.name or "").partition(".")[0] not in ("methods", "worlds", "scale", "tools"):
             raise
         wing, dot, file = error.name.partition(".")
-        sys.exit(f"error: this copy of the project has no {wing}/{file + '.py' * bool(dot)}")
+        fail(f"this copy of the project has no {wing}/{file + '.py' * bool(dot)}")
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         sys.exit(130)
@@ -426,11 +433,11 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         if not error.filename and error.errno not in FULL:
             raise
         again = "; nothing is lost: free the way and run the same command again" * (error.errno in FULL)
-        sys.exit(visible(f"error: {error.filename or 'out'}: {error.strerror}{again}"))
+        fail(f"{error.filename or 'out'}: {error.strerror}{again}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):           # torch's own, CPU's or GPU's
             raise
-        sys.exit(visible(f"error: out of memory; lower slots=, context=, row_tokens= or snapshot_mb= ({error})"))
+        fail(f"out of memory; lower slots=, context=, row_tokens= or snapshot_mb= ({error})")
 
 
 def stopped(*_: Any) -> None:                          # by Ctrl-C, before there is anything to lose

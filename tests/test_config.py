@@ -486,7 +486,7 @@ def test_more_resamples_than_a_memory_holds_are_refused_at_the_start():
     ("[('heads', lambda v, s: 1 / 0, 'x')]", r"mine.py, line 2, in <lambda>: ZeroDivisionError"),
     ("[('headz', lambda v, s: True, 'x')]", r"KeyError: 'headz'"), ("[3]", "TypeError"), ("3", "TypeError")])
 def test_checks_that_fail_are_told_with_the_method_s_file(checks, says, tmp_path):
-    with pytest.raises(UserError, match=rf"^method: the CHECKS of .*mine.py failed\n  .*{says}"):
+    with pytest.raises(UserError, match=rf"^method: the CHECKS of .*mine.py, .* each, failed\n  .*{says}"):
         load(method(tmp_path / "mine.py", KEYS="'heads: 3'", CHECKS=checks))
 
 

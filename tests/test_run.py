@@ -271,6 +271,13 @@ def test_what_a_machine_refuses_is_one_line(raises, says):
     assert done.returncode == 1 and done.stderr.startswith(says) and done.stderr.count("\n") == 1
 
 
+def test_an_error_stands_on_a_line_of_its_own_behind_a_progress_bar():
+    code = ("import config\nfrom tqdm import tqdm\ndef main(args):\n    bar = tqdm(total=3)\n    bar.update()\n"
+            "    raise config.UserError('no')\nconfig.guarded(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "\nerror: no\n" in done.stderr
+
+
 # who made them
 
 @pytest.fixture(scope="module")
