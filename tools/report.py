@@ -161,6 +161,7 @@ SAYS = {int: "a whole number of 0 or more", float: "a number", str: "text", bool
 def inspector(path: Path) -> Callable[[int, bytes, Any], bool]:
     """What a file's lines pass through: (number, line, record) -> is it new? Raises UserError for what is no record of
     this file, and for two that have one name and differ. One that stands there twice is left out, with a note."""
+    path = Path(path)
     kind, *names = RECORDS.get(path.name, ({},))
     seen: dict[tuple, tuple[int, int]] = {}
 
