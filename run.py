@@ -28,9 +28,9 @@ from lora import adapter_off, add_lora, find_model, load_adapter, load_model, lo
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true
 PLAYBOOK = "\nwhat earlier episodes taught:\n"   # behind the rules, then a lesson a line (methods/ace.py)
-NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "env_timeout", "slots", "workers", "snapshot_mb",
-                       "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds", "test_tasks",
-                       "samples", "split", "adapter", "playbook"}
+NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "env_timeout", "slots", "workers",
+                       "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds",
+                       "test_tasks", "samples", "split", "adapter", "playbook"}
 
 
 # ------------------------------------------------------------------------------------------------------- the policy
@@ -128,8 +128,9 @@ def open_run(cfg: Config, adapter: str, training: bool) -> Run:
     learned = pick_tasks(cfg.but(train_tasks=cfg.train_tasks + cfg.warm_start), "train") if training else []
     shared = sorted(set(test_tasks) & set(learned))
     if shared and not cfg.split.startswith("train"):
-        raise UserError(f"split: {len(shared)} of the {len(test_tasks)} tasks of {cfg.env} to test on, like {shared[0]!r}, "
-                        f"are trained on, too; let its splits share none, or say split={cfg.train_split} if that is meant")
+        raise UserError(f"split: {len(shared)} of the {len(test_tasks)} tasks of {cfg.env} to test on, like "
+                        f"{shared[0]!r}, are trained on, too; let its splits share none, or say "
+                        f"split={cfg.train_split} if that is meant")
     playbook = read_text(Path(cfg.playbook)).strip() if cfg.playbook else ""
     find_model(cfg.model)
     folder = RunFolder(cfg)

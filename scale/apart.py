@@ -390,6 +390,6 @@ def answer_to(env: Env, answers: int, what: str, *args) -> Any:
     try:
         packed(answer)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"env: {file}, class {who}: what {what} returned must be text and numbers, to be sent to another "
-                        f"process (apart = True): {error}") from None
+        raise UserError(f"env: {file}, class {who}: what {what} returned must be text and numbers, to be sent to "
+                        f"another process (apart = True): {error}") from None
     return answer

@@ -106,7 +106,8 @@ SHAPES = {
                             r"tasks\('train'\) holds 'b\\ud83d', which has half of a surrogate pair$"),
     "test-tasks-one-twice": ("def tasks(self, split): return [split] * (1 + (split == 'test'))",
                              r"tasks\('test'\) holds 'test' 2 times"),
-    "rules-a-property": ("rules = property(lambda self: 'x')", r"rules must be an attribute that can be set, not a prop"),
+    "rules-a-property": ("rules = property(lambda self: 'x')",
+                         r"rules must be an attribute that can be set, not a prop"),
     "step-five": ("def step(self, action): return 'a', 0.5, False, False, {}",
                   r"step\(action\) must return an Outcome\(obs, score, done, success, valid\) of envs, not tuple .*; "
                   r"Gymnasium's five are \(obs, reward, terminated, truncated, info\): return Outcome\(obs, score="),
@@ -140,8 +141,8 @@ SHAPES = {
     "score-bool": ("def step(self, action): return Outcome('a', True, True, True)", "0..1, not bool True; write float"),
     "score-complex": ("def step(self, action): return Outcome('a', 1j)", "a number of 0..1, not complex 1j;"),
     "score-one-without-success": ("def step(self, action): return Outcome('a', 1.0, True)",
-                                  "an Outcome has score 1 but success=False; write success=True, which ends the episode, "
-                                  "or a score below 1$"),
+                                  "an Outcome has score 1 but success=False; write success=True, which ends the "
+                                  "episode, or a score below 1$"),
     "score-one-without-an-end": ("def step(self, action): return Outcome('a', 1)", "score 1 but success=False; write"),
     "done-tensor": ("def step(self, action):\n import torch\n return Outcome('a', 0, torch.tensor(True))",
                     r"done of an Outcome must be True or False, not Tensor tensor\(True\); write bool\("),
@@ -337,8 +338,8 @@ def test_tasks_that_cannot_be_sent_from_one_process_to_another_are_one_line(worl
     name = world("Right", "def tasks(self, split): yield split", apart=True)
     with pytest.raises(UserError) as caught:
         make_env(name).tasks("train")
-    assert str(caught.value).startswith(f"env: {file_of(name)}, class Odd: what tasks returned must be text and numbers, "
-                                        "to be sent to another process (apart = True): ")
+    assert str(caught.value).startswith(f"env: {file_of(name)}, class Odd: what tasks returned must be text and "
+                                        "numbers, to be sent to another process (apart = True): ")
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["here", "apart"])
@@ -373,8 +374,8 @@ def test_the_tasks_of_a_part_are_held_against_all_other_splits(world):
 def test_tasks_that_are_the_same_under_other_names_are_a_note(world):
     by_number = "def reset(self, task): return super().reset(task.split('-')[1]) + ' room ' + task.split('-')[1]"
     note, = make_env(world("Right", by_number)).examine("train")
-    assert note.endswith("class Odd: train-0 and test-0, and those behind them, begin with the same words; are they the "
-                         "same tasks? the splits must share none")
+    assert note.endswith("class Odd: train-0 and test-0, and those behind them, begin with the same words; are they "
+                         "the same tasks? the splits must share none")
     by_name = "def reset(self, task): return super().reset(task) + ' room ' + task"
     assert make_env(world("Right", by_name)).examine("train") == [] == make_env(world("Right", "pass")).examine("train")
 
@@ -383,8 +384,8 @@ def test_tasks_that_are_the_same_under_other_names_are_a_note(world):
     "def tasks(self, split): return random.sample([f'{split}-{n}' for n in range(64)], 64)",
     "n = 0\ndef tasks(self, split):\n Odd.n += 1\n return [f'{split}-{Odd.n}']"])
 def test_a_list_of_tasks_that_changes_is_one_line(world, body):
-    assert re.search(r"class Odd: tasks\('train'\) returned another list when it was asked again; it must return the same "
-                     "ids in the same order, always$", refusal(world("Right", body)))
+    assert re.search(r"class Odd: tasks\('train'\) returned another list when it was asked again; it must return "
+                     "the same ids in the same order, always$", refusal(world("Right", body)))
 
 
 @pytest.mark.parametrize("base, body", [
@@ -467,7 +468,8 @@ def test_a_future_that_fails_or_brings_a_wrong_shape_is_told_like_any_answer(wor
 SHARING = {
     "left": ("n = 0\ndef reset(self, task):\n Odd.n = 9\n return super().reset(task)\n"
              "def step(self, action):\n Odd.n -= 1\n outcome = super().step(action)\n"
-             " return Outcome(f'{Odd.n} left', outcome.score, outcome.done, outcome.success)", "'7 left' and once '6 left'"),
+             " return Outcome(f'{Odd.n} left', outcome.score, outcome.done, outcome.success)",
+             "'7 left' and once '6 left'"),
     "inventory": ("bag = []\ndef reset(self, task):\n self.bag.clear()\n return super().reset(task)\n"
                   "def step(self, action):\n self.bag.append(action)\n return Outcome(', '.join(self.bag))",
                   "'go attic, look' and once 'go attic, go attic, look'"),
@@ -492,14 +494,16 @@ def test_instances_that_share_what_changes_are_one_line_before_anything_is_sampl
     "return Outcome('yes', 1.0, done=False, success=True)", "return Outcome('yes', success=True)",
     "return Outcome('yes', 0.3, True, True)"], ids=["not-done", "no-score", "low-score"])
 def test_a_success_ends_its_episode_and_counts_whatever_else_is_said(world, settings, tiny, body, apart):
-    name = world("Right", f"def step(self, action):\n if self.left == 2: {body}\n return Right.step(self, 'wait')", apart)
-    tree, = explore(run_of(settings(f"env={name}", "workers=2", "roots=1", "attempts=1"), tiny, folder=True), ["train-0"])
+    name = world("Right", f"def step(self, action):\n if self.left == 2: {body}\n return Right.step(self, 'wait')",
+                 apart)
+    cfg = settings(f"env={name}", "workers=2", "roots=1", "attempts=1")
+    tree, = explore(run_of(cfg, tiny, folder=True), ["train-0"])
     branch, = tree.branches
     assert branch.end == "success" and branch.success and branch.steps == 2 and branch.last_obs == "yes"
     assert [(turn.score, turn.success) for turn in branch.turns] == [(0.0, False), (1.0, True)]
 
 
-def test_tasks_that_are_trained_and_tested_on_are_one_line_unless_the_split_says_so(world, settings, monkeypatch, tmp_path):
+def test_tasks_that_are_trained_and_tested_on_are_one_line_unless_meant(world, settings, monkeypatch, tmp_path):
     monkeypatch.setattr("run.load_model", lambda *args: pytest.fail("a model was loaded"))
     some = world("Right", "def tasks(self, split): return [split + str(n) for n in range(63)] + ['both']")
     name = world("Right", "def tasks(self, split): return [f't-{n}' for n in range(64)]")

@@ -1,4 +1,4 @@
-"""Text of worlds, models and files reaches a terminal through config.visible alone: it can neither steer it nor hide."""
+"""Text of worlds, models and files reaches a terminal through config.visible alone: it neither steers it nor hides."""
 import ast
 import json
 import os
@@ -76,8 +76,8 @@ def sample_folder(folder: Path, name: str, policy: str = "base") -> str:
     cfg = vars(config.load_config([str(ROOT / "config.yaml"), "preset=smoke", f"env={name}"]))
     (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
     tasks = [f"test-{n}{HOSTILE}".replace("\ud83d", "") for n in range(8)]
-    records = [dict(policy=policy, weights="x", task=task, sample=i, difficulty="hard" + HOSTILE, success=not i, score=0.0,
-                    turns=2, refused=1, tokens=3, end="failure") for task in tasks for i in range(8)]
+    records = [dict(policy=policy, weights="x", task=task, sample=i, difficulty="hard" + HOSTILE, success=not i,
+                    score=0.0, turns=2, refused=1, tokens=3, end="failure") for task in tasks for i in range(8)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "passk.json").write_text("{}")
     return str(folder)
@@ -178,7 +178,8 @@ def test_a_terminal_that_does_not_know_all_letters_is_no_error(world, encoding):
 @pytest.mark.slow
 def test_a_whole_run_in_a_hostile_world_is_tame_on_both_streams_and_makes_its_page(world, tmp_path):
     done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke", f"env={world('Hostile')}",
-                           "method=grpo", "env_steps=40", "action_tokens=40", f"out={tmp_path}/run"], cwd=ROOT, capture_output=True)
+                           "method=grpo", "env_steps=40", "action_tokens=40", f"out={tmp_path}/run"],
+                          cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     tame(done.stdout.decode())
     for part in re.split(r"\r|\n|\x1b\[A", done.stderr.decode()):                   # of the progress bars
@@ -188,7 +189,8 @@ def test_a_whole_run_in_a_hostile_world_is_tame_on_both_streams_and_makes_its_pa
 
 # what is printed without it and cannot be hostile: numbers, words shown by repr, what was made visible above
 PLAIN = {
-    "config.py": ["STOPPED", "in_mid_line.get(sys.stderr, False) + visible(", "error: this copy of the project has no {wing}/"],
+    "config.py": ["STOPPED", "in_mid_line.get(sys.stderr, False) + visible(",
+                  "error: this copy of the project has no {wing}/"],
     "engine.py": ["note: the model's vocabulary lacks words that are said here, like {text[start:end].strip(' ')!r}",
                   "out of memory: going on with slots={self.slots}"],
     "methods/warm_start.py": ["warm start: SFT on {len(fitting)} solved training episodes"],

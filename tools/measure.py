@@ -86,7 +86,8 @@ def lost(env: Env, walked: Walk) -> str:
         obs = wait_for(env, "rollback", walked.task, turns)
     except ReplayMismatch as error:
         return f"on another instance: {error}"[:600]
-    return "" if obs == turns[-1].obs else f"{walked.task}: rollback returned {obs[:200]!r}, not {turns[-1].obs[:200]!r}"
+    last = turns[-1].obs
+    return "" if obs == last else f"{walked.task}: rollback returned {obs[:200]!r}, not {last[:200]!r}"
 
 
 def measure(name: str, data: str) -> str:
