@@ -188,7 +188,7 @@ class Jsonl:
 def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
     """Every record of a file, once, if it is one (report.RECORDS). Only the last line may be damaged: it is left out,
     and cut off if `repair`."""
-    fresh = report_file().inspector(path)
+    fresh = report_file().inspector(Path(path))
     with open(path, "rb") as file:
         good = 0
         for number, line in enumerate(file, 1):

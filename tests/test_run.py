@@ -193,7 +193,7 @@ def test_a_record_that_stands_there_twice_is_taken_once_and_two_that_differ_are_
     for name, other in (("samples.jsonl", dict(success=True)), ("trees.jsonl", dict(steps=9))):
         path, line = tmp_path / name, json.dumps(GOOD[name])
         path.write_text(f"{line}\n{line}\n")
-        assert Jsonl(path).records == list(read_jsonl(path)) == [GOOD[name]]
+        assert Jsonl(path).records == list(read_jsonl(path)) == list(read_jsonl(str(path))) == [GOOD[name]]
         assert capsys.readouterr().err == f"note: {path}: line 2 repeats line 1, and is left out\n"         # once
         path.write_text(f"{line}\n{json.dumps(GOOD[name] | other)}\n")
         with pytest.raises(UserError, match=f"{name}: lines 1 and 2 are both .*task 't'.*and differ; delete the wrong"):
