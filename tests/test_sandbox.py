@@ -29,7 +29,7 @@ if not apart:                                   # as in a container: unshare is 
 sys.path.insert(0, folder)
 from worlds.sandbox import Limits, run
 os.environ["SECRET"] = "swordfish"
-victim = subprocess.Popen(["sleep", "600"])
+victim = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 open(folder + f"/mine-{user}-{apart}", "w").write("swordfish")
 server = socket.create_server(("127.0.0.1", 0)); met = []
 def accept():
@@ -185,6 +185,29 @@ def test_files_that_it_removed_and_closed_but_has_mapped_are_over_the_limit(hold
                  f"  f.write(bytes(10**7)); f.flush()\n  held.append(mmap.mmap(f.fileno(), 4096, flags=mmap.{flags}))\n"
                  " os.unlink('a')\ntime.sleep(600)", seconds=5)
     assert found["end"] == "disk"
+
+
+def test_a_process_whose_first_thread_ended_alone_hides_nothing(hold):
+    found = hold("import ctypes, os, threading, time\ndef work():\n b = bytearray(b'a') * (150 << 20)\n time.sleep(600)\n"
+                 "for _ in range(2):\n if os.fork() == 0: break\nthreading.Thread(target=work).start()\n"
+                 "ctypes.CDLL(None).syscall(60 if os.uname().machine == 'x86_64' else 93, 0)", memory_mb=256, seconds=10)
+    assert found["end"] == "memory" and found["took"] < 8
+    assert hold("import threading\nt = threading.Thread(target=print, args=(1,)); t.start(); t.join()")["out"] == "1\n"
+
+
+def test_maps_too_many_to_be_read_are_over_the_limit(hold):
+    found = hold("import ctypes, mmap, os, time\nfor _ in range(12): os.mkdir('d' * 250); os.chdir('d' * 250)\n"
+                 "f = open('a', 'wb+'); f.write(bytes(2000 * 4096)); f.flush()\n"
+                 "m = mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE)\nat = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+                 "for k in range(0, 2000, 2): ctypes.CDLL(None).mprotect(ctypes.c_void_p(at + k * 4096), 4096, 1)\n"
+                 "time.sleep(600)", seconds=8)
+    assert found["end"] == "disk" and found["took"] < 6
+
+
+def test_what_it_prints_to_can_be_opened_by_its_names(hold):
+    found = hold("open('/dev/stdout', 'w').write('out')\nopen('/dev/stderr', 'w').write('err')")
+    assert (found["out"], found["err"]) == ("out", "err")
+    assert hold("import zoneinfo; print(len(zoneinfo.available_timezones()) >= 0)")["out"] == "True\n"
 
 
 def test_output_is_cut_and_its_writer_stopped(hold):

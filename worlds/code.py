@@ -10,6 +10,7 @@ run in a second program, the judge, which alone holds them and calls the first o
 in the sandbox.
 """
 import ast
+import builtins
 import doctest
 import json
 import re
@@ -149,6 +150,7 @@ def flaw(problem: Problem) -> str:
 # ------------------------------------------------------------------------------ asserts: the answer and its judge
 
 CROSSING = Path(__file__).with_name("crossing.py").read_text(encoding="utf-8")
+CROSSING_COSTS = 2                        # times the time that it takes in one program
 Verdict = tuple[int, str, str]            # tests passed before one fails, how that fails, what is known of it
 
 
@@ -166,12 +168,10 @@ def judge(problem: Problem, source: str) -> tuple[Verdict, Verdict]:
 def verdict_of(problem: Problem, source: str, tests: list[str]) -> Verdict:
     """What HumanEval's prompt defines beside its function stays the judge's own; else a test takes from the answer
     what it does not define itself."""
-    prompt = problem.setup.endswith("    pass\n")
-    only = re.findall(r"^def (\w+)", problem.setup, re.M)[-1:] if prompt else None
-    imports = "" if prompt else imports_of(problem.setup)
-    answer = f"{CROSSING}\nanswer({source!r}, {imports!r})"
-    asserts = f"{CROSSING}\njudge{(problem.setup, problem.reference, only, tests)!r}"
-    answered, judged = pair(answer, asserts, Limits(seconds=problem.seconds))
+    before, after, setup = shared_out(problem)
+    answer = f"{CROSSING}\nanswer({source!r}, {before!r}, {after!r})"
+    asserts = f"{CROSSING}\njudge{(setup, problem.reference, entry(problem), tests)!r}"
+    answered, judged = pair(answer, asserts, Limits(seconds=CROSSING_COSTS * problem.seconds))
     how = answered.end if answered.end in ("time", "memory", "disk", "output") else ""
     try:
         passed, wrong_, why = json.loads(judged.err)
@@ -180,19 +180,41 @@ def verdict_of(problem: Problem, source: str, tests: list[str]) -> Verdict:
     return (passed, how or wrong_, why) if wrong_ else (passed, "", "")
 
 
-def imports_of(setup: str) -> str:
-    """What an answer is given of a test's setup."""
-    try:
-        return "\n".join(ast.unparse(part) for part in ast.parse(setup).body
-                         if isinstance(part, (ast.Import, ast.ImportFrom)))
-    except SyntaxError:
-        return ""
+def entry(problem: Problem) -> list[str] | None:
+    """The function that HumanEval asks for, whose prompt is the setup; None elsewhere."""
+    prompt = problem.setup.endswith("    pass\n")
+    return re.findall(r"^def (\w+)", problem.setup, re.M)[-1:] if prompt else None
+
+
+def shared_out(problem: Problem) -> tuple[str, str, str]:
+    """Of a problem's setup: what the answer finds before it, and after it, and what the judge runs. HumanEval's prompt
+    stands before an answer, but for the function itself. Elsewhere classes (a ListNode) are the answer's, and imports
+    are both sides'; the rest is the judge's."""
+    body = ast.parse(problem.setup).body
+    imports = [part for part in body if isinstance(part, (ast.Import, ast.ImportFrom))]
+    if names := entry(problem):
+        return text_of([part for part in body if getattr(part, "name", "") not in names]), "", problem.setup
+    classes = [part for part in body if isinstance(part, ast.ClassDef)]
+    return text_of(imports), text_of(imports + classes), text_of([part for part in body if part not in classes])
+
+
+def text_of(parts: list[ast.stmt]) -> str:
+    return "\n".join(map(ast.unparse, parts))
+
+
+def called_names(problem: Problem) -> set[str]:
+    """What the tests of a problem call: its function's name, or a few."""
+    if names := entry(problem):
+        return set(names)
+    tests = " ".join(test for test in problem.hidden if isinstance(test, str))
+    return set(re.findall(r"(\w+) *\(", tests)) - set(vars(builtins)) - {"assert", "check"}
 
 
 # ----------------------------------------------------------------------------------------------- a reply's program
 
 FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
-PYTHON = re.compile(r"\W*(i?python|py)[\d.]*(?![\w-])", re.I)
+LATE = re.compile(r"([ \t]*)\S.*[ \t](`{3,})[ \t]*((?:i?python|py)[\d.]*)", re.I)             # "so: ```python"
+PYTHON = re.compile(r"\W*((i?python|py)[\d.]*(?![\w-])|\S+\.py$)", re.I)
 END = re.compile(r"\s*(<\|[^<>]*\|>|</s>|<eos>|<end_of_turn>)\s*$")
 STRINGS = re.compile(r"""                              # comments, and strings that end
     \#[^\n]* | ("{3}|'{3}) (?:\\.|.)*? \1
@@ -204,45 +226,52 @@ def program(reply: str, names: AbstractSet[str] = frozenset()) -> str:
     does; without such a block, what is left of the reply."""
     while END.search(reply):
         reply = END.sub("", reply)
-    reply = reply.rpartition("</think>")[2]
-    for opens, closes in (("<action>", "</action>"), ("[BEGIN]", "[DONE]")):
-        if opens in reply:
-            reply = reply.rpartition(opens)[2].partition(closes)[0]
+    reply = re.split(r"</think>[ \t]*(?:\n|$)", reply)[-1]
+    for opens, closes in ((r"(?m)^[ \t]*<action>", "</action>"), (r"(?m)^[ \t]*\[BEGIN\]", "[DONE]")):
+        if len(inside := re.split(opens, reply)) > 1:
+            reply = inside[-1].rpartition(closes)[0] or inside[-1]
     found = blocks(reply)
-    tagged = [text for info, text in found if PYTHON.match(info) and not text.lstrip().startswith(">>>")]
-    plain = [text for info, text in found if not info]
-    defines = re.compile(r"^(?:async +def|def|class)? *(\w+)(?: *[:(=])", re.M)
-    called = [text for info, text in found if text in tagged + plain and names & set(defines.findall(text))]
+    python = [text for info, text in found if PYTHON.match(info) and not text.lstrip().startswith(">>>")]
+    plain = [text for info, text in found if info in ("", "code")]
+    defines = re.compile(r"^(?:(?:async +)?def|class) +(\w+)|^(\w+)(?: *:.*?)? *=(?!=)", re.M)
+    defining = [text for _, text in found if (text in python or text in plain)
+                and any(names & set(pair) for pair in defines.findall(text))]
     statement = re.compile(r"^\s*(?:(?:def|class|import|from|for|while|if|print|with|try)\b|@|\w+ *=)", re.M)
-    looks = [text for text in plain if statement.search(text)]
-    return (called or tagged or looks or plain or [reply])[-1]
+    looks = [text for text in plain or [text for _, text in found] if statement.search(text)]
+    quoted = [program(text, names) for info, text in found if info in ("markdown", "md")]
+    return (defining or python or quoted or looks or plain or [reply])[-1]
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """The fenced blocks of a text, as Markdown has them (https://spec.commonmark.org/0.31.2/#fenced-code-blocks):
-    (what the opening fence says, the block). A fence inside a long string of Python belongs to the string."""
-    lines, found, at = text.splitlines(), [], 0
+    """The fenced blocks of a text: (what the opening fence says, the block), as Markdown has them
+    (https://spec.commonmark.org/0.31.2/#fenced-code-blocks). Beyond that, a fence inside a long string of Python belongs
+    to the string, and a block of Python may open and close on a line that says something else, too."""
+    lines, found, at = text.replace("\r\n", "\n").split("\n"), [], 0
     while at < len(lines):
-        opened = FENCE.fullmatch(lines[at].rstrip())
+        opened = FENCE.fullmatch(lines[at].rstrip()) or LATE.fullmatch(lines[at].rstrip())
         at += 1
         if not opened:
             continue
         indent, fence, info = len(opened[1]), opened[2], opened[3].strip()
-        closing = [n for n in range(at, len(lines)) if closes(lines[n], fence, indent)]
-        whole = [n for n in closing if not in_string("\n".join(lines[at:n]))]
+        loosely = not info or bool(PYTHON.match(info))
+        closing = [n for n in range(at, len(lines)) if closes(lines[n], fence, indent, loosely)]
+        whole = [n for n in closing if not in_string("\n".join([*lines[at:n], lines[n].partition(fence)[0]]))]
         end = (whole or closing or [len(lines)])[0]
-        inside = [line[min(indent, len(line) - len(line.lstrip())):] for line in lines[at:end]]
-        if not closing and inside and inside[-1].endswith(fence):
-            inside[-1] = inside[-1].removesuffix(fence)
+        inside = lines[at:end]
+        if closing and (last := lines[end].partition(fence)[0]).strip():
+            inside.append(last)
+        inside = [line[min(indent, len(line) - len(line.lstrip())):] for line in inside]
         found.append((info, "\n".join(inside) + "\n"))
         at = end + 1
     return found
 
 
-def closes(line: str, fence: str, indent: int) -> bool:
-    bare = line.strip()
-    deep = len(line) - len(line.lstrip())
-    return deep <= indent + 3 and len(bare) >= len(fence) and set(bare) == {fence[0]}
+def closes(line: str, fence: str, indent: int, loosely: bool) -> bool:
+    bare, deep = line.strip(), len(line) - len(line.lstrip())
+    said = bare.lstrip(fence[0]).strip()
+    if loosely and (bare.endswith(fence) or bare.startswith(fence) and said and not PYTHON.match(said)):
+        return True
+    return deep <= indent + 3 and len(bare) >= len(fence) and not said
 
 
 def in_string(code: str) -> bool:
@@ -330,8 +359,7 @@ class Code(Env):
         return self.problem.statement.strip()
 
     def action(self, reply: str) -> str:
-        tests = [test for test in self.problem.hidden if isinstance(test, str)] if self.problem else []
-        return program(reply, set(re.findall(r"\w+", " ".join(tests))))
+        return program(reply, called_names(self.problem) if self.problem else set())
 
     def step(self, action: str) -> Outcome:
         self.left -= 1

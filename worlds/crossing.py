@@ -23,13 +23,15 @@ import threading
 import types
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
+from functools import lru_cache
+from operator import attrgetter, is_
 from typing import Any
 
 PLAIN: tuple[Any, ...] = (int, float, complex, str, bytes, tuple, frozenset)
 VALUES = {                                         # a class of the library -> what its objects are made from
     **dict.fromkeys("fractions.Fraction decimal.Decimal datetime.date datetime.time datetime.datetime "
                     "datetime.timedelta datetime.timezone pathlib.PosixPath pathlib.PurePosixPath".split(),
-                    lambda v: v.__reduce_ex__(2)[1]),
+                    lambda v: v.__reduce_ex__(4)[1]),
     **dict.fromkeys("uuid.UUID ipaddress.IPv4Address ipaddress.IPv6Address".split(), lambda v: [str(v)]),
     **dict.fromkeys("collections.UserDict collections.UserList collections.UserString".split(), lambda v: [v.data]),
     "collections.ChainMap": lambda v: v.maps, "builtins.memoryview": lambda v: [v.tobytes()]}
@@ -44,13 +46,18 @@ TYPES = {kind.__name__: kind for kind in (types.FunctionType, types.MethodType, 
 FUNCTIONS = ("abs all any ascii bin callable chr divmod format hash hex isinstance issubclass iter len max min next "
              "oct ord pow repr round sorted sum").split()                 # which the judge takes for its own
 
+STEPS = ["send", "throw", "close"]                  # of a generator
+CONVERT = ["__float__", "__int__", "__index__", "__complex__"]
 COMPARE = [f"__{name}__" for name in "eq ne lt le gt ge".split()]
 CALCULATE = [f"__{prefix}{name}__" for prefix in ("", "r", "i") for name in
              "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or".split()]
 OTHERS = [f"__{name}__" for name in ("call len iter next reversed getitem setitem delitem missing contains bool int "
           "float complex index str repr format bytes abs neg pos invert round trunc floor ceil enter exit "
-          "hash").split()]
+          "hash").split()] + STEPS
 OPERATIONS = {*COMPARE, *CALCULATE, *OTHERS}
+
+
+FORMAT = ("format", "format_map")                  # of a text: these look into whatever they are given
 
 
 class Broken(BaseException):
@@ -63,6 +70,7 @@ class Raised(Exception):
 
 # ----------------------------------------------------------------------------------------------------- what a value is
 
+@lru_cache(None)
 def kind_of(cls) -> Any:
     """The builtin that a class is made of: what its objects hold crosses by value."""
     return next((base for base in cls.__mro__ if base in SHARED or base in PLAIN), None)
@@ -75,6 +83,27 @@ def contents(value) -> list:
     if not issubclass(kind, dict):
         return items
     return [(key, dict.__getitem__(value, key)) for key in items]
+
+
+def snapshot(value) -> Any:
+    """What a container holds, to be looked at again: are these the same objects still?"""
+    kind = kind_of(type(value))
+    if kind in (array, bytearray):
+        return bytes(memoryview(value))
+    if issubclass(kind, dict):
+        return list(kind.__iter__(value)), list(kind.values(value))
+    return list(kind.__iter__(value))
+
+
+def unchanged(value, before) -> bool:
+    if type(before) is bytes:
+        return bytes(memoryview(value)) == before
+    kind = kind_of(type(value))
+    if type(before) is tuple:
+        keys, values = before
+        return (kind.__len__(value) == len(keys) and all(map(is_, kind.__iter__(value), keys))
+                and all(map(is_, kind.values(value), values)))
+    return kind.__len__(value) == len(before) and all(map(is_, kind.__iter__(value), before))
 
 
 def fill(value, items: list) -> None:
@@ -90,15 +119,6 @@ def fill(value, items: list) -> None:
     else:
         made = items if kind is list else bytes(items) if kind is bytearray else array(value.typecode, items)
         kind.__setitem__(value, slice(None), made)
-
-
-def unchanged(now: list, before: list) -> bool:
-    """Are these the same objects? A container's numbers may be made anew for each look; a dict's pairs are."""
-    def same(a, b) -> bool:
-        if type(a) is tuple and type(b) is tuple and len(a) == len(b) == 2:
-            return a is b or same(a[0], b[0]) and same(a[1], b[1])
-        return a is b or type(a) is type(b) and type(a) in (int, float, str) and a == b
-    return len(now) == len(before) and all(map(same, now, before))
 
 
 def exact(value, kind):
@@ -139,6 +159,8 @@ class StandIn(type):
     """A class of the other side. Its objects here are stand-ins."""
 
     def __call__(cls, /, *args, **kwargs):
+        if id(cls) not in SIDE.numbers:
+            raise TypeError(f"{cls.__name__}: a test cannot build on a class of the answer")
         return SIDE.ask("call", cls, args, kwargs)
 
     def __getattr__(cls, name):
@@ -146,6 +168,15 @@ class StandIn(type):
 
     def __setattr__(cls, name, value):
         SIDE.ask("set", cls, name, value)
+
+    def __delattr__(cls, name):
+        SIDE.ask("del", cls, name)
+
+    def __bool__(cls):
+        return True
+
+    def __len__(cls):
+        return SIDE.ask("do", cls, "__len__", ())
 
     def __iter__(cls):
         return SIDE.ask("do", cls, "__iter__", ())
@@ -156,23 +187,29 @@ class StandIn(type):
     @property
     def is_named(cls) -> bool:
         """Do the tests speak of it, or the reference?"""
-        return any(base.__name__ in SIDE.named for base in cls.__mro__ if isinstance(base, StandIn))
+        return any(base in SIDE.named for base in cls.__mro__)
 
 
 def operation(name: str):
     """A method that asks the other side for an operation; at the judge, only if no data of the test goes with it that
     decides how the test ends."""
     def method(self, /, *args, **kwargs):
-        trusted = not SIDE.judge or SIDE.stands(args[0]) if name in COMPARE else True
-        if name in CALCULATE or name == "__contains__":
-            trusted = not SIDE.judge or SIDE.stands(args[0]) or type(self).is_named
-        if trusted and name == "__call__":
+        cls, trusted = type(self), not SIDE.judge
+        if name == "__call__":
             return SIDE.ask("call", self, args, kwargs)
+        if name in COMPARE:
+            trusted = trusted or SIDE.stands(args[0])
+        elif name in CALCULATE or name == "__contains__":
+            trusted = trusted or cls.is_named
+        elif name in CONVERT and not cls.is_named:  # a number that is another each time is none
+            return SIDE.converted(self, name)
+        else:
+            trusted = True
         if trusted:
             return SIDE.ask("do", self, name, args)
         if name == "__contains__":
             return any(item is args[0] or item == args[0] for item in self)
-        own = getattr(kind_of(type(self)) or object, name, None)
+        own = getattr(kind_of(cls) or object, name, None)
         return own(self, *args) if own else NotImplemented
     method.__name__ = name
     return method
@@ -180,6 +217,15 @@ def operation(name: str):
 
 def asked(name: str) -> property:
     return property(lambda self: SIDE.ask("get", self, name))
+
+
+def overridden(name: str) -> property:
+    """A method that the builtin has, too: the class's own, if it may be asked for its own operations."""
+    def of(self):
+        if not SIDE.judge or type(self).is_named:
+            return SIDE.ask("get", self, name)
+        return getattr(kind_of(type(self)), name).__get__(self)
+    return property(of)
 
 
 def hash_of(self) -> int:
@@ -192,7 +238,7 @@ def stand_in(about: list, bases: list, real: type | None) -> type:
     """The class of stand-ins for the objects of a class of the other side. `real`: the class itself, where Python's
     library has it."""
     module, qualname, found = about
-    body = {name: operation(name) if name in OPERATIONS else asked(name) for name in found
+    body = {name: operation(name) if name in OPERATIONS else overridden(name) for name in found
             if name in OPERATIONS or not name.startswith("_")}
     if "__eq__" in body or "__hash__" in body:
         body["__hash__"] = hash_of
@@ -205,7 +251,10 @@ def stand_in(about: list, bases: list, real: type | None) -> type:
                 __doc__=asked("__doc__"),
                 __getattr__=lambda self, name: SIDE.ask("get", self, name),
                 __setattr__=lambda self, name, value: SIDE.ask("set", self, name, value),
-                __delattr__=lambda self, name: SIDE.ask("del", self, name))
+                __delattr__=lambda self, name: SIDE.ask("del", self, name),
+                __dir__=lambda self: SIDE.ask("do", self, "__dir__", ()),
+                __copy__=lambda self: SIDE.ask("copy", self),
+                __deepcopy__=lambda self, memo: SIDE.ask("deepcopy", self))
     return type.__new__(StandIn, qualname.rpartition(".")[2], usable or (object,), body)
 
 
@@ -216,8 +265,9 @@ class Side:
 
     def __init__(self, heard, told, judge: bool):
         self.heard, self.told, self.judge = heard, told, judge
-        self.space: dict = {}                      # the answer's names
-        self.named: set[str] = set()               # the classes that the tests, or the reference, speak of
+        self.space: dict = {}                      # the answer's names; at the judge, those that it knows already
+        self.bound: list = []                      # what they stood for, in the last message
+        self.named: set = set()                    # stand-ins for the classes that the tests, or the reference, name
         self.printed = io.StringIO()
         self.broken = ""
         self.turn = threading.RLock()
@@ -228,10 +278,17 @@ class Side:
         self.shared: dict = {}                     # number -> what a container held when it crossed
         self.stand_ins: dict = {}                  # id of a class -> the class of its objects' stand-ins
         self.hashes: dict = {}                     # number of a stand-in -> the object's hash
+        self.numeric: dict = {}                    # (number, operation) -> the number that it is
         self.last: tuple = ()                      # a call, and what came back
 
     def stands(self, value) -> bool:
         return self.numbers.get(id(value)) in self.far
+
+    def converted(self, value, name: str):
+        key = self.numbers[id(value)], name
+        if key not in self.numeric:
+            self.numeric[key] = self.ask("do", value, name, ())
+        return self.numeric[key]
 
     # ---- values to JSON. None, booleans, texts and small numbers stand for themselves, [k] for node k.
 
@@ -244,16 +301,19 @@ class Side:
         def ref(item):
             if item is None or type(item) in (bool, str) or type(item) is int and abs(item) < 1 << 53:
                 return item
+            if type(item) is types.TracebackType:  # its frames stay here
+                return None
             if id(item) not in places:
                 places[id(item)] = len(queue)
                 queue.append(item)
             return [places[id(item)]]
         message = dict(head, value=ref(value), gone=gone)
         if not self.judge:                         # a test may look at what is printed
+            message["renamed"] = self.renamed()
             message["printed"] = self.printed.getvalue()
             self.printed.seek(self.printed.truncate(0))
         for number, before in self.shared.items():
-            if not unchanged(contents(self.objects[number]), before):
+            if not unchanged(self.objects[number], before):
                 ref(self.objects[number])
         message["nodes"] = [self.node(item, ref) for item in queue]       # which grows meanwhile
         for number in gone:
@@ -262,6 +322,11 @@ class Side:
             print(json.dumps(message), file=self.told, flush=True)
         except BrokenPipeError:                    # its last words may be there to read
             pass
+
+    def renamed(self) -> bool:
+        """Has the answer bound one of its names anew?"""
+        before, self.bound = self.bound, list(self.space.values())
+        return not unchanged(self.bound, before)
 
     def unheld(self) -> list[int]:
         """The shared containers that nothing here but our table holds."""
@@ -301,12 +366,16 @@ class Side:
             about = [cls.__name__, getattr(v, "typecode", None), getattr(v, "maxlen", None)]
             factory = getattr(v, "default_factory", None)
             return self.filling({"is": "shared", "no": self.numbered(v), "as": about, "of": [ref(factory)]}, v, ref)
+        if cls is types.MappingProxyType:
+            return {"is": "mapping", "of": [ref(dict(v))]}
         if cls is types.ModuleType and v.__name__.partition(".")[0] in sys.stdlib_module_names:
             return {"is": "module", "as": v.__name__}
         if isinstance(v, type):
             number = self.numbered(v)
             return {"is": "class", "no": number, "as": [str(v.__module__), v.__qualname__, operations(v)],
                     "of": [ref(base) for base in v.__bases__]}
+        if self.judge and cls in (types.MethodDescriptorType, types.WrapperDescriptorType):
+            return {"is": "function", "as": [v.__objclass__.__module__, v.__qualname__]}
         if callable(v) and is_standard(v) and (self.judge or v.__name__ in FUNCTIONS and v.__module__ == "builtins"):
             return {"is": "function", "as": [v.__module__, v.__qualname__]}
         return self.described(v, ref)
@@ -318,14 +387,16 @@ class Side:
             hashed = hash(v)
         except Exception:
             hashed = None
-        held = tuple(v.args) if is_error(cls) else exact(v, kind) if kind in PLAIN else None
+        held = made_from(v) if is_error(cls) else exact(v, kind) if kind in PLAIN else None
         about = [kind and kind.__name__, getattr(v, "typecode", None) if kind is array else None]
         node = {"is": "object", "no": number, "as": about, "of": [ref(cls), hashed, ref(held)]}
+        if is_error(cls) and v.__cause__:
+            node["of"].append(ref(v.__cause__))
         return self.filling(node, v, ref) if kind in SHARED else node
 
     def filling(self, node: dict, v, ref) -> dict:
-        now = self.shared[node["no"]] = contents(v)
-        return dict({"is": "known"}, **node, holds=[ref(item) for item in now])
+        self.shared[node["no"]] = snapshot(v)
+        return dict({"is": "known"}, **node, holds=[ref(item) for item in contents(v)])
 
     # ---- JSON to values
 
@@ -387,13 +458,15 @@ class Side:
             made = cls("")
             made.data = of[0]                      # filled later
             return made
+        if kind == "mapping":
+            return types.MappingProxyType(of[0])
         if kind == "shared":
             kind, typecode, maxlen = about
             return self.register(node, new(kind, typecode, maxlen, of[0]))
         if kind == "module" and about.partition(".")[0] in sys.stdlib_module_names:
             return library(about)
         if kind == "function" and (not self.judge or about[0] == "builtins" and about[1] in FUNCTIONS):
-            return getattr(library(about[0]), about[1])
+            return attrgetter(about[1])(library(about[0]))
         return {"class": self.make_class, "object": self.make_object}[kind](node, about, of)
 
     def make_class(self, node: dict, about: list, bases: list) -> type:
@@ -410,13 +483,17 @@ class Side:
     keep: list = []                                # classes of stand-ins, by whose ids we know them
 
     def make_object(self, node: dict, about: list, of: list):
-        cls, hashed, held = of
+        cls, hashed, held = of[:3]
         cls, kind = self.stand_ins.get(id(cls), cls), KINDS.get(about[0])
         if kind is not kind_of(cls) or not isinstance(cls, StandIn) and not is_error(cls):
             raise ValueError("an object of no class")
         self.hashes[node["no"]] = hashed
         if is_error(cls):
             made = error(cls, held)
+            if of[3:]:
+                BaseException.__dict__["__cause__"].__set__(made, of[3])
+        elif cls is self.stand_ins.get(id(types.FunctionType)) and not self.judge:
+            made = calling()
         elif kind in PLAIN:
             made = kind.__new__(cls, exact(held, kind))
         else:
@@ -437,7 +514,7 @@ class Side:
 
     def fill(self, number: int, items: list) -> None:
         fill(self.objects[number], items)
-        self.shared[number] = contents(self.objects[number])
+        self.shared[number] = snapshot(self.objects[number])
 
     # ---- questions and answers
 
@@ -455,7 +532,7 @@ class Side:
             if not isinstance(value, BaseException):
                 raise Broken("an error that is none")
             ends = isinstance(value, (StopIteration, StopAsyncIteration, GeneratorExit))
-            steps = about[1] in ("__next__", "send", "throw", "close") if what == "do" else False
+            steps = what == "do" and about[1] in ("__next__", *STEPS)
             raise Raised(f"{type(value).__name__}: {value}") if ends and self.judge and not steps else value
         if what == "call":
             self.last = (*about, value)
@@ -469,6 +546,8 @@ class Side:
                 raise ValueError
             if self.judge:
                 sys.stdout.write(str(message.get("printed", "")))
+            if message.get("renamed"):
+                self.space.clear()
             return message
         except (ValueError, RecursionError):
             self.broken = self.broken or ("what came back is no value" if line else "the program ended")
@@ -482,7 +561,10 @@ class Side:
             raise
         except BaseException as raised:
             head, value = dict(raises=True), raised
-        self.write(head, value)
+        try:
+            self.write(head, value)
+        except Exception as raised:                # an object that is not what its class says
+            self.write(dict(raises=True), RuntimeError(f"{type(raised).__name__}: {raised}"))
 
     def perform(self, what: str, about, *more):
         if self.judge:
@@ -495,6 +577,10 @@ class Side:
             return about(*more[0], **more[1])
         if what == "await":
             return library("asyncio").run(about)
+        if what in ("copy", "deepcopy"):
+            return getattr(library("copy"), what)(about)
+        if what == "do" and more[0] == "__getitem__":                     # of classes, too: Stack[int]
+            return about[more[1][0]]
         if what == "do":
             return getattr(type(about), more[0])(about, *more[1])
         attribute: dict[str, Any] = {"get": getattr, "set": setattr, "del": delattr}
@@ -506,13 +592,19 @@ class Side:
         number = self.numbers.get(id(about))
         if number is None or number in self.far:
             raise PermissionError("the test has not given this")
-        if what == "call" or what == "do" and more[0] in ("__next__", "__iter__"):
+        steps = what == "do" and more[0] in ("__next__", "__iter__")
+        if steps or what == "call" and getattr(about, "__name__", "") not in FORMAT:
             return
         cls = about if isinstance(about, type) else type(about)
         of_the_test = cls.__module__ in ("judge", "re", "random") or isinstance(about, (io.StringIO, io.BytesIO))
-        public = more[0] in OPERATIONS if what == "do" else not more[0].startswith("_")
-        if not (what in ("do", "get", "set", "del") and of_the_test and public):
-            raise PermissionError("the test keeps this to itself")
+        if what in ("get", "set", "del"):
+            name = more[0]
+            public = not name.startswith("_") and name not in FORMAT or name in ("_replace", "_asdict", "_fields")
+            public = public or name == "__dict__" and what == "get" and not isinstance(about, type)
+        else:
+            public = what in ("copy", "deepcopy") or what == "do" and more[0] in OPERATIONS
+        if not (of_the_test and public):
+            raise AttributeError("the test keeps this to itself")
 
 
 def library(name: str):
@@ -527,6 +619,21 @@ async def awaited(coroutine):
 
 def real(item, made: dict):
     return made[item[0]] if type(item) is list else item
+
+
+def made_from(raised: BaseException) -> tuple:
+    """An error's arguments; of one of the library's, what it is made from."""
+    if isinstance(raised, getattr(builtins, "BaseExceptionGroup", ())):
+        return raised.message, raised.exceptions
+    made = raised.__reduce__() if is_standard(type(raised)) else ()
+    return made[1] if isinstance(made, tuple) and made[1:] and isinstance(made[1], tuple) else tuple(raised.args)
+
+
+def calling():
+    """A function that calls the other side's."""
+    def function(*args, **kwargs):
+        return SIDE.ask("call", function, args, kwargs)
+    return function
 
 
 def new(kind: str, typecode, maxlen, factory):
@@ -563,8 +670,8 @@ SIDE: Side
 
 # ---------------------------------------------------------------------------------------------------- the two programs
 
-def answer(source: str, setup: str) -> None:
-    """Run the answer, and then whatever the judge asks. `setup`: imports of the tests."""
+def answer(source: str, before: str, after: str) -> None:
+    """Run the answer, and then whatever the judge asks. `before`, `after`: what it finds defined beside it."""
     global SIDE
     SIDE = Side(os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), judge=False)
     os.dup2(2, 1)                                  # what it prints is no message
@@ -573,8 +680,9 @@ def answer(source: str, setup: str) -> None:
     SIDE.space, sys.stdout = vars(module), SIDE.printed
     sys.setrecursionlimit(sys.getrecursionlimit() + 10)                   # our own calls below
     try:
+        exec(before, SIDE.space)
         exec(compile(source, "answer.py", "exec"), SIDE.space)
-        exec(setup, SIDE.space)
+        exec(after, SIDE.space)
     except BaseException as raised:
         trace = library("traceback").format_exception(type(raised), raised, raised.__traceback__.tb_next)
         print(json.dumps(dict(broken="".join(trace)[-2000:])), file=SIDE.told, flush=True)
@@ -593,12 +701,14 @@ class Names(dict):
 
     def __init__(self, reference: str, only: list[str] | None):
         super().__init__(vars(builtins))
-        self.only, self.defined, self.imported = only, set(), {}
+        self.only, self.defined, self.imported, self.classes = only, set(), {}, set()
         try:
             body = ast.parse(reference).body
         except (SyntaxError, ValueError):
             body = []
         for part in body:
+            if isinstance(part, ast.ClassDef):
+                self.classes.add(part.name)
             if isinstance(part, (ast.Import, ast.ImportFrom)):
                 try:
                     exec(ast.unparse(part), self.imported)
@@ -615,9 +725,21 @@ class Names(dict):
         for name in names:
             self.pop(name, None)
 
+    def stand_ins(self, names: set[str]) -> set:
+        """Of the answer's classes of these names."""
+        found = []
+        for name in names - library_names():
+            try:
+                found.append(SIDE.ask("name", name))
+            except NameError:
+                pass
+        return {value for value in found if isinstance(value, StandIn)}
+
     def __missing__(self, name: str):
         if self.only is not None and name not in self.only:
             raise KeyError(name)
+        if name in SIDE.space:
+            return SIDE.space[name]
         try:
             value = SIDE.ask("name", name)
         except NameError:
@@ -626,6 +748,7 @@ class Names(dict):
             return self.imported[name]
         if name in library_names() and name not in self.defined and SIDE.stands(value):
             raise KeyError(name)
+        SIDE.space[name] = value
         return value
 
 
@@ -683,13 +806,13 @@ def judge(setup: str, reference: str, only: list[str] | None, tests: list[str]) 
     space = {"__name__": "judge", "__builtins__": names}
     if not names.defined and free_names(tests) <= library_names():
         names.own(free_names(tests))               # no reference tells: it must be one of these that is tested
-    SIDE.named = names.defined | set(re.findall(r"\w+", " ".join([setup, *tests])))
     try:
         SIDE.broken = str(SIDE.hear()["broken"])
     except (Broken, KeyError):
         SIDE.broken = SIDE.broken or "the program ended"
     found = (0, "Broken", SIDE.broken)
     if not SIDE.broken:
+        SIDE.named = names.stand_ins(names.classes | {name for name in free_names([setup, *tests]) if name[0].isupper()})
         wrong = passed([setup], space)
         for name in only or []:
             space.pop(name, None)

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import marshal
 import os
+import re
 import resource
 import signal
 import stat
@@ -36,6 +37,9 @@ def prctl(option: int, value) -> None:
 def go_apart(uid: int) -> str:
     """Leave root for `uid` (if not 0), and enter namespaces of our own. Returns why not, or ""."""
     own, group = os.getuid(), os.getgid()
+    for file in (1, 2) if uid else ():                   # what it prints to is its own, so that it can open it by name
+        if stat.S_ISFIFO(os.fstat(file).st_mode):
+            os.fchown(file, uid, uid)
     apart = libc.unshare(NEWPID | NEWNET | NEWIPC | (0 if uid else NEWUSER)) == 0
     why = "" if apart else os.strerror(ctypes.get_errno())
     if uid:
@@ -178,15 +182,19 @@ def first_of_namespace(job: dict, failed: int, ended: int) -> None:
     os._exit(0)
 
 
-def processes() -> dict[int, tuple[int, int, int, int]]:
-    """Process -> parent, threads, resident bytes, user; of the whole system."""
+MOST_MAPS = 1 << 20                                      # bytes: ten thousand lines
+
+
+def processes() -> dict[int, tuple[int, int, int, int, bool]]:
+    """Process -> parent, threads, resident bytes, user, whether its first thread has ended before others, which hides
+    what it holds; of the whole system."""
     found = {}
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
             found[int(pid)] = (int(fields[1]), int(fields[17]), int(fields[21]) * resource.getpagesize(),
-                               os.stat(f"/proc/{pid}").st_uid)
+                               os.stat(f"/proc/{pid}").st_uid, fields[0] == b"Z" and int(fields[17]) > 1)
         except OSError:                                  # it ended meanwhile
             pass
     return found
@@ -205,7 +213,8 @@ def below(root: int, found: dict) -> list[int]:
 
 def disk(job: dict, pids: list[int]) -> int:
     """Bytes in the program's folder, 4 KB a file at the least, and in files that it removed but holds open. One that it
-    removed and mapped is over the limit, as is a tree too deep to be named. Opens what the program closed to its user."""
+    removed and mapped is over the limit, as are a tree too deep to be named, and maps too many to be read. Opens what
+    the program closed to its user."""
     total, limit, stack, seen = 0, job["disk_mb"] << 20, [job["folder"]], {job["stdin"]}
     while stack and total <= limit:
         try:
@@ -226,9 +235,10 @@ def disk(job: dict, pids: list[int]) -> int:
                 if stat.S_ISREG(about.st_mode) and not about.st_nlink and (about.st_dev, about.st_ino) not in seen:
                     seen.add((about.st_dev, about.st_ino))
                     total += about.st_blocks * 512
-            with open(f"/proc/{pid}/maps", errors="replace") as file:
-                if any(job["folder"] in line and line.endswith("(deleted)\n") for line in file):
-                    return limit + 1
+            with open(f"/proc/{pid}/maps", "rb") as file:
+                maps = file.read(MOST_MAPS)
+            if len(maps) == MOST_MAPS or re.search(re.escape(job["folder"].encode()) + rb".* \(deleted\)\n", maps):
+                return limit + 1
         except OSError:
             pass
     return total
@@ -238,6 +248,7 @@ def watch(job: dict, child: int) -> tuple[int | None, str]:
     """Wait for `child`, or for a limit: its wait status (None if it still runs), and what ended it."""
     deadline = time.monotonic() + job["seconds"]
     look = time.monotonic() + 0.02                       # when to look at memory and disk
+    hidden: set[int] = set()
     while True:
         while True:                                      # orphans come to the launcher, too
             try:
@@ -253,11 +264,12 @@ def watch(job: dict, child: int) -> tuple[int | None, str]:
         if now >= look:
             found = processes()
             pids = below(os.getpid(), found)
-            if sum(found[pid][2] for pid in pids) > job["memory_mb"] << 20:
+            before, hidden = hidden, {pid for pid in pids if found[pid][4]}
+            if before & hidden or sum(found[pid][2] for pid in pids) > job["memory_mb"] << 20:
                 return None, "memory"
             if disk(job, pids) > job["disk_mb"] << 20:
                 return None, "disk"
-            look = time.monotonic() + max(0.05, 10 * (time.monotonic() - now))
+            look = time.monotonic() + min(0.5, max(0.05, 10 * (time.monotonic() - now)))
         got = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], max(0, min(look, deadline) - time.monotonic()))
         if got and got.si_signo == signal.SIGTERM:       # from the caller: too much output; or the caller is gone
             return None, "stopped"

@@ -76,7 +76,7 @@ def files() -> dict[str, list[str]]:
     """What a program may read, and what it may execute: Python and its loader."""
     library = os.path.join(os.path.dirname(os.path.dirname(python())), "lib*")
     found = {what: sorted({os.path.realpath(path) for pattern in patterns for path in glob.glob(pattern)})
-             for what, patterns in dict(read=[library, "/lib*", "/usr/lib*", "/etc/ld.so.cache"],
+             for what, patterns in dict(read=[library, "/lib*", "/usr/lib*", "/etc/ld.so.cache", "/usr/share/zoneinfo"],
                                         execute=["/lib*/ld-*", "/usr/lib*/ld-*", "/lib/*/ld-*", python()]).items()}
     if not all(found.values()):
         raise SandboxError("Python's library, or its loader, is not where it is on other systems")
@@ -124,14 +124,18 @@ warned: list[str] = []
 
 def finish(program: Program) -> tuple[int, str]:
     """Wait for a program: (code, end), or what kept it from being started: (0, message)."""
+    late = False
     try:
         program.process.wait(max(0.0, program.deadline - time.monotonic()))
     except subprocess.TimeoutExpired:                    # the launcher keeps time itself; this is the second line
         program.process.kill()
         program.process.wait()
+        late = True
     remove(program.folder)
     with open(program.report, "rb") as file:
         text = file.read()
+    if late:
+        return -signal.SIGKILL, "time"
     if not text and program.process.returncode == -signal.SIGTERM:       # stopped before it listened
         return -signal.SIGKILL, "stopped"
     said: dict[str, Any] = marshal.loads(text) if text else dict(error="the launcher was killed")
