@@ -180,7 +180,7 @@ def resolved(path: Path, presets: list[tuple[str, dict[str, Any]]], options: dic
     sources: dict[str, str] = {}
     for where, layer in [(str(SHIPPED), shipped()), (f"method {method}", brought), *layers]:
         for name in layer.get("methods", {}):
-            if not name.endswith(".py") and name not in (known := ["leafe", *method_names()]):
+            if not name.endswith(".py") and method_names() and name not in (known := ["leafe", *method_names()]):
                 raise UserError(f"{where}: methods: there is no method {short(name)}{nearest(name, known)}")
         own = layer.get("methods", {}).get(method, {})             # what it says for this method alone
         for where, part in [(where, layer), (f"{where}, method {method}", own)]:
@@ -422,7 +422,7 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
             time.sleep(10)
         fail(str(error))
     except ModuleNotFoundError as error:                # a fork may have left a wing out
-        if (error.name or "").partition(".")[0] not in ("methods", "worlds", "scale", "tools"):
+        if (error.name or "").partition(".")[0] not in ("methods", "worlds", "models", "scale", "tools"):
             raise
         wing, dot, file = error.name.partition(".")
         fail(f"this copy of the project has no {wing}/{file + '.py' * bool(dot)}")

@@ -90,8 +90,8 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
 
 
 def files() -> ModuleType:
-    """The door of tools/weights.py, which looks the files of a model and of an adapter over."""
-    from tools import weights
+    """The door of models/weights.py, which looks the files of a model and of an adapter over."""
+    from models import weights
     return weights
 
 

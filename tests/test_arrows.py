@@ -8,7 +8,7 @@ from conftest import ROOT
 
 TOP = "config envs engine lora packing ranks leafe train eval run".split()
 LOOP = "leafe envs engine train eval".split()
-WINGS = "methods worlds scale tools".split()
+WINGS = "methods worlds models scale tools".split()
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
          for path in [*ROOT.glob("*.py"), *(path for wing in WINGS for path in (ROOT / wing).rglob("*.py"))]}
 
@@ -20,7 +20,7 @@ DOORS = {                                          # the function that asks for 
     "envs.make_env": "scale.apart",
     "envs.Env.examine": "tools.examine",
     "envs.main": "tools.play",
-    "lora.files": "tools.weights",
+    "lora.files": "models.weights",
     "lora.find_model": "tools.smollm2",
     "run.Policy.engine": "scale.serving",
     "run.report_file": "tools.report",
@@ -145,7 +145,7 @@ def test_no_public_function_of_the_core_has_more_than_five_parameters(name):
     assert len(counts) > 3 and {function: count for function, count in counts.items() if count > 5} == {}
 
 
-@pytest.mark.parametrize("names, most", [(TOP, 2800), (LOOP, 1800)], ids=["the core", "the loop"])
+@pytest.mark.parametrize("names, most", [(TOP, 3050), (LOOP, 1800)], ids=["the core", "the loop"])
 def test_the_core_is_read_in_one_sitting(names, most):
     lines = {name: len(FILES[name].read_text().splitlines()) for name in names}
     assert sum(lines.values()) < most, lines

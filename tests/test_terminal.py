@@ -214,7 +214,7 @@ def said_by(tree: ast.AST) -> list[ast.expr]:
     return found
 
 
-@pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for folder in (".", "methods", "scale", "tools", "worlds")
+@pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for folder in (".", "methods", "models", "scale", "tools", "worlds")
                                   for path in sorted((ROOT / folder).glob("*.py"))])
 def test_nothing_is_printed_but_through_it(path):
     odd = []

@@ -191,10 +191,10 @@ def shared_out(problem: Problem) -> tuple[str, str, str]:
     stands before an answer, but for the function itself. Elsewhere classes (a ListNode) are the answer's, and imports
     are both sides'; the rest is the judge's."""
     body = ast.parse(problem.setup).body
-    imports = [part for part in body if isinstance(part, (ast.Import, ast.ImportFrom))]
+    imports: list[ast.stmt] = [part for part in body if isinstance(part, (ast.Import, ast.ImportFrom))]
     if names := entry(problem):
         return text_of([part for part in body if getattr(part, "name", "") not in names]), "", problem.setup
-    classes = [part for part in body if isinstance(part, ast.ClassDef)]
+    classes: list[ast.stmt] = [part for part in body if isinstance(part, ast.ClassDef)]
     return text_of(imports), text_of(imports + classes), text_of([part for part in body if part not in classes])
 
 

@@ -17,7 +17,6 @@ import importlib
 import io
 import json
 import os
-import re
 import sys
 import threading
 import types
@@ -70,10 +69,12 @@ class Raised(Exception):
 
 # ----------------------------------------------------------------------------------------------------- what a value is
 
-@lru_cache(None)
-def kind_of(cls) -> Any:
+def builtin_of(cls):
     """The builtin that a class is made of: what its objects hold crosses by value."""
     return next((base for base in cls.__mro__ if base in SHARED or base in PLAIN), None)
+
+
+kind_of: Any = lru_cache(None)(builtin_of)
 
 
 def contents(value) -> list:
@@ -389,9 +390,10 @@ class Side:
             hashed = None
         held = made_from(v) if is_error(cls) else exact(v, kind) if kind in PLAIN else None
         about = [kind and kind.__name__, getattr(v, "typecode", None) if kind is array else None]
-        node = {"is": "object", "no": number, "as": about, "of": [ref(cls), hashed, ref(held)]}
+        of = [ref(cls), hashed, ref(held)]
         if is_error(cls) and v.__cause__:
-            node["of"].append(ref(v.__cause__))
+            of.append(ref(v.__cause__))
+        node = {"is": "object", "no": number, "as": about, "of": of}
         return self.filling(node, v, ref) if kind in SHARED else node
 
     def filling(self, node: dict, v, ref) -> dict:
@@ -624,7 +626,7 @@ def real(item, made: dict):
 def made_from(raised: BaseException) -> tuple:
     """An error's arguments; of one of the library's, what it is made from."""
     if isinstance(raised, getattr(builtins, "BaseExceptionGroup", ())):
-        return raised.message, raised.exceptions
+        return getattr(raised, "message"), getattr(raised, "exceptions")
     made = raised.__reduce__() if is_standard(type(raised)) else ()
     return made[1] if isinstance(made, tuple) and made[1:] and isinstance(made[1], tuple) else tuple(raised.args)
 

@@ -37,9 +37,9 @@ def prctl(option: int, value) -> None:
 def go_apart(uid: int) -> str:
     """Leave root for `uid` (if not 0), and enter namespaces of our own. Returns why not, or ""."""
     own, group = os.getuid(), os.getgid()
-    for file in (1, 2) if uid else ():                   # what it prints to is its own, so that it can open it by name
-        if stat.S_ISFIFO(os.fstat(file).st_mode):
-            os.fchown(file, uid, uid)
+    for end in (1, 2) if uid else ():                    # what it prints to is its own, so that it can open it by name
+        if stat.S_ISFIFO(os.fstat(end).st_mode):
+            os.fchown(end, uid, uid)
     apart = libc.unshare(NEWPID | NEWNET | NEWIPC | (0 if uid else NEWUSER)) == 0
     why = "" if apart else os.strerror(ctypes.get_errno())
     if uid:

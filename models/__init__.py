@@ -1,0 +1,1 @@
+"""The embedded models, and what is read of a model's files."""
