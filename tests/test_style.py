@@ -1,6 +1,7 @@
 """The source is clean under ruff and mypy; every script explains itself, and ends well when nobody reads on."""
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -42,3 +43,13 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} eval.py -h | true"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 141 and done.stderr == ""
+
+
+def test_the_log_of_kinds_names_tests_that_are_there():
+    log = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    file, missing = "", []
+    for name, function in re.findall(r"(test_\w+\.py)?::(test_\w+)", log):
+        file = name or file
+        if f"def {function}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8"):
+            missing.append(f"{file}::{function}")
+    assert log.count("::test_") > 90 and not missing
