@@ -36,13 +36,14 @@ def test_references_pass_and_an_empty_program_does_not(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, first", [("codecontests_107.jsonl.xz", None), ("mbpp.jsonl", 200)])
-def test_every_reference_of_the_full_data_passes(name, first):
+@pytest.mark.parametrize("name, every", [("codecontests_107.jsonl.xz", 3), ("mbpp.jsonl", 8)])
+def test_references_of_the_full_data_pass(name, every):
+    """As many as there is time for; all of them did when the judge was made (docs/worlds.md)."""
     needs_shared_data()
     env = Code(str(SHARED / "code" / name))
-    tasks = [task for split in ("test", "valid", "train") for task in env.tasks(split)][:first]
+    tasks = [task for split in ("test", "valid", "train") for task in env.tasks(split)][::every]
     failed = [task for task in tasks if not solve(env, task).success]
-    assert len(tasks) == (first or 107) and not failed
+    assert len(tasks) > 30 and not failed
 
 
 def test_splits_are_the_published_ones(mbpp):

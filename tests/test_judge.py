@@ -2,7 +2,6 @@
 import contextlib
 import io
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,6 @@ ATTACKS = {case["case"]: case for case in yaml.safe_load((DATA / "attacks.yaml")
 def problem(case: dict, reference: str) -> Problem:
     tests = case["tests"]
     return Problem("x", "test", "", tests[:1], tests, case.get("setup", ""), reference=reference)
-
-
-@pytest.fixture(scope="module")
-def verdicts() -> dict:
-    """Of all cases, two at a time."""
-    work = {name: (problem(case, case["code"]), case["code"]) for name, case in CALLS.items()}
-    work |= {name: (problem(case, "def f(n): pass"), case["code"]) for name, case in ATTACKS.items()}
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(work, pool.map(lambda about: judge(*about), work.values())))
 
 
 def plainly(case: dict) -> bool:
@@ -51,15 +41,16 @@ def test_no_two_cases_have_one_name():
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_is_judged_as_plain_execution_has_it(name, verdicts):
+def test_a_call_is_judged_as_plain_execution_has_it(name):
     if name != "reads stdin":                      # which is the tests' own, here
         assert plainly(CALLS[name]) == CALLS[name]["right"]
-    assert (not verdicts[name][1][1]) == CALLS[name]["right"], verdicts[name]
+    public, hidden = judge(problem(CALLS[name], CALLS[name]["code"]), CALLS[name]["code"])
+    assert (not hidden[1]) == CALLS[name]["right"], (public, hidden)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_does_not_pass_and_is_not_told_what_is_expected(name, verdicts):
-    public, hidden = verdicts[name]
+def test_an_attack_does_not_pass_and_is_not_told_what_is_expected(name):
+    public, hidden = judge(problem(ATTACKS[name], "def f(n): pass"), ATTACKS[name]["code"])
     assert hidden[1] and hidden[0] < len(ATTACKS[name]["tests"])
     assert public[1] or len(ATTACKS[name]["tests"]) > 1
     if "'swordfish'" not in ATTACKS[name]["code"]:                        # it guesses, or looks for it

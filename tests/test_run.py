@@ -87,13 +87,6 @@ def test_a_full_disk_is_one_line():
             and "Traceback" not in done.stderr)
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "envs.py", "leafe.py", "-m tools.tiny",
-                                    "-m methods.stage1"])
-def test_help_says_how_to_run_it(script):
-    done = subprocess.run([sys.executable, *script.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and f"python {script}" in done.stdout, done.stderr
-
-
 def test_records_are_one_line_each(tmp_path):
     store = Jsonl(tmp_path / "x.jsonl")
     store.append({"text": "two\nlines \u2028 and ünicode"})

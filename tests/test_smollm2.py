@@ -175,7 +175,7 @@ def test_a_world_that_shows_no_solution_or_too_few_tasks_is_one_line(tiny, setti
                                    ["preset=smollm2-mbpp", "data=tests/data/mbpp_sample.jsonl"]])
 def test_the_whole_loop_runs_on_the_real_model(world, cache, tmp_path, alone):
     small = ["warm_start=2", "warm_steps=1", "train_tasks=2", "test_tasks=1", "samples=2", "ks=[1,2]", "attempts=3",
-             "steps=1", "horizon=2", "corrections=all", "action_tokens=8", "reflect_tokens=8", "warmup=0",
+             "steps=1", "horizon=2", "corrections=all", "action_tokens=8", "reflect_tokens=9", "warmup=0",
              "workers=2"]
     done = subprocess.run([sys.executable, "train.py", "config.yaml", *world, *small, f"out={tmp_path}/run"],
                           cwd=ROOT, capture_output=True, text=True)
