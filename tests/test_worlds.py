@@ -61,7 +61,7 @@ def wander(env, task: str, steps: int, rng: random.Random) -> list[SimpleNamespa
 @pytest.mark.slow
 def test_sixty_scienceworld_episodes_replay_byte_for_byte_on_another_instance(science):
     rng, tasks = random.Random(0), science[0].tasks("train")[:60]
-    walks = [wander(science[0], task, 25, rng) for task in tasks]
+    walks = [wander(science[0], task, 15, rng) for task in tasks]
     for task, walk in zip(tasks, walks):
         assert science[1].rollback(task, walk) == walk[-1].obs
         assert science[0].rollback(task, walk[:5]) == walk[:5][-1].obs
