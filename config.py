@@ -190,7 +190,8 @@ def resolved(path: Path, presets: list[tuple[str, dict[str, Any]]], options: dic
                     settings[key], sources[key] = value, where
     settings |= given
     sources |= dict.fromkeys(given, "the command line")
-    with blaming(getattr(method_file(str(method)), "__file__", ""), f"method: the CHECKS of {method}, (key, holds(value, settings), must) each, failed"):
+    file_of_method = getattr(method_file(str(method)), "__file__", "")
+    with blaming(file_of_method, f"method: the CHECKS of {method}, (key, holds(value, settings), must) each, failed"):
         check(settings, kinds, sources, method_file(str(method)))
     return Config(**settings)
 

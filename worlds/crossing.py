@@ -54,8 +54,6 @@ OTHERS = [f"__{name}__" for name in ("call len iter next reversed getitem setite
           "float complex index str repr format bytes abs neg pos invert round trunc floor ceil enter exit "
           "hash").split()] + STEPS
 OPERATIONS = {*COMPARE, *CALCULATE, *OTHERS}
-
-
 FORMAT = ("format", "format_map")                  # of a text: these look into whatever they are given
 
 
@@ -281,6 +279,7 @@ class Side:
         self.hashes: dict = {}                     # number of a stand-in -> the object's hash
         self.numeric: dict = {}                    # (number, operation) -> the number that it is
         self.last: tuple = ()                      # a call, and what came back
+        self.keep: list = []                       # classes of stand-ins, by whose ids we know them
 
     def stands(self, value) -> bool:
         return self.numbers.get(id(value)) in self.far
@@ -481,8 +480,6 @@ class Side:
         self.objects[node["no"]] = here or found
         self.keep.append(found)
         return here or found
-
-    keep: list = []                                # classes of stand-ins, by whose ids we know them
 
     def make_object(self, node: dict, about: list, of: list):
         cls, hashed, held = of[:3]
