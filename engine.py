@@ -5,6 +5,7 @@
     Engine    the forking engine: hundreds of conversations side by side in one KV cache; run(queue) is its loop,
               _step a turn of it: admit waiting episodes, forward, sample, hand out what is finished
 """
+import inspect
 import random
 import re
 import sys
@@ -154,7 +155,7 @@ class Snapshot:
 
 
 class SlotCache:
-    """`past_key_values` as transformers' decoders see it: they call update() and nothing else. Row i of each
+    """A cache as transformers' decoders see it: they call update() and nothing else. Row i of each
     layer's (slots, H, capacity + 1, D) belongs to one conversation, left-aligned. Padding is written to the
     last column, which no mask ever shows. There are as many rows as were live at once so far, at most `slots`."""
     def __init__(self, slots: int, capacity: int):
@@ -208,7 +209,10 @@ class Engine:
     memory, it goes on with half of the rows; the conversations that lost theirs wait for another, as they stand."""
     def __init__(self, model, stop: set[int], cfg: Config):
         self.model, self.decoder, self.head = model, model.get_decoder(), model.get_output_embeddings()
-        self.device, self.dtype = self.head.weight.device, self.head.weight.dtype
+        table = model.get_input_embeddings().weight
+        self.device, self.dtype = table.device, table.dtype
+        takes = inspect.signature(self.decoder.forward).parameters
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"     # as in older transformers
         self.stop, self.slots, self.context, self.temperature = stop, cfg.slots, cfg.context, cfg.temperature
         self.budget = cfg.snapshot_mb * 2**20
         self.cache = SlotCache(cfg.slots, cfg.context)
@@ -389,7 +393,7 @@ class Engine:
         mask = torch.zeros(*position.shape, span, dtype=self.dtype, device=self.device).masked_fill_(
             torch.arange(span, device=self.device) > position[..., None], -torch.inf)          # (B, T, span)
         out = self.decoder(input_ids=ids.to(self.device), position_ids=position, attention_mask=mask[:, None],
-                           use_cache=True, past_key_values=self.cache).last_hidden_state
+                           use_cache=True, **{self.cache_name: self.cache}).last_hidden_state
         return out[torch.arange(len(batch)), sizes - 1]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:
@@ -406,10 +410,13 @@ class Engine:
         tokens, edge = draw(logits, us, heat)
         if settle:
             for i in (edge < self.close).nonzero()[:, 0].tolist():
-                alone = self.decoder(input_ids=torch.tensor([jobs[i].ids], device=self.device),
-                                     use_cache=False).last_hidden_state
-                tokens[i] = draw(self.head(alone[:, -1]), us[i:i + 1], heat[i:i + 1])[0][0]
+                tokens[i] = draw(self._alone(jobs[i].ids), us[i:i + 1], heat[i:i + 1])[0][0]
         return tokens.tolist()
+
+    def _alone(self, ids: list[int]) -> torch.Tensor:
+        """The logits (1, V) behind a conversation by itself, nothing cached."""
+        hidden = self.decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False).last_hidden_state
+        return self.head(hidden[:, -1])
 
     def _race(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As _draw, by another rule: token i arrives at a time drawn from Exp(p_i), the first one wins (Gumbel-max).

@@ -1,5 +1,6 @@
 import copy
 import random
+import warnings
 from collections import deque
 from dataclasses import replace
 
@@ -146,6 +147,17 @@ def test_a_reply_may_have_a_temperature_of_its_own(tiny, settings):
         assert out[0, len(context):].tolist() == job.result
         assert job.rng.random() == random.Random(jobs.index(job)).random()        # and nothing was drawn
     assert all(job.rng.random() != random.Random(i).random() for i, job in enumerate(jobs) if i % 2 == 0)
+
+
+def test_sampling_and_training_hand_transformers_nothing_that_it_warns_of(tiny, settings):
+    model, chat = tiny
+
+    def one():
+        return (yield Ask(chat.first("rules", "step 1: you are in the hall."), 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        list(Engine(model, chat.stop, settings("slots=1", "context=64")).run(deque([Job(one(), random.Random(0), "a")])))
+        packed_nll(model, [pack([[Segment([5, 6, 7], [0.0, 1.0, 1.0], None)]])])
 
 
 def fork(engine, snapshot):
