@@ -310,8 +310,7 @@ class Engine:
         for row in reversed(rows):                       # from the back: the row moved in is a live one
             job = self.live[row]
             answer, job.waits_for = job.waits_for, None
-            whole = answer or job.ids[-1] in self.stop or len(job.ids) - job.reply_at >= job.max_new
-            if not whole:
+            if not (answer or self._whole(job)):
                 continue
             if self._send(job, answer or job.ids[job.reply_at:]):
                 if answer and not job.cached and not job.waits_for:
@@ -324,6 +323,11 @@ class Engine:
                 self.cache.write(row, self.cache.read(len(self.live), last.cached), last.cached)
                 self.live[row] = last
             yield job
+
+    def _whole(self, job: Job) -> bool:
+        """Whether a reply has begun and has come to its end."""
+        drawn = len(job.ids) - job.reply_at
+        return drawn > 0 and (job.ids[-1] in self.stop or drawn >= job.max_new)
 
     def _send(self, job: Job, reply: Any) -> bool:
         """Let the episode go on until it asks for a reply that has room, or its world; False when it has ended."""

@@ -95,6 +95,12 @@ def files() -> ModuleType:
     return weights
 
 
+def general() -> ModuleType:
+    """The door of scale/general.py, the way of models that the forking engine or packed rows cannot take."""
+    from scale import general as module
+    return module
+
+
 @torch.no_grad()
 def finite(model: Any) -> bool:
     """Whether the adapter, and what the model answers with it, are numbers."""

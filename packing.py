@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from config import UserError
 from leafe import Tree
+from lora import general
 
 Weights = dict[int, tuple]              # turn -> what each of its action's tokens weighs: a number for each loss
 
@@ -151,6 +152,8 @@ AttentionMaskInterface.register("by_tree", sdpa_mask)
 def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     """log pi(token | its ancestors) of the rows' targets, one row after the other: (N,), with gradient.
     Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor."""
+    if not getattr(model, "packs", True):
+        return general().token_logp(model, rows)
     device = next(model.parameters()).device
     longest = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)

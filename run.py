@@ -23,7 +23,8 @@ import ranks
 from config import Config, Dumper, UserError, kept_config, read_text, visible
 from engine import Chat, Engine
 from envs import Env, ask, closing, env_class, make_env
-from lora import adapter_off, add_lora, find_model, load_adapter, load_model, lora_layers, lora_parameters, save_adapter
+from lora import (adapter_off, add_lora, find_model, general, load_adapter, load_model, lora_layers, lora_parameters,
+                  save_adapter)
 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true
@@ -51,10 +52,12 @@ class Policy:
         return policy
 
     def engine(self) -> Any:
-        """What samples from the policy as it is now: the forking engine, or a server (cfg.engine), whose door this is."""
+        """What samples from the policy as it is now: the forking engine, the general one where the model cannot fork, or
+        a server (cfg.engine), whose door this is."""
         cfg = self.cfg
         slots = min(cfg.slots, cfg.workers or os.cpu_count()) if env_class(cfg.env).apart else cfg.slots
-        engine = Engine(self.model, self.chat.stop, cfg.but(slots=slots))
+        kind = Engine if getattr(self.model, "forks", True) else general().General
+        engine = kind(self.model, self.chat.stop, cfg.but(slots=slots))
         if not cfg.engine:
             return engine
         from scale.serving import Server

@@ -22,6 +22,7 @@ DOORS = {                                          # the function that asks for 
     "envs.main": "tools.play",
     "lora.files": "models.weights",
     "lora.find_model": "tools.smollm2",
+    "lora.general": "scale.general",
     "run.Policy.engine": "scale.serving",
     "run.report_file": "tools.report",
     "eval.main": "tools.compare",
