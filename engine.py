@@ -17,9 +17,9 @@ from typing import Any, Generator, Iterator
 
 import torch
 
+import lora
 import ranks
 from config import Config, UserError
-from lora import weights_version
 
 BREAK = "\ue000"                        # of no script
 
@@ -208,7 +208,7 @@ class Engine:
     prefix). Over the budget of `snapshot_mb` the least recently used snapshots go, and their prefix is fed again. Out of
     memory, it goes on with half of the rows; the conversations that lost theirs wait for another, as they stand."""
     def __init__(self, model, stop: set[int], cfg: Config):
-        self.model, self.decoder, self.head = model, model.get_decoder(), model.get_output_embeddings()
+        self.model, self.decoder = model, model.get_decoder()
         table = model.get_input_embeddings().weight
         self.device, self.dtype = table.device, table.dtype
         takes = inspect.signature(self.decoder.forward).parameters
@@ -367,7 +367,7 @@ class Engine:
                 picked = hidden if len(part) == len(batch) else hidden[[batch.index(row) for row in part]]
                 jobs = [self.live[row] for row in part]
                 self.sampled += len(part)
-                for job, token in zip(jobs, self._sample(self.head(picked), jobs)):
+                for job, token in zip(jobs, self._sample(lora.logits(self.model, picked), jobs)):
                     job.ids.append(token)
                     job.u = None
 
@@ -420,7 +420,7 @@ class Engine:
     def _alone(self, ids: list[int]) -> torch.Tensor:
         """The logits (1, V) behind a conversation by itself, nothing cached."""
         hidden = self.decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False).last_hidden_state
-        return self.head(hidden[:, -1])
+        return lora.logits(self.model, hidden[:, -1])
 
     def _race(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As _draw, by another rule: token i arrives at a time drawn from Exp(p_i), the first one wins (Gumbel-max).
@@ -466,14 +466,14 @@ class Engine:
 
     def fork(self, snapshot: Snapshot, row: int, n: int) -> None:
         """Copy a snapshot's first n tokens into a row."""
-        assert snapshot.version == weights_version(self.model), "the weights have changed since: call drop() first"
+        assert snapshot.version == lora.weights_version(self.model), "the weights have changed since: call drop()"
         self.cache.write(row, snapshot.layers, n)
 
     def _keep(self, row: int) -> None:
         job = self.live[row]
         layers = [(k.clone(), v.clone()) for k, v in self.cache.read(row, job.cached)]
         self.kept.setdefault(job.family, []).append(
-            Snapshot(job.ids[:job.cached], layers, weights_version(self.model)))
+            Snapshot(job.ids[:job.cached], layers, lora.weights_version(self.model)))
         total = sum(kept.nbytes for family in self.kept.values() for kept in family)
         while total > self.budget and self.kept:
             family = next(iter(self.kept))

@@ -1,6 +1,7 @@
 """The weights: loading a causal LM of transformers, in 4 bits where a GPU is, and LoRA adapters in PEFT's layout.
 
     load_model                   (model, tokenizer), from a local folder or a hub name
+    logits                       the model's own head, with all that it does behind lm_head
     add_lora, adapter_off        an adapter on all seven projections; switched off, the model is the base exactly
     save_adapter, load_adapter   adapter_model.safetensors and adapter_config.json; peft and vLLM load them as are
 """
@@ -153,6 +154,30 @@ def check_attention(name: str, config, context: int) -> None:
         raise UserError(f"model: {name} rescales its logits, which the engine does not do; choose another model")
     if getattr(config, "max_position_embeddings", context) < context:
         raise UserError(f"context: {context} is more than the {config.max_position_embeddings} tokens of {name}")
+
+
+class Decoded:
+    """What a decoder returns: these hidden states, and nothing of all else that may be asked for."""
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, _) -> torch.Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, _) -> None:
+        return None
+
+
+def logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The decoder's hidden states (N, D) -> (N, V). Heads scale, cap or transform on the way, each family in its own
+    manner: so this is the model's own forward, in which the decoder's part is done already."""
+    decoder = model.get_decoder()
+    decoder.forward = lambda *_, **__: Decoded(hidden[None])
+    try:
+        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device),
+                     use_cache=False).logits[0]
+    finally:
+        del decoder.forward
 
 
 def linear_4bit(linear: nn.Linear, weight: torch.Tensor, device: str) -> nn.Module:

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from config import UserError
 from leafe import Tree
-from lora import general
+from lora import general, logits
 
 Weights = dict[int, tuple]              # turn -> what each of its action's tokens weighs: a number for each loss
 
@@ -171,8 +171,8 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
                                  **(dict(sizes=rows[0].sizes) if alone else {})).last_hidden_state     # (B, T, D)
     picked = torch.cat([hidden[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
     labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
-    head = model.get_output_embeddings()
-    return torch.cat([-nn.functional.cross_entropy(head(picked[part]).float(), labels[part], reduction="none")
+    return torch.cat([-nn.functional.cross_entropy(logits(model, picked[part]).float(), labels[part],
+                                                   reduction="none")
                       for part in torch.arange(len(labels)).split(4096)])
 
 

@@ -271,8 +271,7 @@ def limit(model, work: Callable[[], Any]) -> dict[str, float]:
         out = attention(*args, **kwargs)
         spent.append(time.perf_counter() - start)
         return out
-    hooks = [model.get_decoder().register_forward_pre_hook(
-        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)]
+    hooks = [model.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))]
     for module in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
         hooks += [module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter())),
                   module.register_forward_hook(lambda *_: spent.append(time.perf_counter() - began.pop()))]
