@@ -2,9 +2,11 @@
 
     load_model                   (model, tokenizer), from a local folder or a hub name
     logits                       the model's own head, with all that it does behind lm_head
-    add_lora, adapter_off        an adapter on all seven projections; switched off, the model is the base exactly
+    add_lora, adapter_off        an adapter on every linear layer; switched off, the model is the base exactly
     save_adapter, load_adapter   adapter_model.safetensors and adapter_config.json; peft and vLLM load them as are
 """
+import functools
+import inspect
 import json
 import math
 import re
@@ -24,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import ranks
 from config import ROOT, UserError, installed
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR = ("Linear", "Linear4bit", "Conv1D", "FalconLinear")          # what computes W x + b, and nothing else
 
 
 @contextmanager
@@ -125,7 +127,7 @@ def load_4bit(path: str, config, dtype: torch.dtype, device: str) -> Any:
             if not hasattr(module, "config"):
                 raise ValueError(f"{type(module).__name__} is not to be made without weights; try load_in_4bit=false")
             module.__init__(module.config)
-    projections(model)                                   # raises where there are none
+    layers = {id(layer) for _, _, layer in linear_layers(model)}
     files().check_names(model, files().shapes_of(folder))
     wanted, model.base_weights = {name for name, _ in model.named_parameters()}, set()
     for part in parts:
@@ -135,7 +137,7 @@ def load_4bit(path: str, config, dtype: torch.dtype, device: str) -> Any:
                 parent, _, own = owner.rpartition(".")
                 module, value = model.get_submodule(owner), tensors.get_tensor(key).to(dtype)
                 model.base_weights.add(files().sample_of(value))
-                if name == "weight" and own in PROJECTIONS:
+                if name == "weight" and id(module) in layers:
                     setattr(model.get_submodule(parent), own, linear_4bit(module, value, device))
                 else:
                     setattr(module, name, nn.Parameter(value.to(device), requires_grad=False))
@@ -180,7 +182,7 @@ def logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         del decoder.forward
 
 
-def linear_4bit(linear: nn.Linear, weight: torch.Tensor, device: str) -> nn.Module:
+def linear_4bit(linear: Any, weight: torch.Tensor, device: str) -> nn.Module:
     """bitsandbytes' 4-bit product (nf4, double quantised) of `weight`, with that layer's bias."""
     bnb = installed("bitsandbytes", "bitsandbytes", "load_in_4bit: 4 bits")
     four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype)
@@ -191,25 +193,46 @@ def linear_4bit(linear: nn.Linear, weight: torch.Tensor, device: str) -> nn.Modu
     return four
 
 
-def projections(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, attribute, linear) of all seven projections in every layer; QLoRA adapts them all."""
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
-             if name in PROJECTIONS and isinstance(child, nn.Linear)]
+def linear_layers(model: Any) -> list[tuple[nn.Module, str, Any]]:
+    """(parent, attribute, layer) of every linear layer of the decoder, as in QLoRA and peft's "all-linear", but for
+    routers. The head is not among them, nor what a picture goes through."""
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    places = (model.base_model if decoder is head else decoder).named_modules()
+    found = [(parent, name, layer) for path, parent in places for name, layer in parent.named_children()
+             if type(layer).__name__ in LINEAR and layer is not head and type(parent) is not LoRA
+             and "embed" not in path and not is_router(f"{path}.{name}", layer) and not reads_weight(type(parent), name)]
     if not found:
-        raise UserError(f"model: {type(model).__name__} has none of the projections {', '.join(PROJECTIONS)}")
+        raise UserError(f"model: {type(model).__name__} has no linear layers that an adapter could change")
     return found
 
 
+def is_router(path: str, layer: nn.Module) -> bool:
+    """What sends a token to its experts, or says how much of one is taken."""
+    parts = path.split(".")
+    return "gate" in parts or "router" in parts or (parts[-1].endswith("_gate") and widths(layer)[1] == 1)
+
+
+@functools.cache
+def reads_weight(owner: Any, name: str) -> bool:
+    """A module that takes its layer's weight for a product of its own (Mamba) would pass by an adapter and 4 bits."""
+    return f"self.{name}.weight" in inspect.getsource(owner)
+
+
+def widths(layer: Any) -> tuple[int, int]:               # (in, out)
+    return (layer.nx, layer.nf) if hasattr(layer, "nx") else (layer.in_features, layer.out_features)
+
+
 class LoRA(nn.Module):
-    """y = W x + (alpha / r) B A x, for nn.Linear and Linear4bit. A (r, in), B (out, r), B = 0 at start."""
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+    """y = W x + (alpha / r) B A x, for each of LINEAR. A (r, in), B (out, r), B = 0 at start."""
+    def __init__(self, base: Any, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scale, self.on, self.loads = base, alpha / rank, True, 0
-        bound = 1 / math.sqrt(base.in_features)
-        first = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        width, out = widths(base)
+        bound = 1 / math.sqrt(width)
+        first = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
         device = base.weight.device
         self.lora_A = nn.Parameter(first.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:      # (..., in) -> (..., out)
         y = self.base(x)
@@ -220,7 +243,7 @@ class LoRA(nn.Module):
 
 def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for parent, name, linear in projections(model):
+    for parent, name, linear in linear_layers(model):
         setattr(parent, name, LoRA(linear, rank, alpha, generator))
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from config import UserError
 from conftest import ROOT, family, shake
-from lora import (LoRA, adapter_off, add_lora, check_attention, linear_4bit, load_adapter, load_model,
-                  lora_layers, lora_parameters, projections, save_adapter, weights_version)
+from lora import (LoRA, adapter_off, add_lora, check_attention, linear_4bit, linear_layers, load_adapter, load_model,
+                  lora_layers, lora_parameters, save_adapter, weights_version)
 from packing import Segment, pack, packed_nll
 
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_loaded_straight_into_4_bit_equals_one_quantised_whole(name
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_text((ROOT / "models/tiny" / file).read_text())
     straight, _ = load_model(str(tmp_path), True, 768)
-    for parent, own, linear in projections(whole):
+    for parent, own, linear in linear_layers(whole):
         setattr(parent, own, linear_4bit(linear, linear.weight.data, "cpu"))
     ids = torch.randint(6, 400, (2, 40))
     assert torch.equal(straight(input_ids=ids).logits, whole(input_ids=ids).logits)
