@@ -30,7 +30,9 @@ from typing import Callable, Iterator
 from config import Config, UserError, guarded, load_config, method_file, read_text, refuse, visible    # before torch: Ctrl-C
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ranks
 from eval import sample
@@ -188,14 +190,25 @@ def epoch(rows: list[Packed], cfg: Config, number: int) -> list[list[Packed]]:
 
 @contextmanager
 def recomputing(model, on: bool) -> Iterator[None]:
-    """Gradient checkpointing, while a step is taken; transformers does it in training mode only."""
-    if on:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
-        model.train()
-    yield
-    if on:
-        model.gradient_checkpointing_disable()
-        model.eval()
+    """Gradient checkpointing, while a step is taken: a layer keeps its input alone and runs again for the gradient. Not
+    by transformers' own, which does it in training mode only: that switches dropout and noise of routers on."""
+    layers = recomputable(model) if on else []
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward                            # the class's is seen again
+
+
+def recomputable(model) -> list[torch.nn.Module]:
+    """The layers that transformers would recompute; of those inside one another the outer ones."""
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"gradient_checkpointing: the layers of {type(model).__name__} do not take it; set it to false")
+    inner = {child for layer in layers for child in layer.modules() if child is not layer}
+    return [layer for layer in layers if layer not in inner]
 
 
 def save_checkpoint(folder: Path, parameters, optimizer, state: dict[str, int]) -> None:
@@ -242,6 +255,8 @@ def whole_run(cfg: Config) -> None:
     if cfg.warm_start:
         warm_start().tasks(cfg)
     run = open_run(cfg, cfg.init, training=True)
+    if cfg.gradient_checkpointing:
+        recomputable(run.policy.model)                 # raises where it cannot be
     report_file().settle(run)                          # is what lies there, or in trees=, of this model and world?
     folder = run.folder.path
     if cfg.warm_start:

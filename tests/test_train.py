@@ -16,10 +16,12 @@ from html import escape
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig,
+                          MixtralForCausalLM)
 
 import tools.report
 from config import UserError
-from conftest import ROOT, run_of
+from conftest import ROOT, SHAPE, run_of
 from engine import Chat
 from leafe import targets
 from lora import load_model, lora_parameters
@@ -27,7 +29,7 @@ from packing import Segment, pack, packed_nll, rows_of, training_rows
 from run import Jsonl, open_run, read_jsonl
 from test_leafe import grow, tree_by_hand
 from tools.report import STAGE_1, about, chat_pairs, reflections_in_words
-from train import Objective, epoch, fit, loss_weights, optimise, sft_batches
+from train import Objective, epoch, fit, loss_weights, optimise, recomputing, sft_batches
 
 
 def train(out, *args, **kwargs):
@@ -343,6 +345,43 @@ def test_a_resumed_distillation_equals_an_uninterrupted_one(tiny, settings, tmp_
         assert all(torch.equal(p, q) for p, q in zip(whole, again))
     checkpointed, _ = distilled(tmp_path / "c", settings, trees, tiny[1].stop, gradient_checkpointing="true")
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(whole, checkpointed))
+
+
+NOISY = dict(                                          # each would be noisy in training mode
+    llama=lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5)),
+    mixtral=lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, router_jitter_noise=0.5)),
+    gpt2=lambda: GPT2LMHeadModel(GPT2Config(vocab_size=470, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0.5)))
+
+
+@pytest.mark.parametrize("name, packs", [("llama", True), ("llama", False), ("mixtral", True), ("gpt2", False)])
+def test_recomputed_layers_keep_less_and_have_the_gradients_of_kept_ones_without_noise(name, packs):
+    torch.manual_seed(0)
+    model = NOISY[name]().eval()
+    model.packs = packs
+    tree = [Segment(list(range(5, 45)), [0.0] * 40, None)] + [Segment([50 + n] * 6, [1.0] * 6, 0) for n in range(3)]
+    row, found = pack([tree]), []
+    for on in (False, True):
+        sizes, calls = [], []
+        part = model.get_decoder().get_submodule("h.1.mlp" if name == "gpt2" else "layers.1.mlp")
+        seen = part.register_forward_pre_hook(lambda *_: calls.append(1))
+        with recomputing(model, on):
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+                loss = packed_nll(model, [row]).sum()
+            loss.backward()
+        seen.remove()
+        found.append((loss.item(), [p.grad.clone() for p in model.parameters()], sum(sizes), len(calls)))
+        model.zero_grad()
+    (loss, kept, most, once), (again, recomputed, least, twice) = found
+    assert loss == again and twice == 2 * once and least < most / 2 and not model.training
+    for one, other in zip(kept, recomputed):
+        assert (one - other).norm() <= 1e-6 * one.norm()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_whose_layers_cannot_be_recomputed_is_one_line():
+    with pytest.raises(UserError, match="gradient_checkpointing: the layers of Linear do not take it; set it to false"):
+        with recomputing(torch.nn.Linear(2, 2), True):
+            pass
 
 
 def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings):
