@@ -104,6 +104,12 @@ def general() -> ModuleType:
     return module
 
 
+def adapters() -> ModuleType:
+    """The door of models/adapters.py, which knows what peft writes beside the tensors of an adapter."""
+    from models import adapters
+    return adapters
+
+
 @torch.no_grad()
 def finite(model: Any) -> bool:
     """Whether the adapter, and what the model answers with it, are numbers."""
@@ -280,40 +286,32 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
                for name, layer in layers.items() for part in ("lora_A", "lora_B")}
     if not all(value.isfinite().all() for value in tensors.values()):
         raise UserError(f"{folder}: the adapter is not finite, so it is not saved; lower lr= or lora_alpha=")
-    one = next(iter(layers.values()))
-    rank = one.lora_A.shape[0]
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=rank,
-                  lora_alpha=one.scale * rank, lora_dropout=0.0, bias="none", fan_in_fan_out=False,
-                  inference_mode=True, target_modules=sorted({name.rsplit(".", 1)[-1] for name in layers}))
     folder.mkdir(parents=True, exist_ok=True)
     with aside(folder / "adapter_model.safetensors") as file:
         save_file(tensors, file, metadata={"format": "pt"})
     with aside(folder / "base.json") as file:
         file.write_text(json.dumps(dict(name=base_name, weights=files().base_digest(model))))
     with aside(folder / "adapter_config.json") as file:
-        file.write_text(json.dumps(config, indent=1))
+        file.write_text(json.dumps(adapters().config_of(model, base_name), indent=1))
     ranks.wait_for_all()
 
 
 def load_adapter(model: Any, folder: Path, key: str = "") -> None:
-    """Read an adapter in PEFT's layout into the model, wrapping its layers if they are not yet. `key`: who asks."""
-    config, tensors, digest = files().read_adapter(key, folder)
+    """Read an adapter in PEFT's layout into the model: the layers that it changes become LoRA, each of its own rank.
+    Other layers that are LoRA already stay so, unchanged (B = 0). `key`: who asks."""
+    config, tensors, digest = adapters().read_adapter(key, folder)
     if hasattr(model, "base_weights"):
         files().check_base(model, f"{key}{folder}", config.get("base_model_name_or_path") or "", digest)
-    if not lora_layers(model):
-        add_lora(model, config["r"], config["lora_alpha"], seed=0)
     with files().reading(key, folder, f"was it made for another model than {model.name_or_path}?"):
-        files().check_layers(lora_layers(model), config, tensors)
+        parts = adapters().placed(model, config, tensors)
+        for name in parts.keys() - lora_layers(model).keys():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, LoRA(model.get_submodule(name), 1, 1, torch.Generator()))
         for name, layer in lora_layers(model).items():
-            layer.scale, layer.loads = config["lora_alpha"] / config["r"], layer.loads + 1
-            for part, side in (("lora_A", 1), ("lora_B", 0)):      # the side that is not the rank
-                old = getattr(layer, part)
-                tensor = f"base_model.model.{name}.{part}.weight"
-                # left out: no change (B = 0), yet it can be trained
-                new = tensors.get(tensor, old if part == "lora_A" else torch.zeros_like(old))
-                if new.shape[side] != old.shape[side]:
-                    raise ValueError(f"{tensor} is {tuple(new.shape)}, not {tuple(old.shape)}")
-                setattr(layer, part, nn.Parameter(new.to(old), requires_grad=old.requires_grad))
+            idle = layer.lora_A, torch.zeros_like(layer.lora_B), layer.scale
+            new_A, new_B, layer.scale = parts.get(name, idle)
+            layer.lora_A, layer.lora_B = nn.Parameter(new_A.to(layer.lora_A)), nn.Parameter(new_B.to(layer.lora_B))
+            layer.loads += 1
         if not finite(model):
             raise ValueError(f"what the model answers with it is not finite (lora_alpha={config['lora_alpha']})")
 

@@ -7,7 +7,7 @@ import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import torch
 from safetensors import safe_open
@@ -144,61 +144,6 @@ def check_base(model: Any, said: str, base: str, digest: str) -> None:
     if not same:
         raise UserError(f"{said} was trained on {base}, whose weights are not those of {here}; give model={base}, "
                         f"or an adapter of this model")
-
-
-# ----------------------------------------------------------------------------------------------------- an adapter
-# what a config of PEFT must say, and which of its keys change no answer; another that is set is not read here
-MUST: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "peft_type": (lambda v: v == "LORA", "LORA: plain LoRA is what is read here"),
-    "r": (lambda v: type(v) is int and v >= 1, "a whole number of 1 or more"),
-    "lora_alpha": (lambda v: type(v) in (int, float) and 0 < v < 1e38, "a number above 0"),
-    "init_lora_weights": (lambda v: v in (None, True, False, "gaussian", "orthogonal"),
-                          "one that leaves the base as it is"),
-    "target_modules": (lambda v: v and isinstance(v, (str, list)), "the names of the layers that it changes"),
-    "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "the name of its base")}
-ANEW = "copy it again, or delete its folder and train it anew"
-IDLE = """task_type auto_mapping peft_version revision inference_mode lora_dropout exclude_modules layers_to_transform
-layers_pattern megatron_config megatron_core qalora_group_size""".split()
-
-
-def read_adapter(key: str, folder: Path) -> tuple[dict, dict[str, torch.Tensor], str]:
-    """(config, tensors, digest of its base or ""). Raises UserError for all that is no plain, whole, finite LoRA."""
-    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not file.is_file() or not weights.is_file():
-        raise UserError(f"{key}{folder} has no adapter_config.json with adapter_model.safetensors beside it")
-    config = read_json(key, file, ANEW)
-    for name, (holds, must) in MUST.items():
-        if not holds(config.get(name)):
-            raise UserError(f"{key}{file}: {name} is {config.get(name)!r}, but must be {must}")
-    for name in sorted(config.keys() - MUST.keys() - set(IDLE)):
-        if config[name] and config[name] != "none":
-            raise UserError(f"{key}{file}: uses {name}={config[name]!r}; plain LoRA is what is read here")
-    with reading(key, weights, ANEW), safe_open(weights, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        for name, value in tensors.items():
-            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-                raise ValueError(f"{name} is none of the tensors of plain LoRA")
-            rank = value.shape[0 if ".lora_A." in name else -1] if value.dim() == 2 else 0
-            if rank != config["r"]:
-                raise ValueError(f"{name} is {tuple(value.shape)}, but r is {config['r']} in {file.name}")
-            if not value.is_floating_point() or not value.float().isfinite().all():
-                raise ValueError(f"{name} holds what is no finite number")
-    base = folder / "base.json"
-    return config, tensors, read_json(key, base, ANEW).get("weights", "") if base.is_file() else ""
-
-
-def check_layers(layers: Iterable[str], config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """An adapter has all that its config promises, and no half of a layer. Where that names some layers only, or a
-    pattern, it is taken at its word."""
-    some = config.get("exclude_modules") or config.get("layers_to_transform") is not None
-    targets = config["target_modules"] if isinstance(config["target_modules"], list) and not some else []
-    own = {name: [f"base_model.model.{name}.{part}.weight" for part in ("lora_A", "lora_B")] for name in layers}
-    for name, pair in own.items():
-        lacks = [tensor for tensor in pair if tensor not in tensors]
-        if lacks and (len(lacks) == 1 or any(f".{name}".endswith(f".{target}") for target in targets)):
-            raise ValueError(f"it lacks {lacks[0]}")
-    if more := tensors.keys() - {tensor for pair in own.values() for tensor in pair}:
-        raise ValueError(f"it has {min(more)}, which this model has not")
 
 
 # --------------------------------------------------------------------------------- a run's checkpoint of its training

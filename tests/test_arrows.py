@@ -20,6 +20,7 @@ DOORS = {                                          # the function that asks for 
     "envs.make_env": "scale.apart",
     "envs.Env.examine": "tools.examine",
     "envs.main": "tools.play",
+    "lora.adapters": "models.adapters",
     "lora.files": "models.weights",
     "lora.find_model": "tools.smollm2",
     "lora.general": "scale.general",
