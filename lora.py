@@ -86,6 +86,7 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
             files().check_tensors(told["missing_keys"], told["unexpected_keys"], told["mismatched_keys"])
             nn.Module.to(model, device)
             model.base_weights = {files().sample_of(value) for value in model.parameters()}
+        files().fix_rope(model, context)
         files().check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
         if not finite(model.eval()):
             raise ValueError("its weights, or what it answers, are not finite numbers")
@@ -160,8 +161,8 @@ def check_attention(name: str, config, context: int) -> None:
                         f"the engine needs full attention over context={context} tokens")
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
         raise UserError(f"model: {name} rescales its logits, which the engine does not do; choose another model")
-    if getattr(config, "max_position_embeddings", context) < context:
-        raise UserError(f"context: {context} is more than the {config.max_position_embeddings} tokens of {name}")
+    if (most := files().most_tokens(config, context)) < context:
+        raise UserError(f"context: {context} is more than the {most} tokens of {name}")
 
 
 class Decoded:

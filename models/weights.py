@@ -11,6 +11,7 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import torch
 from safetensors import safe_open
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import ranks
 from config import UserError, visible
@@ -157,3 +158,30 @@ def check_checkpoint(saved: dict, parameters: Sequence[torch.Tensor], state: Ite
     for parameter, value in pairs:
         if value.shape != parameter.shape or not value.isfinite().all():
             raise ValueError(f"a tensor of shape {tuple(value.shape)} is not finite, or of another adapter")
+
+
+# ------------------------------------------------------------------------------------------- rotary positions (RoPE)
+def most_tokens(config: Any, context: int) -> int:
+    """How long a conversation its positions allow; dynamic NTK stretches what the model was trained on."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = rope.get("factor", 1.0) if "dynamic" in str(rope.get("rope_type")) else 1.0
+    return int(getattr(config, "max_position_embeddings", context) * stretched)
+
+
+def fix_rope(model: Any, context: int) -> None:
+    """LongRoPE and dynamic NTK choose their table by the longest conversation of a batch: what a token gets would depend on
+    its neighbours, and cached keys on what came later. So the table is that for `context` tokens, once and for all, as
+    in vLLM with --max-model-len; for dynamic NTK vLLM takes the most that the model allows."""
+    for rotary in [module for module in model.modules() if hasattr(module, "rope_type")]:
+        kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
+        for layers, kind in kinds.items():               # a kind for each type of layers, or one for all
+            if not (kind == "longrope" or "dynamic" in kind):
+                continue
+            own = rotary.config.rope_parameters
+            trained = rotary.original_max_seq_len if kind != "longrope" else (
+                own[layers] if layers else own)["original_max_position_embeddings"]
+            table = getattr(rotary, f"{layers}_inv_freq" if layers else "inv_freq")
+            if context > trained:
+                table.copy_(ROPE_INIT_FUNCTIONS[kind](rotary.config, table.device, context, layers)[0])
+            kinds[layers] = "fixed"                      # transformers looks for the two names at each forward
+        rotary.rope_type = kinds if isinstance(rotary.rope_type, dict) else kinds[None]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Phi3Config,
+                          Qwen2Config)
 
 from config import UserError
 from conftest import ROOT, family, shake
@@ -440,6 +441,39 @@ def test_a_model_whose_attention_the_engine_cannot_mask_is_refused():
         check_attention("m", MistralConfig(sliding_window=128), 256)
     check_attention("m", MistralConfig(sliding_window=512), 256)
     check_attention("m", Qwen2Config(), 256)
+
+
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.5, 2.0, 3.0, 4.0],
+            original_max_position_embeddings=64)
+NTK = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+EIGHTHS = torch.arange(0, 8, 2) / 8                     # of a head of 8
+ROPES = {                                               # what it is, context= -> 1 / frequency
+    "LongRoPE within what it was trained on": (LONG, 64, torch.tensor(LONG["short_factor"]) * 1e4 ** EIGHTHS),
+    "LongRoPE beyond": (LONG, 65, torch.tensor(LONG["long_factor"]) * 1e4 ** EIGHTHS),
+    "dynamic NTK within": (NTK, 128, 1e4 ** EIGHTHS),
+    "dynamic NTK beyond": (NTK, 300, (1e4 * (4 * 300 / 128 - 3) ** (8 / 6)) ** EIGHTHS)}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_that_depends_on_length_is_that_of_the_context_whatever_a_batch_holds(name, tiny, tmp_path):
+    rope, context, periods = ROPES[name]
+    kind = Phi3Config if rope is LONG else LlamaConfig
+    more = dict(pad_token_id=0, original_max_position_embeddings=64) if rope is LONG else {}
+    torch.manual_seed(0)
+    config = kind(vocab_size=470, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  intermediate_size=48, max_position_embeddings=128, initializer_range=0.3, rope_parameters=rope, **more)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny[1].tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), False, context)
+    ids = torch.randint(5, 400, (2, context))
+    alone = model(input_ids=ids[:1, :20]).logits[0]
+    assert torch.allclose(1 / model.model.rotary_emb.inv_freq, periods)
+    beside = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :20]
+    assert torch.allclose(alone, beside, atol=1e-4)
+    assert torch.allclose(1 / model.model.rotary_emb.inv_freq, periods)       # and stays
+    most = 512 if rope is NTK else 128
+    with pytest.raises(UserError, match=f"context: {most + 1} is more than the {most} tokens of"):
+        load_model(str(tmp_path), False, most + 1)
 
 
 def test_lora_wraps_all_seven_projections_of_every_layer(own_tiny):
