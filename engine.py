@@ -155,7 +155,7 @@ class Snapshot:
 
 
 class SlotCache:
-    """A cache as transformers' decoders see it: they call update() and nothing else. Row i of each
+    """A cache as transformers' decoders see it: they call update(), and ask for sizes. Row i of each
     layer's (slots, H, capacity + 1, D) belongs to one conversation, left-aligned. Padding is written to the
     last column, which no mask ever shows. There are as many rows as were live at once so far, at most `slots`."""
     def __init__(self, slots: int, capacity: int):
@@ -175,9 +175,9 @@ class SlotCache:
         self.whole = rows == list(range(len(rows)))
 
     def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer == len(self.layers):                    # k (B, H, T, D)
-            shape = (self.held, k.shape[1], self.capacity + 1, k.shape[3])
-            self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
+        if layer == len(self.layers):                    # (B, H, T, D); latent keys and values differ in H and D
+            self.layers.append(tuple(new.new_zeros(self.held, new.shape[1], self.capacity + 1, new.shape[3])
+                                     for new in (k, v)))
         seen = []
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[self.rows[:, None], :, self.at] = new.transpose(1, 2)
@@ -185,6 +185,13 @@ class SlotCache:
             seen.append(kept[:len(self.rows), :, :self.span] if self.whole else
                         torch.cat([kept[row:row + 1, :, :self.span] for row in self.picked]))
         return seen[0], seen[1]
+
+    def get_mask_sizes(self, *_) -> tuple[int, int]:
+        return self.span, 0
+
+    def get_seq_length(self, *_) -> int:                 # what positions would be counted from, were they not given
+        return 0
+    get_query_offset = get_seq_length
 
     def read(self, row: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:      # views
         return [(k[row, :, :n], v[row, :, :n]) for k, v in self.layers]
@@ -389,15 +396,14 @@ class Engine:
         sizes = torch.tensor([len(tail) for tail in tails])
         ids = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails])              # (B, T)
         offset = torch.arange(longest)
-        position = starts[:, None] + offset                                                      # (B, T)
+        # padding stands where its row's last token does: positions beyond could change the tables of all
+        position = starts[:, None] + offset.clamp(max=sizes[:, None] - 1)                        # (B, T)
         at = torch.where(offset < sizes[:, None], position, self.context)
         span, position = int((starts + sizes).max()), position.to(self.device)
         self.cache.aim(batch, at.to(self.device), span)
-        # to be added to scores: each layer would turn booleans into this anew
-        mask = torch.zeros(*position.shape, span, dtype=self.dtype, device=self.device).masked_fill_(
-            torch.arange(span, device=self.device) > position[..., None], -torch.inf)          # (B, T, span)
-        out = self.decoder(input_ids=ids.to(self.device), position_ids=position, attention_mask=mask[:, None],
-                           use_cache=True, **{self.cache_name: self.cache}).last_hidden_state
+        keys = torch.arange(span, device=self.device)
+        seen = lora.Seen(keys <= position[..., None], position, keys[None])
+        out = lora.hidden(self.model, ids.to(self.device), seen, use_cache=True, **{self.cache_name: self.cache})
         return out[torch.arange(len(batch)), sizes - 1]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:

@@ -11,9 +11,10 @@ import json
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import huggingface_hub
 import torch
@@ -21,7 +22,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 import ranks
 from config import ROOT, UserError, installed
@@ -75,13 +77,17 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
         if Path(path).is_dir():
             files().check_folder(Path(path))
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)       # nor ask whether to
-        check_attention(name, config.get_text_config(), context)
+        text = config.get_text_config()
+        if (most := files().most_tokens(text, context)) < context:
+            raise UserError(f"context: {context} is more than the {most} tokens of {name}")
+        if getattr(text, "attn_logit_softcapping", None):                # which sdpa leaves out
+            config._attn_implementation = "eager"
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if load_in_4bit if load_in_4bit is not None else device == "cuda":
             model = load_4bit(path, config, dtype, device)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True)
+                path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
             model, told = loaded
             files().check_tensors(told["missing_keys"], told["unexpected_keys"], told["mismatched_keys"])
             nn.Module.to(model, device)
@@ -128,7 +134,7 @@ def load_4bit(path: str, config, dtype: torch.dtype, device: str) -> Any:
     if parts[0].suffix != ".safetensors":
         raise ValueError("no model.safetensors; 4 bits need a checkpoint in safetensors")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for module in model.modules():                       # the tables of rotary positions are in no checkpoint
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             if not hasattr(module, "config"):
@@ -152,17 +158,49 @@ def load_4bit(path: str, config, dtype: torch.dtype, device: str) -> Any:
     return model.to(device)                              # the rotary tables
 
 
-def check_attention(name: str, config, context: int) -> None:
-    """The engine's mask is plain causal: refuse what needs another one, or a scaled head."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if kinds - {"full_attention", "sliding_attention"} or (window and window < context):
-        raise UserError(f"model: {name} has {', '.join(sorted(kinds))} layers with a window of {window} tokens; "
-                        f"the engine needs full attention over context={context} tokens")
-    if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
-        raise UserError(f"model: {name} rescales its logits, which the engine does not do; choose another model")
-    if (most := files().most_tokens(config, context)) < context:
-        raise UserError(f"context: {context} is more than the {most} tokens of {name}")
+@dataclass(eq=False)
+class Seen:
+    """What each token of a forward sees. It goes over in place of an attention mask, and transformers has each kind of
+    layer's own mask made of it (masks_of): so windows, wherever a family has them, are counted in these positions."""
+    mask: torch.Tensor                  # (B, T, S) bool: token t sees key s
+    positions: torch.Tensor             # (B, T) of the tokens
+    keys: torch.Tensor                  # (B, S) positions of the keys
+    ndim = 3                            # transformers asks: two dimensions would be padding, four a mask as it is
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.mask.shape
+
+
+def masks_of(plain: Callable) -> Callable:
+    """Transformers' function `plain`, which makes the mask of a kind of layer out of its rule, taught to take a Seen."""
+    def make(*args, mask_function, attention_mask=None, **kwargs):
+        seen = attention_mask
+        if not isinstance(seen, Seen):
+            return plain(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+        mask = seen.mask[:, None]                                                                 # (B, 1, T, S)
+        if mask_function is not causal_mask_function:
+            row = torch.arange(len(mask), device=mask.device)[:, None, None, None]
+            mask = mask & mask_function(row, 0, seen.positions[:, None, :, None], seen.keys[:, None, None])
+        # eager attention adds it to scores; so do we where none is kept: each layer would turn booleans into this anew
+        if plain is sdpa_mask and torch.is_grad_enabled():
+            return mask
+        return torch.zeros(mask.shape, dtype=kwargs["dtype"], device=mask.device).masked_fill_(~mask, -torch.inf)
+    return make
+
+
+AttentionMaskInterface.register("sdpa", masks_of(sdpa_mask))
+AttentionMaskInterface.register("eager", masks_of(eager_mask))
+LAYERS = {"full_attention", "sliding_attention"}         # kinds whose masks are rules of positions
+
+
+def hidden(model: Any, ids: torch.Tensor, seen: Seen, **more) -> torch.Tensor:
+    """The decoder's states (B, T, D) of tokens (B, T), none of which depends on more than it sees."""
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS
+    if others or model._is_stateful:
+        raise NotImplementedError(f"{type(model).__name__} has {', '.join(sorted(others)) or 'recurrent'} layers")
+    return model.get_decoder()(input_ids=ids, position_ids=seen.positions, attention_mask=seen,
+                               **more).last_hidden_state
 
 
 class Decoded:

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from config import UserError
 from leafe import Tree
-from lora import general, logits
+from lora import Seen, general, hidden, logits, masks_of
 
 Weights = dict[int, tuple]              # turn -> what each of its action's tokens weighs: a number for each loss
 
@@ -146,7 +146,7 @@ def _by_tree(module, query, key, value, mask, **kwargs):
 
 
 AttentionInterface.register("by_tree", _by_tree)
-AttentionMaskInterface.register("by_tree", sdpa_mask)
+AttentionMaskInterface.register("by_tree", masks_of(sdpa_mask))
 
 
 def token_logp(model, rows: list[Packed]) -> torch.Tensor:
@@ -166,10 +166,10 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("by_tree")         # and stays: gradient checkpointing comes this way again
     alone = len(rows) == 1 and model.config._attn_implementation == "by_tree"
-    hidden = model.get_decoder()(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False,
-                                 attention_mask=mask[:, None].to(device),
-                                 **(dict(sizes=rows[0].sizes) if alone else {})).last_hidden_state     # (B, T, D)
-    picked = torch.cat([hidden[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
+    seen = Seen(mask.to(device), positions.to(device), positions.to(device))
+    states = hidden(model, ids.to(device), seen, use_cache=False,
+                    **(dict(sizes=rows[0].sizes) if alone else {}))                               # (B, T, D)
+    picked = torch.cat([states[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
     labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
     return torch.cat([-nn.functional.cross_entropy(logits(model, picked[part]).float(), labels[part],
                                                    reduction="none")

@@ -1,30 +1,93 @@
 """The forking engine and packed rows on families whose heads, windows, caches or positions are not Llama's: each token's
 log-probability is what the model itself says of that conversation alone."""
+import random
+from collections import deque
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora
+from engine import Ask, Engine, Job
+from packing import Segment, pack, packed_nll
+from tools.families import tiny_model
 
-SMALL = dict(vocab_size=120, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             intermediate_size=48, max_position_embeddings=64, head_dim=8, initializer_range=0.3, sliding_window=8,
-             pad_token_id=0, bos_token_id=1, eos_token_id=2)
-
-
-def small(kind, **more):
-    """A model of this family, weights at random."""
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | more))
-    return model.eval().requires_grad_(False)
+# windows hold eight tokens, conversations up to 56
+WIDENED = ["cohere2", "deepseek_v3", "exaone4", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text, shared keys",
+           "gpt_oss", "granite", "minicpm3", "ministral", "mistral", "olmo3"]
+OTHERS = ["cohere", "falcon_h1", "hyperclovax", "nanochat", "biogpt", "gpt2"]
 
 
-@pytest.mark.parametrize("kind, more", [
-    ("granite", dict(logits_scaling=8.0)), ("hyperclovax", dict(logits_scaling=8.0)), ("cohere", dict(logit_scale=0.1)),
-    ("gemma2", dict(final_logit_softcapping=2.0)), ("nanochat", {}), ("biogpt", {}), ("gpt2", dict(n_embd=32, n_head=4))])
-def test_logits_are_those_of_the_model_whatever_its_head_does(kind, more):
-    model, ids = small(kind, **more), torch.arange(3, 15).view(2, 6)
-    hidden = model.get_decoder()(input_ids=ids).last_hidden_state
+def some(n, rng):
+    return [rng.randrange(5, 470) for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", WIDENED + OTHERS)
+def test_logits_are_those_of_the_model_whatever_its_head_does(name):
+    model, ids = tiny_model(name), torch.arange(3, 15).view(2, 6)
     right = model(input_ids=ids).logits
-    assert torch.equal(lora.logits(model, hidden.flatten(0, 1)), right.flatten(0, 1))
-    plain = model.get_output_embeddings()(hidden)
-    assert torch.allclose(plain, right) == (kind in ("biogpt", "gpt2"))
+    found = lora.logits(model, model.get_decoder()(input_ids=ids).last_hidden_state.flatten(0, 1))
+    assert torch.equal(found, right.flatten(0, 1))
+
+
+def talk(seed):
+    """Conversations of an even seed share their beginning, and so do those of an odd one."""
+    rng = random.Random(seed)
+    ids = some(11, random.Random(seed % 2)) + some(3, rng)
+    while True:
+        reply = yield Ask(ids, rng.randrange(1, 7))
+        if reply is None:
+            return
+        ids = ids + reply + some(rng.randrange(1, 9), rng)
+
+
+@pytest.mark.parametrize("name", WIDENED)
+def test_sampled_tokens_have_the_probabilities_of_the_conversation_alone(name, settings):
+    model, drawn_from = tiny_model(name), []
+    engine = Engine(model, {3}, settings("slots=3", "context=56", "snapshot_mb=16"))
+    draw = engine._sample
+
+    def spy(logits, jobs):
+        drawn_from.extend((list(job.ids), of.clone()) for of, job in zip(logits, jobs))
+        return draw(logits, jobs)
+    engine._sample = spy
+    list(engine.run(deque(Job(talk(i), random.Random(i), str(i % 2), snapshot=True) for i in range(4))))
+    assert max(len(ids) for ids, _ in drawn_from) > 45 and engine.fed < 0.5 * engine.seen
+    for ids, logits in drawn_from[::3]:
+        alone = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        assert torch.allclose(logits.log_softmax(-1), alone.log_softmax(-1), atol=1e-4), len(ids)
+
+
+def tree(seed):
+    """A trunk of 30 tokens and four branches; the second half of each segment bears loss."""
+    rng, found = random.Random(seed), []
+    for size, parent in ((30, None), (9, 0), (7, 0), (8, 1), (6, 1)):
+        found.append(Segment(some(size, rng), [0.0] * (size // 2) + [1.0] * (size - size // 2), parent))
+    return found
+
+
+def alone(model, tree):
+    """The summed loss, each segment behind its ancestors as the only conversation."""
+    total = 0.0
+    for segment in tree:
+        ids, above = segment.ids, segment
+        while above.parent is not None:
+            above = tree[above.parent]
+            ids = above.ids + ids
+        logp = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        said = logp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        total -= said[-(len(segment.ids) - len(segment.ids) // 2):].sum()
+    return total
+
+
+@pytest.mark.parametrize("name", WIDENED)
+def test_packed_loss_and_gradient_are_those_of_each_conversation_alone(name):
+    model = tiny_model(name)
+    weights = [p.requires_grad_() for layer in model.get_decoder().layers for p in layer.parameters()]
+    alike = alone(model, tree(0)) + alone(model, tree(1))
+    right = torch.autograd.grad(alike, weights, allow_unused=True)
+    # two trees in a row, and two rows side by side
+    for rows in ([pack([tree(0), tree(1)])], [pack([tree(0)]), pack([tree(1)])]):
+        loss = packed_nll(model, rows).sum()
+        assert torch.allclose(loss, alike, rtol=1e-5)
+        for found, one in zip(torch.autograd.grad(loss, weights, allow_unused=True), right):
+            assert (found is None and one is None) or torch.allclose(found, one, atol=1e-4 * float(one.abs().max()))

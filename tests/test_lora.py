@@ -9,12 +9,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Phi3Config,
-                          Qwen2Config)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config
 
 from config import UserError
 from conftest import ROOT, family, shake
-from lora import (LoRA, adapter_off, add_lora, check_attention, linear_4bit, linear_layers, load_adapter, load_model,
+from lora import (LoRA, adapter_off, add_lora, linear_4bit, linear_layers, load_adapter, load_model,
                   lora_layers, lora_parameters, save_adapter, weights_version)
 from packing import Segment, pack, packed_nll
 
@@ -434,13 +433,6 @@ def test_a_full_disk_and_weights_that_are_not_finite_leave_what_was_there(adapte
     with pytest.raises(UserError, match="the adapter is not finite, so it is not saved; lower lr= or lora_alpha="):
         save_adapter(model, tmp_path / "kept", "tiny")
     assert (tmp_path / "kept" / ADAPTER).read_bytes() == before
-
-
-def test_a_model_whose_attention_the_engine_cannot_mask_is_refused():
-    with pytest.raises(UserError, match="full attention"):
-        check_attention("m", MistralConfig(sliding_window=128), 256)
-    check_attention("m", MistralConfig(sliding_window=512), 256)
-    check_attention("m", Qwen2Config(), 256)
 
 
 LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.5, 2.0, 3.0, 4.0],
