@@ -18,6 +18,7 @@ from config import UserError, visible
 from lora import find_folder, is_hub_name
 
 Shapes = dict[str, tuple[int, ...]]                    # a tensor's name -> its shape
+TOKENIZER_FILES = r"^tokenizer\.json$|vocab|\.model|spm|tekken|tiktoken"    # in one of these lie a tokenizer's words
 
 
 @contextmanager
@@ -74,7 +75,8 @@ def shapes_of(folder: Path) -> Shapes:
 
 def check_folder(folder: Path) -> None:
     """Before transformers reads it, for it would say less of what is wrong."""
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    settings = folder / "tokenizer_config.json"
+    for name in ("config.json", "generation_config.json", "tokenizer.json", settings.name):
         if (folder / name).exists():
             read_json("model: ", folder / name)
     template = folder / "chat_template.jinja"
@@ -82,6 +84,10 @@ def check_folder(folder: Path) -> None:
         with reading("model: ", template):
             if template.read_text(encoding="utf-8").startswith("version https://git-lfs"):
                 raise ValueError("no template")
+    kind = read_json("model: ", settings).get("tokenizer_class") if settings.exists() else "TokenizersBackend"
+    words = [file.name for file in folder.iterdir() if re.search(TOKENIZER_FILES, file.name)]
+    if not words and re.search("Fast$|^TokenizersBackend$", str(kind)):
+        raise UserError(f"model: {folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy it there")
     layers = read_json("model: ", folder / "config.json").get("num_hidden_layers")
     if type(layers) is int and layers > len(shapes_of(folder)):             # to make as many would take for ever
         raise UserError(f"model: {folder}: its config.json says {layers} layers, more than its checkpoint has tensors")

@@ -16,6 +16,7 @@ DOORS = {                                          # the function that asks for 
     "config.method_file": "methods.*",
     "config.load_file": "any file",
     "config.installed": "any package",
+    "config.check_versions": "models.versions",
     "envs.env_class": "worlds.*",
     "envs.make_env": "scale.apart",
     "envs.Env.examine": "tools.examine",

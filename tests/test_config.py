@@ -1,4 +1,5 @@
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -502,3 +503,35 @@ def test_a_method_that_raises_is_told_with_its_file_and_line(tmp_path):
     path.write_text("def train(run, round_):\n    raise OSError(28, 'No space left on device')\n")
     with pytest.raises(OSError, match="No space left"):                   # not its fault: guarded says how to go on
         method_file(str(path)).train(None, 1)
+
+
+def script_with(tmp_path, files):
+    """train.py as it starts where these files come before the packages."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return subprocess.run([sys.executable, ROOT / "train.py", "config.yaml"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
+
+
+@pytest.mark.parametrize("package, found", [("transformers", "5.3.0"), ("transformers", "6.0.0.dev0"),
+                                            ("torch", "2.5.1+cu121"), ("bitsandbytes", "0.48.2")])
+def test_a_package_outside_the_tested_range_is_one_line_before_torch_is_imported(tmp_path, package, found):
+    needed = next(line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith(package))
+    done = script_with(tmp_path, {f"{package}-{found}.dist-info/METADATA": f"Name: {package}\nVersion: {found}\n",
+                                  "torch.py": "raise SystemExit('too late')"})
+    assert done.stderr == f"error: {package} {found} is installed, {needed} is needed; pip install '{needed}'\n"
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+@pytest.mark.parametrize("text, told", [
+    ("import no_such_package", "No module named 'no_such_package'"),
+    ("raise ImportError('tokenizers>=0.22 is required,\\nbut found 0.1')", "tokenizers>=0.22 is required, but found 0.1")])
+def test_a_package_that_does_not_find_what_it_needs_is_one_line(tmp_path, text, told):
+    done = script_with(tmp_path, {"torch.py": text})
+    assert (done.returncode, done.stderr) == (1, f"error: {told}; pip install -r requirements.txt\n")
+
+
+def test_what_one_s_own_files_do_not_find_keeps_its_traceback(tmp_path):
+    done = script_with(tmp_path, {"torch.py": "from models import no_such_name"})
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "no_such_name" in done.stderr

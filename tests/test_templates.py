@@ -79,6 +79,7 @@ def test_text_that_a_normalizer_turns_into_a_control_token_is_text(normal, text)
     tokenizer = tokenizer_with(TRL + "qwen2_5", in_bytes())
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=True, normalized=True)])
     tokenizer._tokenizer.normalizer = normal
+    tokenizer._tokenizer = Tokenizer.from_str(tokenizer._tokenizer.to_str())    # as read from a file
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end in tokenizer.encode(text)
     assert end not in Chat(tokenizer).ids("", f"so {text} so")
