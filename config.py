@@ -446,11 +446,10 @@ def stopped(*_: Any) -> None:                          # by Ctrl-C, before there
     os._exit(130)
 
 
-def check_versions() -> None:                          # before torch is imported, which would say less
+def check_versions() -> None:                          # its door; before torch is imported, which would say less
     import_module("models.versions").check()
 
 
-script = Path(sys.argv[0] or "/").resolve()
-if script.parent in (ROOT, ROOT / "tools", ROOT / "methods"):
-    signal.signal(signal.SIGINT, stopped)              # one of the scripts: its imports take seconds
+if Path(sys.argv[0] or "/").resolve().parent in (ROOT, ROOT / "tools", ROOT / "methods"):    # one of the scripts
+    signal.signal(signal.SIGINT, stopped)              # its imports take seconds
     check_versions()

@@ -4,12 +4,13 @@ import sys
 from importlib.metadata import distributions
 from types import TracebackType
 
+from packaging.requirements import Requirement
+
 from config import ROOT, fail
 
 
 def check() -> None:
     sys.excepthook = told                                # until the script's main begins
-    from packaging.requirements import Requirement
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         needed = Requirement(line)
         found = next((package.version for package in distributions(name=needed.name)), "")
