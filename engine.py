@@ -5,7 +5,6 @@
     Engine    the forking engine: hundreds of conversations side by side in one KV cache; run(queue) is its loop,
               _step a turn of it: admit waiting episodes, forward, sample, hand out what is finished
 """
-import inspect
 import random
 import re
 import sys
@@ -218,8 +217,8 @@ class Engine:
         self.model, self.decoder = model, model.get_decoder()
         table = model.get_input_embeddings().weight
         self.device, self.dtype = table.device, table.dtype
-        takes = inspect.signature(self.decoder.forward).parameters
-        self.cache_name = "cache" if "cache" in takes else "past_key_values"     # as in older transformers
+        # as in older transformers
+        self.cache_name = "cache" if "cache" in lora.takes(type(self.decoder)) else "past_key_values"
         self.stop, self.slots, self.context, self.temperature = stop, cfg.slots, cfg.context, cfg.temperature
         self.budget = cfg.snapshot_mb * 2**20
         self.cache = SlotCache(cfg.slots, cfg.context)

@@ -165,7 +165,7 @@ class Seen:
     mask: torch.Tensor                  # (B, T, S) bool: token t sees key s
     positions: torch.Tensor             # (B, T) of the tokens
     keys: torch.Tensor                  # (B, S) positions of the keys
-    ndim = 3                            # transformers asks: two dimensions would be padding, four a mask as it is
+    ndim = 4                            # transformers asks: two dimensions would be padding
 
     @property
     def shape(self) -> torch.Size:
@@ -191,35 +191,39 @@ def masks_of(plain: Callable) -> Callable:
 
 AttentionMaskInterface.register("sdpa", masks_of(sdpa_mask))
 AttentionMaskInterface.register("eager", masks_of(eager_mask))
-LAYERS = {"full_attention", "sliding_attention"}         # kinds whose masks are rules of positions
+LAYERS = {"full_attention", "sliding_attention", "attention"}            # kinds that mix tokens by attention alone
+
+
+@functools.cache
+def takes(kind: type[nn.Module]) -> set[str]:
+    """The names of what its forward takes."""
+    return set(inspect.signature(kind.forward).parameters)
 
 
 def hidden(model: Any, ids: torch.Tensor, seen: Seen, **more) -> torch.Tensor:
     """The decoder's states (B, T, D) of tokens (B, T), none of which depends on more than it sees."""
-    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS
-    if others or model._is_stateful:
-        raise NotImplementedError(f"{type(model).__name__} has {', '.join(sorted(others)) or 'recurrent'} layers")
-    return model.get_decoder()(input_ids=ids, position_ids=seen.positions, attention_mask=seen,
-                               **more).last_hidden_state
+    decoder = model.get_decoder()
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["recurrent"] * model._is_stateful)
+    if layers - LAYERS or "position_ids" not in takes(type(decoder)):
+        raise NotImplementedError(f"{type(model).__name__} has {', '.join(sorted(layers - LAYERS))} layers"
+                                  if layers - LAYERS else f"{type(model).__name__} counts positions by itself")
+    return decoder(input_ids=ids, position_ids=seen.positions, attention_mask=seen, **more).last_hidden_state
 
 
-class Decoded:
-    """What a decoder returns: these hidden states, and nothing of all else that may be asked for."""
-    def __init__(self, hidden: torch.Tensor):
-        self.last_hidden_state = hidden
+class Decoded(dict):
+    """What a decoder returns: its last_hidden_state, and nothing of all else that may be asked for."""
+    def __missing__(self, _) -> torch.Tensor:            # [0]
+        return self["last_hidden_state"]
 
-    def __getitem__(self, _) -> torch.Tensor:
-        return self.last_hidden_state
-
-    def __getattr__(self, _) -> None:
-        return None
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        return self.get(name)
 
 
 def logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The decoder's hidden states (N, D) -> (N, V). Heads scale, cap or transform on the way, each family in its own
     manner: so this is the model's own forward, in which the decoder's part is done already."""
     decoder = model.get_decoder()
-    decoder.forward = lambda *_, **__: Decoded(hidden[None])
+    decoder.forward = lambda *_, **__: Decoded(last_hidden_state=hidden[None])
     try:
         return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device),
                      use_cache=False).logits[0]

@@ -133,16 +133,16 @@ def pack(trees: list[list[Segment]]) -> Packed:
                   weight[targets], list(map(length, trees)))
 
 
-def _by_tree(module, query, key, value, mask, **kwargs):
+def _by_tree(module, query, key, value, attention_mask, **kwargs):
     """transformers' sdpa attention, in a packed row for each tree alone, (B, H, T, D) each: no token sees another
     tree, so a row costs the squares of its trees' lengths and not that of its own."""
     sizes = kwargs.pop("sizes", None)
     if sizes is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     ends = torch.tensor(sizes).cumsum(0).tolist()
     parts = [slice(end - size, end) for end, size in zip(ends, sizes)]
     return torch.cat([sdpa_attention_forward(module, query[:, :, at], key[:, :, at], value[:, :, at],
-                                             mask[..., at, at], **kwargs)[0] for at in parts], 1), None
+                                             attention_mask[..., at, at], **kwargs)[0] for at in parts], 1), None
 
 
 AttentionInterface.register("by_tree", _by_tree)
