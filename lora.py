@@ -19,14 +19,14 @@ from typing import Any, Callable, Iterator
 import huggingface_hub
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionMaskInterface, AutoConfig, AutoTokenizer
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 import ranks
-from config import ROOT, UserError, installed
+from config import ROOT, UserError
 
 LINEAR = ("Linear", "Linear4bit", "Conv1D", "FalconLinear")          # what computes W x + b, and nothing else
 
@@ -83,15 +83,8 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
         if getattr(text, "attn_logit_softcapping", None):                # which sdpa leaves out
             config._attn_implementation = "eager"
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if load_in_4bit if load_in_4bit is not None else device == "cuda":
-            model = load_4bit(path, config, dtype, device)
-        else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-            model, told = loaded
-            files().check_tensors(told["missing_keys"], told["unexpected_keys"], told["mismatched_keys"])
-            nn.Module.to(model, device)
-            model.base_weights = {files().sample_of(value) for value in model.parameters()}
+        four = load_in_4bit if load_in_4bit is not None else device == "cuda"
+        model = loading().load(path, config, four, dtype, device)
         files().fix_rope(model, context)
         files().check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
         if not finite(model.eval()):
@@ -117,45 +110,18 @@ def adapters() -> ModuleType:
     return adapters
 
 
+def loading() -> ModuleType:
+    """The door of models/loading.py, where a checkpoint becomes a model, in 4 bits or in full."""
+    from models import loading as module
+    return module
+
+
 @torch.no_grad()
 def finite(model: Any) -> bool:
     """Whether the adapter, and what the model answers with it, are numbers."""
     table = model.get_input_embeddings().weight
     logits = model(input_ids=torch.tensor([[0, 1]], device=table.device)).logits
     return all(bool(value.isfinite().all()) for value in [logits, table, *lora_parameters(model)])
-
-
-def load_4bit(path: str, config, dtype: torch.dtype, device: str) -> Any:
-    """A checkpoint straight into nf4, tensor by tensor: transformers would hold all of it in 16 bits first, or needs
-    accelerate. The model starts on the meta device, without memory; what is not a projection stays in `dtype`."""
-    folder = Path(path) if Path(path).is_dir() else Path(huggingface_hub.snapshot_download(
-        path, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
-    parts = files().checkpoint_files(folder)
-    if parts[0].suffix != ".safetensors":
-        raise ValueError("no model.safetensors; 4 bits need a checkpoint in safetensors")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for module in model.modules():                       # the tables of rotary positions are in no checkpoint
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            if not hasattr(module, "config"):
-                raise ValueError(f"{type(module).__name__} is not to be made without weights; try load_in_4bit=false")
-            module.__init__(module.config)
-    layers = {id(layer) for _, _, layer in linear_layers(model)}
-    files().check_names(model, files().shapes_of(folder))
-    wanted, model.base_weights = {name for name, _ in model.named_parameters()}, set()
-    for part in parts:
-        with safe_open(part, framework="pt") as tensors:
-            for key in wanted & set(tensors.keys()):
-                owner, _, name = key.rpartition(".")
-                parent, _, own = owner.rpartition(".")
-                module, value = model.get_submodule(owner), tensors.get_tensor(key).to(dtype)
-                model.base_weights.add(files().sample_of(value))
-                if name == "weight" and id(module) in layers:
-                    setattr(model.get_submodule(parent), own, linear_4bit(module, value, device))
-                else:
-                    setattr(module, name, nn.Parameter(value.to(device), requires_grad=False))
-    model.tie_weights()
-    return model.to(device)                              # the rotary tables
 
 
 @dataclass(eq=False)
@@ -231,25 +197,22 @@ def logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         del decoder.forward
 
 
-def linear_4bit(linear: Any, weight: torch.Tensor, device: str) -> nn.Module:
-    """bitsandbytes' 4-bit product (nf4, double quantised) of `weight`, with that layer's bias."""
-    bnb = installed("bitsandbytes", "bitsandbytes", "load_in_4bit: 4 bits")
-    four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype)
-    four.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
-    four.support_avx512bf16_for_cpu = False              # else a CPU that can repacks them at each switch, rounding
-    four = four.to(device)
-    four.bias = linear.bias
-    return four
+def layers_of(model: Any) -> nn.Module:
+    """The decoder; of ModernBERT's, where the head has that name, all but it."""
+    decoder = model.get_decoder()
+    return model.base_model if decoder is model.get_output_embeddings() else decoder
 
 
 def linear_layers(model: Any) -> list[tuple[nn.Module, str, Any]]:
     """(parent, attribute, layer) of every linear layer of the decoder, as in QLoRA and peft's "all-linear", but for
     routers. The head is not among them, nor what a picture goes through."""
-    head, decoder = model.get_output_embeddings(), model.get_decoder()
-    places = (model.base_model if decoder is head else decoder).named_modules()
-    found = [(parent, name, layer) for path, parent in places for name, layer in parent.named_children()
-             if type(layer).__name__ in LINEAR and layer is not head and type(parent) is not LoRA
-             and "embed" not in path and not is_router(f"{path}.{name}", layer) and not reads_weight(type(parent), name)]
+    found, head = [], model.get_output_embeddings()
+    for path, parent in layers_of(model).named_modules():
+        kind: Any = type(parent)
+        if kind is not LoRA and "embed" not in path:
+            found += [(parent, name, layer) for name, layer in parent.named_children()
+                      if type(layer).__name__ in LINEAR and layer is not head
+                      and not is_router(f"{path}.{name}", layer) and not reads_weight(kind, name)]
     if not found:
         raise UserError(f"model: {type(model).__name__} has no linear layers that an adapter could change")
     return found

@@ -47,15 +47,29 @@ def read_json(key: str, file: Path, fix: str = "copy or download it again") -> d
 
 
 # ------------------------------------------------------------------------------------------------------- a model
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def variant_of(folder: Path) -> str | None:
+    """fp16, where a folder has only model.fp16.safetensors, or its shards; None where the names are plain."""
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return None
+    for stem, end in (name.rsplit(".", 1) for name in WEIGHTS):
+        for file in sorted(folder.glob(f"{stem}.*.{end}")):
+            return file.name.removeprefix(f"{stem}.").removesuffix(f".{end}")
+    return None
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """The files with a model's weights, in the order in which transformers looks for them."""
-    for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        index = file.with_name(f"{file.name}.index.json")
-        if file.is_file():
+    variant = variant_of(folder)
+    for stem, end in (name.rsplit(".", 1) for name in WEIGHTS):
+        file = folder / ".".join(filter(None, [stem, variant, end]))
+        if file.is_file() and end != "json":
             return [file]
-        if index.is_file():
-            with reading("model: ", index):
-                return sorted({folder / part for part in read_json("model: ", index)["weight_map"].values()})
+        if file.is_file():
+            with reading("model: ", file):
+                return sorted({folder / part for part in read_json("model: ", file)["weight_map"].values()})
     raise UserError(f"model: {folder} has no model.safetensors; copy or download it again")
 
 
@@ -100,15 +114,6 @@ def check_tensors(missing: Iterable[str], unexpected: Iterable[str], mismatched:
     if odd:
         more = f" (and {len(odd) - 1} more)" * (len(odd) > 1)
         raise ValueError(f"its checkpoint {odd[0]}{more}, unlike its config.json")
-
-
-def check_names(model: Any, found: Shapes) -> None:
-    """The same for a model without weights, and a checkpoint that holds `found`."""
-    wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    known = "|".join([*(model._keys_to_ignore_on_load_unexpected or []), "rotary_emb.inv_freq"])
-    check_tensors(wanted.keys() - found.keys(),
-                  {key for key in found.keys() - model.state_dict().keys() if not re.search(known, key)},
-                  [(key, found[key], shape) for key, shape in wanted.items() if found.get(key, shape) != shape])
 
 
 def check_vocabulary(tokenizer: Any, rows: int) -> None:

@@ -23,6 +23,7 @@ DOORS = {                                          # the function that asks for 
     "envs.main": "tools.play",
     "lora.adapters": "models.adapters",
     "lora.files": "models.weights",
+    "lora.loading": "models.loading",
     "lora.find_model": "tools.smollm2",
     "lora.general": "scale.general",
     "run.Policy.engine": "scale.serving",

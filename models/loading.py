@@ -1,0 +1,338 @@
+"""A checkpoint becomes a model. Names, prefixes, shards, conversions and tied heads are the business of transformers' own
+loader, which hands each tensor to a quantizer. The one here needs no accelerate and takes into 4 bits what lora.py adapts
+and the stacked experts of a mixture, tensor by tensor. A checkpoint that is in bitsandbytes' 4 bits stays as it is. Of a
+model that sees or hears the text part is loaded, under the names that it has in the whole.
+"""
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
+from transformers.core_model_loading import ConversionOps
+from transformers.models.auto.auto_factory import _get_model_class
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils.quantization_config import Mxfp4Config
+
+import ranks
+from config import UserError, installed, visible
+from lora import LINEAR, layers_of, linear_layers, widths
+from models.weights import check_tensors, checkpoint_files, sample_of, variant_of
+
+METHOD = "bitsandbytes without accelerate"             # transformers finds Plan and FourBit by it
+EVERY = "LoRA: 100 % of the linear layers"
+SMALL = 16                                             # a stack of matrices with a side below this is no experts'
+
+
+def load(name: str, config: Any, four: bool, dtype: torch.dtype, device: str) -> Any:
+    """The model of a folder or hub name, in `dtype` but for its 4-bit layers; base_weights tells it from others."""
+    plan = planned(name, config, four, dtype, device)
+    kind = model_class(config)
+    told: dict = dict(config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+                      quantization_config=plan)
+    if plan is not None and four:
+        folder = folder_of(name)
+        loaded = kind.from_pretrained(None, state_dict=on_demand(folder), **told)
+        loaded[0].config.name_or_path = loaded[0].name_or_path = name
+        if (folder / "generation_config.json").is_file():
+            loaded[0].generation_config = GenerationConfig.from_pretrained(folder)
+    else:
+        loaded = kind.from_pretrained(name, variant=variant_of(Path(name)), **told)
+    model, told = loaded
+    met = getattr(model.__dict__.get("hf_quantizer"), "met", Met())
+    unexpected = {key for key in told["unexpected_keys"] if not key.startswith(met.left_out)}
+    check_tensors(told["missing_keys"], unexpected, {*told["mismatched_keys"], *met.mismatched})
+    nn.Module.to(model, device)
+    model.base_weights = met.samples or {sample_of(value) for value in model.parameters()}
+    if ranks.rank() == 0 and (what := reached(model)) != EVERY:
+        print(f"note: {visible(name)}: {what}", file=sys.stderr)
+    return model
+
+
+def folder_of(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    kinds = ["*.safetensors", "*.safetensors.index.json", "generation_config.json"]
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=kinds))
+
+
+class OnDemand:
+    """A tensor of a file, as transformers' loader takes one, but the file is open only while it is read: mapped as a
+    whole, it would stay in memory."""
+    def __init__(self, file: Path, key: str):
+        self.file, self.key = file, key
+
+    def get_shape(self) -> list[int]:
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_slice(self.key).get_shape()
+
+    def get_dtype(self) -> str:
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_slice(self.key).get_dtype()
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(self.key)
+
+
+def on_demand(folder: Path) -> dict[str, Any]:
+    """All that a checkpoint holds, by name, without reading it."""
+    found: dict[str, Any] = {}
+    for file in checkpoint_files(folder):
+        if file.suffix == ".bin":
+            found |= torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            found |= {key: OnDemand(file, key) for key in tensors.keys()}
+    return found
+
+
+def is_part(config: Any) -> bool:
+    """Is text only a part of what the model takes?"""
+    return config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def model_class(config: Any) -> Any:
+    """Of a model of more than text the whole, for its names are those that peft and vLLM expect."""
+    known = (AutoModelForImageTextToText if is_part(config) else AutoModelForCausalLM)._model_mapping
+    if type(config) not in known:
+        raise ValueError(f"{config.model_type} is no causal language model that transformers {transformers.__version__} knows")
+    return _get_model_class(config, known)
+
+
+def planned(name: str, config: Any, four: bool, dtype: torch.dtype, device: str) -> Any:
+    """What from_pretrained is to do besides reading, or None. A checkpoint in 4 bits says so in its config."""
+    told = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None) or {}
+    method = "bitsandbytes" if told.get("load_in_4bit") else told.get("quant_method", "")
+    kind = getattr(method, "value", method)
+    ours = dict(device=device, bnb_4bit_compute_dtype=str(dtype).removeprefix("torch."))
+    if kind == "bitsandbytes" and told.get("load_in_4bit"):
+        told = {key: value for key, value in told.items() if "load_in" not in key}
+        config.quantization_config = told | ours | dict(quant_method=METHOD)
+        return None
+    if kind == "mxfp4" and not four:
+        return Mxfp4Config(dequantize=True)
+    if told:
+        also = ", or set load_in_4bit=false, which undoes it" if kind == "mxfp4" else ""
+        raise UserError(f"model: {name} is quantised as {kind or told}, which is not read here; take its original in 16 "
+                        f"bits (load_in_4bit=true makes 4 bits of it), or one in bitsandbytes' 4 bits (-bnb-4bit){also}")
+    return Plan(four=four, **ours) if four or is_part(config) else None
+
+
+@dataclass
+class Met:
+    """What was met on the way."""
+    left_out: tuple[str, ...] = ()                                     # towers, by the beginning of their names
+    samples: set[bytes] = field(default_factory=set)                   # sample_of each tensor, before 4 bits
+    mismatched: list[tuple] = field(default_factory=list)              # (tensor, its shape, what the config says)
+    states: dict[str, Any] = field(default_factory=dict)               # of stacked experts: how to undo their 4 bits
+
+
+@register_quantization_config(METHOD)
+class Plan(BitsAndBytesConfig):
+    """nf4, double quantised, unless a checkpoint says otherwise; `four`: whether to take layers into it at all."""
+    def __init__(self, four: bool = True, device: str = "cpu", **told: Any):
+        kept = {key: value for key, value in told.items() if key != "quant_method"}
+        super().__init__(**dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True) | kept, load_in_4bit=True)
+        self.quant_method: Any = METHOD
+        self.four, self.device = four, device
+
+
+@register_quantizer(METHOD)
+class FourBit(Bnb4BitHfQuantizer):
+    """transformers' quantizer of bitsandbytes, but for accelerate, which layers it takes, and that it takes experts."""
+    def __init__(self, plan: Plan, **told: Any):
+        super().__init__(plan, **told)
+        self.plan, self.met = plan, Met()
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        if self.pre_quantized or self.plan.four:
+            bitsandbytes()
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return device_map
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **told: Any) -> None:
+        """The model is on the meta device, without memory."""
+        self.met.left_out = leave_out_towers(model)
+        self.expected = {key: value for key, value in model.named_parameters()}
+        self.transposed, self.taken = set(), set()
+        if self.pre_quantized:
+            super()._process_model_before_weight_loading(model, device_map, **told)
+        elif self.plan.four:
+            names = {id(module): name for name, module in model.named_modules()}
+            for parent, own, layer in linear_layers(model):
+                key = f"{names[id(layer)]}.weight"
+                self.taken.add(key)
+                if type(layer).__name__ == "Conv1D":
+                    self.transposed.add(key)
+                setattr(parent, own, linear_4bit(layer, None, "meta"))
+            for module in layers_of(model).modules():
+                self.taken |= {f"{names[id(module)]}.{own}" for own in stacks_of(module)}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **told: Any) -> bool:
+        return param_name in self.taken or (self.pre_quantized and super().param_needs_quantization(model, param_name))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return Quantise(self)
+
+    def quantised(self, key: str, value: torch.Tensor) -> Any:
+        if key not in self.taken:
+            return value
+        expected = self.expected[key]
+        if value.shape != expected.shape:
+            self.met.mismatched.append((key, tuple(value.shape), tuple(expected.shape)))
+        value = value.to(expected.dtype)
+        self.met.samples.add(sample_of(value))
+        if value.dim() == 3:
+            packed, self.met.states[key] = bitsandbytes().functional.quantize_4bit(
+                value.to(self.plan.device).contiguous(), quant_type="nf4", compress_statistics=True)
+            return nn.Parameter(packed, requires_grad=False)
+        return params_4bit(value.T if key in self.transposed else value, self.plan.device)
+
+    def _process_model_after_weight_loading(self, model: Any, **told: Any) -> Any:
+        for key, value in model.named_parameters():
+            if key in self.taken:
+                continue
+            expected = self.expected[key]
+            shape = getattr(getattr(value, "quant_state", None), "shape", value.shape)
+            if shape != expected.shape:
+                self.met.mismatched.append((key, tuple(shape), tuple(expected.shape)))
+            if value.is_floating_point() and value.dtype != torch.float32:       # a renamed one beside 4-bit ones
+                value.data = value.data.to(expected.dtype)
+            self.met.samples.add(sample_of(value))
+        for parent, own, layer in linear_layers(model):
+            if type(layer).__name__ == "Linear4bit":
+                setattr(parent, own, settled(layer, self.plan.bnb_4bit_compute_dtype))
+        for key, state in self.met.states.items():
+            place, _, own = key.rpartition(".")
+            unpacked_when_used(model.get_submodule(place), own, state)
+        return model
+
+
+class Quantise(ConversionOps):
+    """What transformers calls for each tensor that is to be quantised, when it has the name and shape of the model's."""
+    def __init__(self, quantizer: FourBit):
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict, *_: Any, full_layer_name: str = "", **__: Any) -> dict:
+        found = {}
+        for key, value in input_dict.items():
+            name = key if key in self.quantizer.expected else full_layer_name
+            found[name] = self.quantizer.quantised(name, value[0] if isinstance(value, list) else value)
+        return found
+
+
+def leave_out_towers(model: Any) -> tuple[str, ...]:
+    """Take away what lies beside the text model, and say how its names begin."""
+    decoder, head, left_out = model.get_decoder(), model.get_output_embeddings(), []
+    if not is_part(model.config):
+        return ()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    place, way = model, ""
+    for step in path.split("."):
+        for name, beside in list(place.named_children()):
+            if name != step and beside is not head:
+                left_out.append(f"{way}{name}.")
+                setattr(place, name, None)
+        place, way = getattr(place, step), f"{way}{step}."
+    return tuple(left_out)
+
+
+# ------------------------------------------------------------------------------------------------------------- 4 bits
+def bitsandbytes(part: str = "") -> Any:
+    return installed(f"bitsandbytes{part}", "bitsandbytes", "load_in_4bit: 4 bits")
+
+
+def params_4bit(weight: torch.Tensor, device: str) -> Any:
+    """nf4, double quantised."""
+    return bitsandbytes().nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
+
+
+def linear_4bit(layer: Any, weight: torch.Tensor | None, device: str) -> nn.Module:
+    """bitsandbytes' 4-bit product of `weight`, None: still to come, with that layer's bias."""
+    dtype = layer.weight.dtype
+    with torch.device("meta"):
+        four = bitsandbytes().nn.Linear4bit(*widths(layer), bias=False, compute_dtype=dtype, quant_type="nf4")
+    if weight is None:
+        four.weight.data = four.weight.data.to(dtype)
+    else:
+        four.weight = params_4bit(weight, device)
+    four.support_avx512bf16_for_cpu = False              # else a CPU that can repacks them at each switch, rounding
+    four.bias = layer.bias
+    return four
+
+
+def settled(layer: Any, dtype: torch.dtype) -> Any:
+    """A 4-bit layer as it was read; one that its checkpoint has in 16 bits after all is a plain one."""
+    layer.compute_dtype = dtype
+    layer.support_avx512bf16_for_cpu = False             # else a CPU that can repacks them at each switch, rounding
+    if type(layer.weight).__name__ == "Params4bit":
+        return layer
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain
+
+
+def stacks_of(module: nn.Module) -> list[str]:
+    """The module's parameters (E, out, in) that hold a matrix for each expert."""
+    return [own for own, value in module.named_parameters(recurse=False)
+            if value.dim() == 3 and min(value.shape[1:]) >= SMALL and not isinstance(module, nn.Conv1d)]
+
+
+def unpacked_when_used(module: Any, own: str, state: Any) -> None:
+    """Experts in 4 bits, a layer's at a time in full: kept no longer than its forward pass, and made again for its
+    backward pass, since autograd would keep those of all layers."""
+    undo = bitsandbytes(".nn.parametrize").Bnb4bitParametrization(state)
+    parametrize.register_parametrization(module, own, undo, unsafe=True)
+    if "forward" in vars(module):                        # its other stack came first
+        return
+    inner = module.forward
+
+    def once(*args: Any, **told: Any) -> Any:
+        with parametrize.cached():                       # however often the layer asks for a stack
+            return inner(*args, **told)
+
+    def forward(*args: Any, **told: Any) -> Any:
+        if torch.is_grad_enabled():
+            return checkpoint(once, *args, use_reentrant=False, **told)
+        return once(*args, **told)
+    module.forward = forward
+
+
+# ---------------------------------------------------------------------------------------------------- what was reached
+def reached(model: Any) -> str:
+    """What part of the weights is in 4 bits, and what part of the decoder's linear layers an adapter goes on."""
+    head = model.get_output_embeddings()
+    stacks = [size for module in layers_of(model).modules() for size in stacked(module)]
+    four = sum(stacks) if any(map(parametrize.is_parametrized, model.modules())) else 0
+    whole = sum(stacks)
+    for value in model.parameters():
+        if type(value).__name__ == "Params4bit":
+            four += value.quant_state.shape.numel()
+            whole += value.quant_state.shape.numel()
+        elif value.dim() < 3 and value.is_floating_point():
+            whole += value.numel()
+    linear = [layer for layer in layers_of(model).modules() if type(layer).__name__ in LINEAR and layer is not head]
+    sizes = {id(layer): math.prod(widths(layer)) for layer in linear}
+    adapted = sum(sizes[id(layer)] for _, _, layer in linear_layers(model))
+    share = f"LoRA: {100 * adapted / (sum(sizes.values()) + sum(stacks)):.0f} % of the linear layers"
+    return f"4 bits: {100 * four / whole:.0f} % of the weights; {share}" if four else share
+
+
+def stacked(module: Any) -> list[int]:
+    """How many numbers each stack of this module's experts has."""
+    if parametrize.is_parametrized(module):
+        return [undo[0].quant_state.shape.numel() for undo in module.parametrizations.values()]
+    return [getattr(module, own).numel() for own in stacks_of(module)]
