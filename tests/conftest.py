@@ -1,4 +1,5 @@
 import fcntl
+import gc
 import os
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from config import load_config  # noqa: E402
 from engine import Chat  # noqa: E402
 from lora import load_model, lora_parameters  # noqa: E402
 from run import Policy, Run, RunFolder  # noqa: E402
+
+gc.freeze()                              # torch and transformers: not to be looked through again and again
 
 SHARED = ROOT.parent / "shared" / "data"  # full data for full checks; a stranger's clone has only tests/data
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import programs
 from config import UserError
 from conftest import ROOT, run_of
 from engine import Job
@@ -373,9 +374,8 @@ def test_the_page_s_world_of_your_own_plays_and_trains(tmp_path):
     (tmp_path / "doors.py").write_text(source.removeprefix("python\n"))
     play, whole = [line.split("#")[0].replace("doors.py", str(tmp_path / "doors.py")).split()[1:]
                    for line in commands.splitlines() if line.startswith("    python")][:2]
-    played = subprocess.run([sys.executable, *play], input="hint\ngo attic\nundo\ngo cellar\ngo garden\ngo attic\n",
-                            cwd=ROOT, text=True, capture_output=True)
+    played = programs.run(play, typed="hint\ngo attic\nundo\ngo cellar\ngo garden\ngo attic\n")
     assert "go attic, go cellar, go garden" in played.stdout and "after" in played.stdout, played.stderr
     whole = [*whole, "preset=smoke", f"out={tmp_path / 'run'}"]
-    trained = subprocess.run([sys.executable, *whole], cwd=ROOT, text=True, capture_output=True)
+    trained = programs.run(whole)
     assert trained.returncode == 0 and "doors: 8 tasks" in trained.stdout, trained.stderr

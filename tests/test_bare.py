@@ -2,11 +2,10 @@
 door that leads nowhere there says so in one line."""
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+import programs
 from conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -24,7 +23,7 @@ def bare(tmp_path_factory):
 
 
 def run(copy, *words):
-    return subprocess.run([sys.executable, *words], cwd=copy, capture_output=True, text=True, timeout=300)
+    return programs.run(words, cwd=copy, timeout=300)
 
 
 def test_the_core_alone_runs_to_its_table_its_adapter_and_its_page(bare):

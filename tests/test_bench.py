@@ -1,12 +1,11 @@
 """tools/bench.py: what it compares is equal, what it prints is what it measured. No time is asserted."""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+import programs
 from config import UserError, load_config
 from conftest import ROOT, SHAPE
 from tools import bench
@@ -33,9 +32,8 @@ def test_conversations_have_the_shape_that_is_promised():
 
 @pytest.mark.slow
 def test_all_ways_of_sampling_reply_alike_and_each_is_timed(settings, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "tools.bench", "rollout", "episodes=4", "repetitions=1", "horizon=4",
-                           "action_tokens=4", f"out={tmp_path}"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=500)
+    done = programs.run(["-m", "tools.bench", "rollout", "episodes=4", "repetitions=1", "horizon=4",
+                         "action_tokens=4", f"out={tmp_path}"], timeout=500)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "rollout-tiny.json").read_text())
     assert [row["name"] for row in found["contenders"]] == list("abcd")

@@ -1,11 +1,10 @@
 """docs/class.md: its commands, one after the other, in a copy of the project with a preset of seconds."""
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+import programs
 from conftest import ROOT
 
 SMALL = """
@@ -31,7 +30,6 @@ def test_every_command_of_the_class_runs(tmp_path):
     commands = re.findall(r"(?m)^    (python .*)$", page)
     assert len(commands) > 10
     for command in commands:
-        done = subprocess.run([sys.executable, *command.split()[1:]], cwd=copy, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL, timeout=300)
+        done = programs.run(command.split()[1:], cwd=copy, timeout=300)
         assert done.returncode == 0, (command, done.stderr)
     assert re.search(r"Pass@1 .*[+-]\d", done.stdout)                  # the last one compares

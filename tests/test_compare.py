@@ -3,15 +3,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from html import escape
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
 
-from conftest import ROOT
+import programs
 from envs import Quest
 from methods.compare import COMPARED
 from run import RunFolder
@@ -89,7 +87,7 @@ def test_a_comparison_runs_every_method_within_leafes_steps_and_shows_one_table(
         assert (took["trained"] == 0) == (name == "ace" or not (out / f"{name}-0/checkpoint.pt").exists())
     policies = {json.loads(line)["policy"] for line in (out / "leafe-0/samples.jsonl").read_text().splitlines()}
     assert policies == {"base", "leafe"} and (out / "ace-0/playbook.txt").exists()
-    again = subprocess.run([sys.executable, "eval.py", "compare", str(out)], cwd=ROOT, capture_output=True, text=True)
+    again = programs.run(["eval.py", "compare", out])
     assert again.stdout.splitlines() == [*lines, where]
 
 

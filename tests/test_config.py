@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import train
+import programs
 from config import (ROOT, SHIPPED, UserError, kept_config, keys_of, load_config, method_file, method_names, owners_of,
                     shipped)
 from run import RunFolder
@@ -302,11 +303,10 @@ def test_a_key_that_nothing_reads_is_found():
 
 
 def test_a_method_s_help_shows_its_keys_with_what_they_mean():
-    done = subprocess.run([sys.executable, "train.py", "config.yaml", "method=grpo", "-h"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = programs.run(["train.py", "config.yaml", "method=grpo", "-h"])
     assert done.returncode == 0 and done.stderr == "" and keys_of("grpo").strip() in done.stdout
     assert done.stdout.startswith("GRPO: groups of rollouts") and "method=grpo trees=out/quest" in done.stdout
-    done = subprocess.run([sys.executable, "train.py", "method=grpa", "-h"], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["train.py", "method=grpa", "-h"])
     assert done.returncode == 1 and done.stderr.startswith("error: method: there is no 'grpa'")
 
 
@@ -425,7 +425,7 @@ def test_whatever_lies_in_a_file_of_settings_is_one_line_with_file_and_place(kin
 def test_a_folder_or_a_name_too_long_is_one_line(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: Is a directory"):
         load_config([str(tmp_path)])
-    done = subprocess.run([sys.executable, "train.py", "a" * 300], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["train.py", "a" * 300])
     assert done.returncode == 1 and done.stderr == f"error: {'a' * 300}: File name too long\n"
 
 

@@ -1,15 +1,14 @@
 """A world is looked over before anything is sampled: what is missing or of the wrong shape is one line that names
 file and class and says what it must be; what the world itself raises is two; what will be regretted is a note."""
 import re
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 
+import programs
 from config import UserError
-from conftest import ROOT, run_of
+from conftest import run_of
 from envs import make_env, wait_for, world_names
 from leafe import explore
 from run import open_run
@@ -558,8 +557,7 @@ def test_a_future_that_is_cancelled_is_one_line(world, settings, tiny, when):
     ids=["shape", "raises", "raises-apart", "syntax"])
 def test_training_ends_with_that_line_and_leaves_nothing(world, tmp_path, body, apart, says):
     name = world("Right", body, apart)
-    done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke", f"env={name}",
-                           f"out={tmp_path}/run"], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["train.py", "config.yaml", "preset=smoke", f"env={name}", f"out={tmp_path}/run"])
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(says.replace("{file}", file_of(name)), done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
@@ -568,7 +566,6 @@ def test_training_ends_with_that_line_and_leaves_nothing(world, tmp_path, body, 
 @pytest.mark.slow
 def test_a_run_in_a_world_that_does_not_replay_says_so_and_goes_on(world, tmp_path):
     name = world("Right", "def reset(self, task):\n super().reset(task)\n return f'find it. {random.random()}'")
-    done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke", f"env={name}",
-                           f"out={tmp_path}/run"], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["train.py", "config.yaml", "preset=smoke", f"env={name}", f"out={tmp_path}/run"])
     assert re.match(rf"note: env: {file_of(name)}, class Odd: the same actions give other", done.stderr)
     assert "Traceback" not in done.stderr and "Pass@1" in done.stdout, done.stderr

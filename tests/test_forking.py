@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+import programs
 from conftest import ROOT, family
 
 pytestmark = pytest.mark.slow
@@ -34,8 +35,12 @@ def copy(original, tmp_path):
 
 
 def run(copy, script, *args, found=True, **env):
-    done = subprocess.run([sys.executable, script, "config.yaml", "preset=smoke", *SMALL, *args], cwd=copy,
-                          capture_output=True, text=True, timeout=400, env={**os.environ, **env})
+    words = [script, "config.yaml", "preset=smoke", *SMALL, *args]
+    if env:                                                            # of which an interpreter reads at its start
+        done = subprocess.run([sys.executable, *words], cwd=copy, capture_output=True, text=True, timeout=400,
+                              env={**os.environ, **env})
+    else:
+        done = programs.run(words, cwd=copy, timeout=400)
     assert done.returncode == 0 or not found and "found nothing to train on" in done.stderr, done.stderr
     return done.stdout
 
@@ -287,8 +292,7 @@ def test_a_world_with_tools(copy):
              '{"tool": "add", "args": {"a": %s, "b": %s}}', '{"tool": "answer", "args": {"total": %s}}']
 
     def play(typed):
-        done = subprocess.run([sys.executable, "envs.py", "desk.py:Desk", "train-3"], cwd=copy, capture_output=True,
-                              text=True, input="\n".join(typed) + "\n")
+        done = programs.run(["envs.py", "desk.py:Desk", "train-3"], cwd=copy, typed="\n".join(typed) + "\n")
         assert done.returncode == 0, done.stderr
         return done.stdout
     things = re.search("the order: a (.*) and a (.*)[.]", play([])).groups()

@@ -1,12 +1,10 @@
 """tools/measure.py: what a world costs, and whether its episodes are the same wherever and whenever they run."""
 import re
-import subprocess
-import sys
 
 import pytest
 
+import programs
 from config import UserError
-from conftest import ROOT
 from tools.measure import measure
 
 WORLD = '''
@@ -101,5 +99,5 @@ def test_what_is_no_world_is_one_line(world):
     for kind, says in (("Gives", "must return an Outcome"), ("Nothing", "has no tasks in train, valid or test")):
         with pytest.raises(UserError, match=says):
             measure(world(kind), "")
-    done = subprocess.run([sys.executable, "-m", "tools.measure", "quest"], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["-m", "tools.measure", "quest"])
     assert "20 of 20" in done.stdout and "1280" in done.stdout, done.stderr

@@ -2,14 +2,13 @@
 import json
 import math
 import random
-import subprocess
-import sys
 from collections import deque
 
 import pytest
 import torch
 import yaml
 
+import programs
 from config import UserError, load_config, method_names
 from conftest import ROOT, run_of
 from engine import Job
@@ -409,7 +408,7 @@ CHECKS = [("allowed", lambda value, settings: value >= 0, "must be 0 or more")]
         assert said in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="there is no key 'allowed'"):
         load_config([*base[:2], "allowed=1"])
-    done = subprocess.run([sys.executable, "train.py", *base, "-h"], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["train.py", *base, "-h"])
     assert done.returncode == 0 and not done.stderr and "SFT on plain rollouts, with three losses." in done.stdout
     assert "allowed: 0.5                  # what an action weighs that the world allowed" in done.stdout
 

@@ -1,14 +1,11 @@
 """A world played by hand, and the list of worlds: `python envs.py`."""
-import subprocess
-import sys
 
-from conftest import ROOT
+import programs
 from envs import Quest
 
 
 def play(*args, typed):
-    return subprocess.run([sys.executable, "envs.py", *args], input=typed, capture_output=True, text=True,
-                          cwd=ROOT, timeout=60)
+    return programs.run(["envs.py", *args], typed=typed, timeout=60)
 
 
 def test_a_person_plays_undoes_and_wins():

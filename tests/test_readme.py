@@ -1,10 +1,9 @@
 """The README and the pages of docs/: of one sitting, their examples run, their links lead somewhere."""
 import re
-import subprocess
-import sys
 
 import pytest
 
+import programs
 from conftest import ROOT
 from envs import make_env
 
@@ -27,9 +26,8 @@ def test_its_world_is_whole(tmp_path):
 @pytest.mark.slow
 def test_its_method_trains_and_brings_its_own_key(tmp_path):
     (tmp_path / "best.py").write_text(re.search(r"\(best\.py\):\n\n```python\n(.*?)```", README, re.S)[1])
-    done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke", f"method={tmp_path}/best.py",
-                           "rollouts=2", "train_tasks=3", "test_tasks=2", "samples=2", "ks=[1,2]", "steps=2",
-                           f"out={tmp_path}/run"], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["train.py", "config.yaml", "preset=smoke", f"method={tmp_path}/best.py", "rollouts=2",
+                         "train_tasks=3", "test_tasks=2", "samples=2", "ks=[1,2]", "steps=2", f"out={tmp_path}/run"])
     assert done.returncode == 0, done.stderr
     assert '"L_best":' in (tmp_path / "run/metrics.jsonl").read_text()
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()

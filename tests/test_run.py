@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import programs
 from config import UserError, load_config
 from conftest import ROOT, run_of
 from engine import Chat
@@ -72,8 +73,7 @@ def test_training_goes_on_from_the_adapter_it_began_with_whatever_is_sampled_mea
 
 def test_an_out_folder_that_cannot_be_written_is_one_line(tmp_path, settings):
     (tmp_path / "file").write_text("")
-    done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke",
-                           f"out={tmp_path}/file/run"], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["train.py", "config.yaml", "preset=smoke", f"out={tmp_path}/file/run"])
     assert done.returncode == 1 and done.stderr.strip().split("\n")[-1].startswith(
         f"error: out: cannot write to {tmp_path}/file/run")
     assert "Traceback" not in done.stderr

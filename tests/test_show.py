@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import programs
 from config import UserError
 from conftest import ROOT, run_of
 from leafe import explore
@@ -17,7 +18,7 @@ ARGS = ["config.yaml", "task=train-1-0000", "attempts=3"]
 
 
 def test_the_tree_that_is_watched_is_the_one_that_exploration_grows(tiny, settings):
-    done = subprocess.run([sys.executable, "leafe.py", *ARGS], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["leafe.py", *ARGS])
     assert done.returncode == 0 and "\033" not in done.stdout, done.stderr
     cfg = settings("attempts=3")
     tree, = explore(run_of(cfg, tiny, folder=True), ["train-1-0000"])

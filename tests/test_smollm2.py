@@ -2,15 +2,14 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from collections import deque
 
 import pytest
 import torch
 
+import programs
 from config import UserError
-from conftest import ROOT, needs_package, run_of
+from conftest import needs_package, run_of
 from engine import Ask, Chat, Engine, Job
 from envs import Env, Outcome, Quest
 from leafe import read_reflection
@@ -177,8 +176,7 @@ def test_the_whole_loop_runs_on_the_real_model(world, cache, tmp_path, alone):
     small = ["warm_start=2", "warm_steps=1", "train_tasks=2", "test_tasks=1", "samples=2", "ks=[1,2]", "attempts=3",
              "steps=1", "horizon=2", "corrections=all", "action_tokens=8", "reflect_tokens=9", "warmup=0",
              "workers=2"]
-    done = subprocess.run([sys.executable, "train.py", "config.yaml", *world, *small, f"out={tmp_path}/run"],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(["train.py", "config.yaml", *world, *small, f"out={tmp_path}/run"])
     assert done.returncode in (0, 1), done.stderr
     assert "warm start: SFT on 2 solved training episodes" in done.stdout, done.stderr
     if done.returncode:                                # so weak that nothing was found, and it says so

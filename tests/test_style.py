@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import programs
 from conftest import ROOT
 
 FILES = sorted(str(path.relative_to(ROOT)) for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)
@@ -34,7 +35,7 @@ def test_the_source_is_clean(tool, args):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_explains_itself(script):
-    done = subprocess.run([sys.executable, *command(script).split(), "-h"], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run([*command(script).split(), "-h"])
     assert done.returncode == 0 and done.stderr == "" and f"python {command(script)}" in done.stdout
 
 

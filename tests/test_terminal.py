@@ -12,6 +12,7 @@ import yaml
 
 import config
 import eval
+import programs
 from config import UserError, visible
 from conftest import ROOT
 from tools import compare, measure, play, report, show
@@ -160,8 +161,8 @@ def test_errors_are_tame_even_those_that_are_ours(error, code):
 @pytest.mark.parametrize("kind, told", [("Raises", "ValueError"), ("Named", "Gymnasium's pair"),
                                         ("Broken", "2 times; it must hold each task once")])
 def test_what_a_world_raises_or_gets_wrong_is_told_tamely(world, kind, told):
-    done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke", f"env={world(kind)}",
-                           f"out={world('')}.run"], cwd=ROOT, capture_output=True)
+    done = programs.run(["train.py", "config.yaml", "preset=smoke", f"env={world(kind)}", f"out={world('')}.run"],
+                        text=False)
     assert done.returncode == 1 and told in done.stderr.decode()
     tame(done.stderr.decode(), halves=kind != "Broken")
 
@@ -177,9 +178,8 @@ def test_a_terminal_that_does_not_know_all_letters_is_no_error(world, encoding):
 
 @pytest.mark.slow
 def test_a_whole_run_in_a_hostile_world_is_tame_on_both_streams_and_makes_its_page(world, tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "config.yaml", "preset=smoke", f"env={world('Hostile')}",
-                           "method=grpo", "env_steps=40", "action_tokens=40", f"out={tmp_path}/run"],
-                          cwd=ROOT, capture_output=True)
+    done = programs.run(["train.py", "config.yaml", "preset=smoke", f"env={world('Hostile')}", "method=grpo",
+                         "env_steps=40", "action_tokens=40", f"out={tmp_path}/run"], text=False)
     assert done.returncode == 0, done.stderr.decode()
     tame(done.stdout.decode())
     for part in re.split(r"\r|\n|\x1b\[A", done.stderr.decode()):                   # of the progress bars

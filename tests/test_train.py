@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig,
                           MixtralForCausalLM)
 
+import programs
 import tools.report
 from config import UserError
 from conftest import ROOT, SHAPE, run_of
@@ -32,7 +33,12 @@ from tools.report import STAGE_1, about, chat_pairs, reflections_in_words
 from train import Objective, epoch, fit, loss_weights, optimise, recomputing, sft_batches
 
 
-def train(out, *args, **kwargs):
+def train(out, *args, env=None):
+    return programs.start(["train.py", "config.yaml", "preset=smoke", f"out={out}", *args], env=env)
+
+
+def train_anew(out, *args, **kwargs):
+    """In an interpreter of its own, whose sets have an order of their own."""
     return subprocess.Popen([sys.executable, "train.py", "config.yaml", "preset=smoke", f"out={out}", *args],
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
@@ -185,11 +191,11 @@ def test_a_run_killed_at_six_random_moments_ends_as_if_it_had_not_been(whole, tm
     expected, seconds = results(whole[0]), whole[2]
     rng, killed, out = random.Random(0), 0, tmp_path / "run"
     for _ in range(6):
-        process = train(out, start_new_session=True)
+        process = train(out)
         try:
             process.wait(timeout=rng.uniform(0.3, 0.75) * seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
             killed += 1
             process.communicate()
             written = [out / name for name in ("samples.jsonl", "trees.jsonl") if (out / name).exists()]
@@ -201,7 +207,7 @@ def test_a_run_killed_at_six_random_moments_ends_as_if_it_had_not_been(whole, tm
         if (out / "passk.json").exists():                             # it got through: start over
             assert_same(expected, results(out))
             shutil.rmtree(out)
-    process = train(out)
+    process = train_anew(out)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert_same(expected, results(out))
@@ -222,7 +228,7 @@ def test_two_ranks_end_as_one_process_does_and_killed_as_one_goes_on_alone(tmp_p
     small = ["train_tasks=6", "test_tasks=4", "samples=4", "ks=[1]"]
     one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
     alone = train(one, *small, env=env)
-    assert alone.wait(timeout=300) == 0, alone.stderr.read()
+    assert alone.wait(timeout=300) == 0, alone.communicate()[1]
     both = under_two_ranks(two, *small, env=env)
     shown, errors = both.communicate(timeout=300)
     assert both.returncode == 0, errors
@@ -237,7 +243,7 @@ def test_two_ranks_end_as_one_process_does_and_killed_as_one_goes_on_alone(tmp_p
     dying.communicate()
     assert list(killed.glob("trees.jsonl.*.part")) and not (killed / "passk.json").exists()
     alone = train(killed, *small, env=env)
-    assert alone.wait(timeout=300) == 0, alone.stderr.read()
+    assert alone.wait(timeout=300) == 0, alone.communicate()[1]
     assert_same(results(one), results(killed))
     assert figures(one) == figures(two) == figures(killed) and not list(killed.glob("*.part"))
 
@@ -294,8 +300,8 @@ def test_l_reh_alone_runs_on_the_trees_of_another_run(whole, tmp_path):
 
 
 def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
-    process = train(tmp_path / "run", "samples=64", "ks=[1]",           # a shell's background job ignores SIGINT
-                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = train_anew(tmp_path / "run", "samples=64", "ks=[1]",      # a shell's background job ignores SIGINT
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while (not (tmp_path / "run/samples.jsonl").exists()
            or (tmp_path / "run/samples.jsonl").stat().st_size < 500):
         assert process.poll() is None, process.communicate()[1]
