@@ -20,6 +20,8 @@ from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralF
 
 from config import load_config  # noqa: E402
 from engine import Chat  # noqa: E402
+from envs import Quest  # noqa: E402
+from leafe import explore  # noqa: E402
 from lora import load_model, lora_parameters  # noqa: E402
 from run import Policy, Run, RunFolder  # noqa: E402
 
@@ -65,6 +67,17 @@ def tiny():
     """(model, chat) of the embedded model; shared, so tests leave it as it is."""
     model, tokenizer = load_model("tiny", None, 768)
     return model, Chat(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def grown(tiny, tmp_path_factory):
+    """(folder, trees) of one exploration by it, ten tasks with eight attempts each; shared, too."""
+    cfg = load_config([str(ROOT / "config.yaml"), "preset=smoke", "attempts=8", f"out={tmp_path_factory.mktemp('grown')}/run"])
+    run = run_of(cfg, tiny, folder=True)
+    trees = explore(run, Quest().tasks("train")[:10])
+    run.folder.close()
+    run.folder.lock.close()
+    return run.folder.path, trees
 
 
 @pytest.fixture

@@ -57,6 +57,10 @@ def become(job: dict, files: list[int]) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
     os.closerange(3, 1 << 10)
+    for number, (name, mode) in enumerate(dict(stdin="r", stdout="w", stderr="w").items()):
+        stream = open(number, mode, 1 if number == 2 else -1, errors="backslashreplace" if number == 2 else None, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(job["cwd"])
     os.environ.clear()
@@ -85,15 +89,18 @@ def server() -> socket.socket:
 
 
 class start:
-    def __init__(self, words, cwd=ROOT, env=None, typed="", text=True):
+    def __init__(self, words, cwd=ROOT, env=None, typed="", text=True, terminal=None):
         self.args, self.text, self.returncode = words, text, None
         self.files = [tempfile.TemporaryFile() for _ in range(3)]          # what it reads, what it says
         self.files[0].write(typed.encode())
         self.files[0].seek(0)
         self.told, theirs = socket.socketpair()
         job = dict(words=[str(word) for word in words], cwd=str(cwd), env=dict(env or os.environ))
+        streams = [file.fileno() for file in self.files]
+        if terminal is not None:                                         # the end of a pseudo-terminal
+            streams[:2] = terminal, terminal
         with theirs:
-            socket.send_fds(server(), [json.dumps(job).encode()], [*(file.fileno() for file in self.files), theirs.fileno()])
+            socket.send_fds(server(), [json.dumps(job).encode()], [*streams, theirs.fileno()])
         self.answer = self.told.makefile()
         self.pid = int(self.answer.readline())
 

@@ -13,7 +13,7 @@ from config import UserError
 from conftest import family, run_of, shake
 from engine import Ask, Chat, Engine, Job
 from envs import Quest
-from leafe import TURN, Attempt, episode, explore, targets
+from leafe import TURN, Attempt, episode, targets
 from lora import add_lora, adapter_off, lora_parameters
 from packing import Segment, pack, packed_nll, rows_of
 from train import loss_weights
@@ -247,15 +247,9 @@ def test_out_of_memory_with_a_single_slot_is_one_line_and_closes_the_episodes(ti
 
 # training rows
 
-def trees_for_packing(tiny, settings):
-    run = run_of(settings("corrections=all", "rehearsal_share=1", "attempts=8"), tiny, folder=True)
-    trees = explore(run, Quest().tasks("train")[:8])
-    run.folder.close()
-    return run.cfg, trees, targets(trees, run.cfg, tiny[1].stop)
-
-
-def test_packed_equals_one_pair_at_a_time(tiny, own_tiny, settings):
-    cfg, trees, pairs = trees_for_packing(tiny, settings)
+def test_packed_equals_one_pair_at_a_time(grown, tiny, own_tiny, settings):
+    cfg, trees = settings("corrections=all", "rehearsal_share=1"), grown[1][:8]
+    pairs = targets(trees, cfg, tiny[1].stop)
     assert len(pairs.D_cf) >= 8
     model, _ = own_tiny
     model.double()                                                # fp32 rounding would hide a small mistake

@@ -222,16 +222,16 @@ def test_trees_keep_to_the_budget_the_depth_and_breadth_first_order(tiny, settin
                 obs = env.step(tree.turns[i].action).obs
 
 
-def test_trees_do_not_depend_on_the_schedule_and_read_back_equal(tiny, settings, tmp_path):
-    one = grow(tiny, settings("attempts=8", "slots=32", f"out={tmp_path}/a"))
+def test_trees_do_not_depend_on_the_schedule_and_read_back_equal(grown, tiny, settings, tmp_path):
+    one = grown[1]
     two = grow(tiny, settings("attempts=8", "slots=3", f"out={tmp_path}/b"))
     assert one == two
     assert read_trees(Jsonl(tmp_path / "b/trees.jsonl").records, 1, [tree.task for tree in one]) == one
 
 
-def test_an_interrupted_exploration_ends_with_the_same_trees(tiny, settings, tmp_path):
-    whole = grow(tiny, settings("attempts=8", f"out={tmp_path}/whole"))
-    lines = (tmp_path / "whole/trees.jsonl").read_text().splitlines(keepends=True)
+def test_an_interrupted_exploration_ends_with_the_same_trees(grown, tiny, settings, tmp_path):
+    folder, whole = grown
+    lines = (folder / "trees.jsonl").read_text().splitlines(keepends=True)
     for kept in (0, 1, len(lines) // 2, len(lines)):
         path = tmp_path / f"{kept}/trees.jsonl"
         path.parent.mkdir()

@@ -2,15 +2,13 @@
 import os
 import pty
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 
 import programs
 from config import UserError
-from conftest import ROOT, run_of
+from conftest import run_of
 from leafe import explore
 from tools import show
 
@@ -37,8 +35,7 @@ def test_the_tree_that_is_watched_is_the_one_that_exploration_grows(tiny, settin
 def in_a_terminal(env=(), more=(), enter=False):
     """What leafe.py writes to a terminal; `enter`: that is pressed after each action, and only then."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "leafe.py", *ARGS, *more], cwd=ROOT, stdin=theirs, stdout=theirs,
-                               stderr=subprocess.DEVNULL, env={**os.environ, **dict(env)})
+    process = programs.start(["leafe.py", *ARGS, *more], env={**os.environ, **dict(env)}, terminal=theirs)
     os.close(theirs)
     said, actions = b"", 0
     while True:

@@ -341,9 +341,8 @@ def distilled(folder, settings, trees, stop, until=None, **extra):
     return [p.detach().clone() for p in lora_parameters(run.policy.model)], run.metrics.records
 
 
-def test_a_resumed_distillation_equals_an_uninterrupted_one(tiny, settings, tmp_path):
-    cfg = settings("attempts=6")
-    trees = grow(tiny, cfg, tasks=6)
+def test_a_resumed_distillation_equals_an_uninterrupted_one(grown, tiny, settings, tmp_path):
+    trees = grown[1][:6]
     whole, records = distilled(tmp_path / "a", settings, trees, tiny[1].stop)
     assert records[-1]["L_cf"] < records[0]["L_cf"]
     for until in (1, 2, 5, 7):
@@ -390,10 +389,10 @@ def test_a_model_whose_layers_cannot_be_recomputed_is_one_line():
             pass
 
 
-def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings):
+def test_an_epoch_of_batches_adds_up_to_l_exactly(grown, tiny, settings):
     """A pair is in one batch an epoch; weights add up to 1 (L_cf) and beta (L_reh) times tokens an action."""
     cfg = settings("beta=0.5", "corrections=all", "rehearsal_share=1", "batch_tokens=1024")
-    trees = grow(tiny, cfg, tasks=8)
+    trees = grown[1][:8]
     pairs = targets(trees, cfg, tiny[1].stop)
     rows = training_rows(trees, loss_weights(trees, pairs, cfg.beta), cfg.row_tokens)
     batches = epoch(rows, cfg, 3)
@@ -406,10 +405,10 @@ def test_an_epoch_of_batches_adds_up_to_l_exactly(tiny, settings):
     assert len(orders) > 1                                            # shuffled anew each epoch
 
 
-def test_exported_pairs_render_to_the_very_ids_that_are_trained_on(tiny, settings):
+def test_exported_pairs_render_to_the_very_ids_that_are_trained_on(grown, tiny, settings):
     chat = tiny[1]
     cfg = settings("corrections=all", "rehearsal_share=1")
-    trees = grow(tiny, cfg, tasks=6)
+    trees = grown[1][:6]
     pairs = targets(trees, cfg, chat.stop)
     told = [json.loads(line) for line in chat_pairs(run_of(cfg, tiny), trees, pairs)]
     assert [pair["part"] for pair in told] == ["D_cf"] * len(pairs.D_cf) + ["D_reh"] * len(pairs.D_reh)
