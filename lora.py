@@ -235,7 +235,8 @@ def widths(layer: Any) -> tuple[int, int]:               # (in, out)
 
 
 class LoRA(nn.Module):
-    """y = W x + (alpha / r) B A x, for each of LINEAR. A (r, in), B (out, r), B = 0 at start."""
+    """y = W x + (alpha / r) B A x, for each of LINEAR. A (r, in), B (out, r), B = 0 at start. Where an adapter that is
+    read has magnitudes, DoRA: the rows of W + (alpha / r) B A brought to these lengths."""
     def __init__(self, base: Any, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scale, self.on, self.loads = base, alpha / rank, True, 0
@@ -245,12 +246,27 @@ class LoRA(nn.Module):
         device = base.weight.device
         self.lora_A = nn.Parameter(first.to(device))
         self.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))
+        self.register_parameter("lora_magnitude_vector", None)         # (out,), DoRA's alone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:      # (..., in) -> (..., out)
         y = self.base(x)
         if not self.on:
             return y
-        return y + ((x.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * self.scale).to(y.dtype)
+        change = ((x.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * self.scale).to(y.dtype)
+        if self.lora_magnitude_vector is None:
+            return y + change
+        bias = y.new_zeros(1) if self.base.bias is None else self.base.bias
+        longer = (self.lora_magnitude_vector / self.lengths()).to(y.dtype)
+        return y + (longer - 1) * (y - bias) + longer * change
+
+    @torch.no_grad()
+    def lengths(self) -> torch.Tensor:                       # (out,)
+        """Of the rows of W + (alpha / r) B A. DoRA lets no gradient through them."""
+        weight, state = self.base.weight, getattr(self.base.weight, "quant_state", None)
+        if state is not None:
+            weight = installed("bitsandbytes", "bitsandbytes", "4 bits").functional.dequantize_4bit(weight.data, state)
+        weight = weight.T if hasattr(self.base, "nx") else weight                       # Conv1D keeps it (in, out)
+        return (weight + self.scale * self.lora_B @ self.lora_A).norm(dim=1)
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> None:
@@ -264,7 +280,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRA]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    return [p for layer in lora_layers(model).values() for p in layer.parameters(recurse=False)]
 
 
 @contextmanager
@@ -288,8 +304,8 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
     if ranks.rank():
         ranks.wait_for_all()
         return
-    tensors = {f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
-               for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+    tensors = {f"base_model.model.{name}.{part}{'.weight' * (value.dim() == 2)}": value.detach().cpu().contiguous()
+               for name, layer in layers.items() for part, value in layer.named_parameters(recurse=False)}
     if not all(value.isfinite().all() for value in tensors.values()):
         raise UserError(f"{folder}: the adapter is not finite, so it is not saved; lower lr= or lora_alpha=")
     folder.mkdir(parents=True, exist_ok=True)
@@ -314,9 +330,10 @@ def load_adapter(model: Any, folder: Path, key: str = "") -> None:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, LoRA(model.get_submodule(name), 1, 1, torch.Generator()))
         for name, layer in lora_layers(model).items():
-            idle = layer.lora_A, torch.zeros_like(layer.lora_B), layer.scale
-            new_A, new_B, layer.scale = parts.get(name, idle)
-            layer.lora_A, layer.lora_B = nn.Parameter(new_A.to(layer.lora_A)), nn.Parameter(new_B.to(layer.lora_B))
+            idle = dict(lora_A=layer.lora_A, lora_B=torch.zeros_like(layer.lora_B)), layer.scale
+            values, layer.scale = parts.get(name, idle)
+            for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+                setattr(layer, part, nn.Parameter(values[part].to(layer.lora_A)) if part in values else None)
             layer.loads += 1
         if not finite(model):
             raise ValueError(f"what the model answers with it is not finite (lora_alpha={config['lora_alpha']})")
@@ -324,5 +341,5 @@ def load_adapter(model: Any, folder: Path, key: str = "") -> None:
 
 def weights_version(model: nn.Module) -> tuple:
     """Changes with each load, switch and in-place change of an adapter weight (torch counts those itself)."""
-    return tuple((layer.on, layer.loads, layer.lora_A._version, layer.lora_B._version)
+    return tuple((layer.on, layer.loads, *(p._version for p in layer.parameters(recurse=False)))
                  for layer in lora_layers(model).values())

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import torch
 from safetensors import safe_open
@@ -18,13 +18,7 @@ from models.weights import read_json, reading
 Tensors = dict[str, torch.Tensor]
 
 
-class Part(NamedTuple):
-    """What an adapter does to a layer: y = W x + scale B A x."""
-    lora_A: torch.Tensor                               # (r, in)
-    lora_B: torch.Tensor                               # (out, r)
-    scale: float
-
-
+Part = tuple[Tensors, float]                           # a layer's tensors by LoRA's names for them, and its scale
 ANEW = "copy it again, or delete its folder and train it anew"
 MERGE = ("have peft merge it into its base (merge_and_unload, save_pretrained) and give that folder as model=, or train "
          "a LoRA")
@@ -56,6 +50,7 @@ MUST: dict[str, tuple[Callable[[Any], Any], str]] = {
     "rank_pattern": (patterned(is_rank), "a whole number of 1 or more for each pattern"),
     "alpha_pattern": (patterned(is_alpha), "a number above 0 for each pattern"),
     "use_rslora": (lambda v: v in (None, True, False), "true or false"),
+    "use_dora": (lambda v: v in (None, True, False), "true or false"),
     "init_lora_weights": (lambda v: str(v).lower() in "none true false gaussian orthogonal eva mica".split(), CONVERT),
     "target_modules": (lambda v: v is None or is_names(v), "the names of the layers that it changes"),
     "target_parameters": (lambda v: v is None or is_names(v), "the names of the weights that it changes"),
@@ -129,7 +124,7 @@ def read_tensors(file: Path) -> Tensors:
 # its text part. vision_tower and the like are none of these: another layer's tensor is never taken for the text's.
 FRONT = re.compile(r"^(?:(?:base_model|model|language_model|text_model|module)\.)*")
 WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-OF_LORA = re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")        # with the adapter's name, or without
+OF_LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.(?!bias$)[^.]+){0,2}")    # .default, .weight
 
 
 def bare(name: str) -> str:
@@ -141,34 +136,37 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
     """The adapter's part for each layer of the model that it changes, by the layer's name. A tensor without a layer,
     half a pair, one of another size, and a layer that the config promises but the file has not: all raise."""
     linear = {bare(name): name for name in linear_names(model)}
-    pairs: dict[str, dict[str, str]] = {}              # a layer's bare name -> lora_A and lora_B -> the tensor's name
+    sides = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(config.get("use_dora"))]
+    found: dict[str, dict[str, str]] = {}              # a layer's bare name -> side -> the tensor's name
     fronts = {}                                        # ours -> the adapter's
     for tensor, value in tensors.items():
         name = WRAPPED.sub("", tensor).removeprefix("base_model.model.")
-        found = OF_LORA.fullmatch(name)
-        layer = bare(found[1]) if found else ""
-        if not found:
+        match = OF_LORA.fullmatch(name)
+        if not match or match[2] not in sides:
             check_copy(model, tensor, value)
             continue
+        layer, side = bare(match[1]), match[2]
         if layer not in linear:
             raise ValueError(f"it has {tensor}, which this model has not as a linear layer")
-        if found[2] in pairs.setdefault(layer, {}):
-            raise ValueError(f"it has both {pairs[layer][found[2]]} and {tensor}: of two adapters?")
-        pairs[layer][found[2]] = tensor
-        fronts[linear[layer].removesuffix(layer)] = found[1].removesuffix(layer)
-        rank = rank_and_scale(config, found[1])[0]
-        if value.dim() != 2 or value.shape[0 if found[2] == "lora_A" else 1] != rank:
+        if side in found.setdefault(layer, {}):
+            raise ValueError(f"it has both {found[layer][side]} and {tensor}: of two adapters?")
+        found[layer][side] = tensor
+        fronts[linear[layer].removesuffix(layer)] = match[1].removesuffix(layer)
+        rank = rank_and_scale(config, match[1])[0]
+        if side != "lora_magnitude_vector" and (value.dim() != 2 or value.shape[sides.index(side)] != rank):
             raise ValueError(f"{tensor} is {tuple(value.shape)}, but r is {rank} in adapter_config.json")
     parts, head = {}, model.get_output_embeddings()
     for layer, own in linear.items():
-        module, front, pair = model.get_submodule(own), own.removesuffix(layer), pairs.get(layer, {})
+        module, front, names = model.get_submodule(own), own.removesuffix(layer), found.get(layer, {})
         theirs = fronts.get(front, front) + layer      # what peft would match its patterns against
-        lacks = {"lora_A", "lora_B"} - pair.keys()
-        if lacks and (pair or targeted(config, theirs, module is head)):
-            but = "".join(f", while it has {tensor}" for tensor in pair.values())
-            raise ValueError(f"it lacks base_model.model.{theirs}.{min(lacks)}.weight{but}")
-        if pair:
-            parts[own] = part_of(module, config, theirs, {pair[side]: tensors[pair[side]] for side in sorted(pair)})
+        lacks = [side for side in sides if side not in names]
+        if lacks and (names or targeted(config, theirs, module is head)):
+            has = "".join(f", while it has {tensor}" for tensor in names.values())
+            raise ValueError(f"it lacks base_model.model.{theirs}.{lacks[0]}.weight{has}")
+        if names:
+            rank, scale = rank_and_scale(config, theirs)
+            check_shapes(module, rank, {names[side]: tensors[names[side]] for side in sides})
+            parts[own] = {side: tensors[names[side]] for side in sides}, scale
     return parts
 
 
@@ -180,13 +178,11 @@ def linear_names(model: Any) -> list[str]:
             if not reads_weight(type(parent), name)]
 
 
-def part_of(layer: Any, config: dict, name: str, pair: Tensors) -> Part:
-    rank, scale = rank_and_scale(config, name)
+def check_shapes(layer: Any, rank: int, values: Tensors) -> None:
     inside, outside = widths(layer.base if isinstance(layer, LoRA) else layer)
-    for (tensor, value), shape in zip(pair.items(), ((rank, inside), (outside, rank))):
+    for (tensor, value), shape in zip(values.items(), ((rank, inside), (outside, rank), (outside,))):
         if tuple(value.shape) != shape:
             raise ValueError(f"{tensor} is {tuple(value.shape)}, not {shape}")
-    return Part(*pair.values(), scale)
 
 
 def rank_and_scale(config: dict, name: str) -> tuple[int, float]:
@@ -244,7 +240,7 @@ def config_of(model: Any, base_name: str) -> dict:
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=rank[first],
                   lora_alpha=alpha[first], lora_dropout=0.0, bias="none", fan_in_fan_out=False,
                   inference_mode=True, target_modules=target_modules(model, [n for n in layers if n not in weights]))
-    more = dict(target_parameters=[by_name[name] for name in weights],
+    more = dict(use_dora=layers[first].lora_magnitude_vector is not None, target_parameters=[by_name[name] for name in weights],
                 rank_pattern={by_name[name]: rank[name] for name in layers if rank[name] != rank[first]},
                 alpha_pattern={by_name[name]: alpha[name] for name in layers
                                if not math.isclose(alpha[name], alpha[first])})
