@@ -161,8 +161,8 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
         theirs = fronts.get(front, front) + layer      # what peft would match its patterns against
         lacks = [side for side in sides if side not in names]
         if lacks and (names or targeted(config, theirs, module is head)):
-            has = "".join(f", while it has {tensor}" for tensor in names.values())
-            raise ValueError(f"it lacks base_model.model.{theirs}.{lacks[0]}.weight{has}")
+            has = f", while it has {next(iter(names.values()))}" if names else ""
+            raise ValueError(f"it lacks the {lacks[0]} of base_model.model.{theirs}{has}")
         if names:
             rank, scale = rank_and_scale(config, theirs)
             check_shapes(module, rank, {names[side]: tensors[names[side]] for side in sides})

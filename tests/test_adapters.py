@@ -252,10 +252,10 @@ LINES = {
     "no pattern": (dict(rank_pattern={"(q_proj": 4}), "unterminated|missing"),
     "layers by name": (dict(layers_to_transform="all"), "layers_to_transform is 'all'"),
     "another rank there": (dict(rank_pattern={"q_proj": 8}), r"q_proj.lora_A.weight is \(4, 48\), but r is 8"),
-    "more than there is": (dict(target_modules=["q_proj", "up_proj", "down_proj", "v_proj"]), "it lacks .*v_proj.lora_A"),
-    "more by a pattern": (dict(target_modules=r".*_proj"), "it lacks .*_proj.lora_A"),
-    "all linear, by its word": (dict(target_modules="all-linear"), "it lacks .*_proj.lora_A"),
-    "DoRA without magnitudes": (dict(use_dora=True), "it lacks .*lora_magnitude_vector")}
+    "more than there is": (dict(target_modules=["q_proj", "up_proj", "down_proj", "v_proj"]), "it lacks the lora_A of .*v_proj"),
+    "more by a pattern": (dict(target_modules=r".*_proj"), "it lacks the lora_A of .*_proj"),
+    "all linear, by its word": (dict(target_modules="all-linear"), "it lacks the lora_A of .*_proj"),
+    "DoRA without magnitudes": (dict(use_dora=True), "it lacks the lora_magnitude_vector of")}
 
 
 @pytest.fixture(scope="module")
