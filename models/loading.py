@@ -5,9 +5,11 @@ model that sees or hears the text part is loaded, under the names that it has in
 """
 import math
 import sys
+import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import huggingface_hub
 import torch
@@ -35,19 +37,8 @@ SMALL = 16                                             # a stack of matrices wit
 
 def load(name: str, config: Any, four: bool, dtype: torch.dtype, device: str) -> Any:
     """The model of a folder or hub name, in `dtype` but for its 4-bit layers; base_weights tells it from others."""
-    plan = planned(name, config, four, dtype, device)
-    kind = model_class(config)
-    told: dict = dict(config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-                      quantization_config=plan)
-    if plan is not None and four:
-        folder = folder_of(name)
-        loaded = kind.from_pretrained(None, state_dict=on_demand(folder), **told)
-        loaded[0].config.name_or_path = loaded[0].name_or_path = name
-        if (folder / "generation_config.json").is_file():
-            loaded[0].generation_config = GenerationConfig.from_pretrained(folder)
-    else:
-        loaded = kind.from_pretrained(name, variant=variant_of(Path(name)), **told)
-    model, told = loaded
+    with naming_what_did_not_fit():
+        model, told = read(name, config, four, dtype, device)
     met = getattr(model.__dict__.get("hf_quantizer"), "met", Met())
     unexpected = {key for key in told["unexpected_keys"] if not key.startswith(met.left_out)}
     check_tensors(told["missing_keys"], unexpected, {*told["mismatched_keys"], *met.mismatched})
@@ -56,6 +47,34 @@ def load(name: str, config: Any, four: bool, dtype: torch.dtype, device: str) ->
     if ranks.rank() == 0 and (what := reached(model)) != EVERY:
         print(f"note: {visible(name)}: {what}", file=sys.stderr)
     return model
+
+
+def read(name: str, config: Any, four: bool, dtype: torch.dtype, device: str) -> tuple[Any, dict]:
+    """(model, what was missing or too much). On the way to 4 bits files are read tensor by tensor."""
+    plan = planned(name, config, four, dtype, device)
+    asked: dict = dict(config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+                       quantization_config=plan)
+    if not (plan and four):
+        return model_class(config).from_pretrained(name, variant=variant_of(Path(name)), **asked)
+    folder = folder_of(name)
+    model, told = model_class(config).from_pretrained(None, state_dict=on_demand(folder), **asked)
+    model.config.name_or_path = model.name_or_path = name
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, told
+
+
+@contextmanager
+def naming_what_did_not_fit() -> Iterator[None]:
+    """Where tensors cannot be put together as the model has them, transformers tells the names in a report alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            report = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
+            if report:
+                raise ValueError(f"its checkpoint has not what {min(report)} is made of, unlike its config.json") from None
+        raise
 
 
 def folder_of(name: str) -> Path:
@@ -278,6 +297,7 @@ def settled(layer: Any, dtype: torch.dtype) -> Any:
     layer.compute_dtype = dtype
     layer.support_avx512bf16_for_cpu = False             # else a CPU that can repacks them at each switch, rounding
     if type(layer.weight).__name__ == "Params4bit":
+        layer.weight.quant_state.dtype = dtype           # forward works in its input's precision, backward in this
         return layer
     with torch.device("meta"):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False)

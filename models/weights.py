@@ -55,7 +55,7 @@ def variant_of(folder: Path) -> str | None:
     if any((folder / name).is_file() for name in WEIGHTS):
         return None
     for stem, end in (name.rsplit(".", 1) for name in WEIGHTS):
-        for file in sorted(folder.glob(f"{stem}.*.{end}")):
+        for file in [file for file in sorted(folder.glob(f"{stem}.*.{end}")) if "-of-" not in file.name]:
             return file.name.removeprefix(f"{stem}.").removesuffix(f".{end}")
     return None
 
@@ -102,7 +102,11 @@ def check_folder(folder: Path) -> None:
     words = [file.name for file in folder.iterdir() if re.search(TOKENIZER_FILES, file.name)]
     if not words and re.search("Fast$|^TokenizersBackend$", str(kind)):
         raise UserError(f"model: {folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy it there")
-    layers = read_json("model: ", folder / "config.json").get("num_hidden_layers")
+    config = read_json("model: ", folder / "config.json")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise UserError(f"model: {folder / 'config.json'}: quantization_config is {config['quantization_config']!r}, "
+                        f"but must be an object; copy or download it again")
+    layers = config.get("num_hidden_layers")
     if type(layers) is int and layers > len(shapes_of(folder)):             # to make as many would take for ever
         raise UserError(f"model: {folder}: its config.json says {layers} layers, more than its checkpoint has tensors")
 
