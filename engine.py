@@ -218,7 +218,7 @@ class Engine:
         table = model.get_input_embeddings().weight
         self.device, self.dtype = table.device, table.dtype
         # as in older transformers
-        self.cache_name = "cache" if "cache" in lora.takes(type(self.decoder)) else "past_key_values"
+        self.cache_name = "cache" if "cache" in lora.takes(self.decoder) else "past_key_values"
         self.stop, self.slots, self.context, self.temperature = stop, cfg.slots, cfg.context, cfg.temperature
         self.budget = cfg.snapshot_mb * 2**20
         self.cache = SlotCache(cfg.slots, cfg.context)
@@ -390,6 +390,8 @@ class Engine:
 
     def _hidden(self, batch: list[int], tails: list[list[int]]) -> torch.Tensor:
         """Hidden state (B, D) behind the last token of each tail; writes keys and values."""
+        if not self.cache.layers:
+            lora.check_layers(self.model)
         longest = max(map(len, tails))
         starts = torch.tensor([self.live[row].cached for row in batch])
         sizes = torch.tensor([len(tail) for tail in tails])

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from config import UserError
 from leafe import Tree
-from lora import Seen, general, hidden, logits, masks_of
+from lora import Seen, check_layers, general, hidden, logits, masks_of
 
 Weights = dict[int, tuple]              # turn -> what each of its action's tokens weighs: a number for each loss
 
@@ -154,6 +154,7 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor."""
     if not getattr(model, "packs", True):
         return general().token_logp(model, rows)
+    check_layers(model)
     device = next(model.parameters()).device
     longest = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
