@@ -252,7 +252,7 @@ class LoRA(nn.Module):
         device = base.weight.device
         self.lora_A = nn.Parameter(first.to(device))
         self.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))
-        self.register_parameter("lora_magnitude_vector", None)         # (out,), DoRA's alone
+        self.lora_magnitude_vector: nn.Parameter | None = None         # (out,), DoRA's alone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:      # (..., in) -> (..., out)
         y = self.base(x)
@@ -270,7 +270,7 @@ class LoRA(nn.Module):
         """Of the rows of W + (alpha / r) B A. DoRA lets no gradient through them."""
         weight, state = self.base.weight, getattr(self.base.weight, "quant_state", None)
         if state is not None:
-            weight = installed("bitsandbytes", "bitsandbytes", "4 bits").functional.dequantize_4bit(weight.data, state)
+            weight = loading().bitsandbytes().functional.dequantize_4bit(weight.data, state)
         weight = weight.T if hasattr(self.base, "nx") else weight                       # Conv1D keeps it (in, out)
         return (weight + self.scale * self.lora_B @ self.lora_A).norm(dim=1)
 
@@ -303,15 +303,14 @@ def adapter_off(model: nn.Module, off: bool = True) -> Iterator[None]:
             layer.on = on
 
 
-def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
+def save_adapter(model: nn.Module, folder: Path, base_name: str, alike: bool = False) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT does; peft and vLLM load them as is. base.json
-    beside them names the base by its weights."""
-    layers = lora_layers(model)
+    beside them names the base by its weights. `alike`: with one r and one alpha for all layers, for those who know no
+    patterns of them."""
     if ranks.rank():
         ranks.wait_for_all()
         return
-    tensors = {f"base_model.model.{name}.{part}{'.weight' * (value.dim() == 2)}": value.detach().cpu().contiguous()
-               for name, layer in layers.items() for part, value in layer.named_parameters(recurse=False)}
+    tensors = adapters().tensors_of(model, alike)
     if not all(value.isfinite().all() for value in tensors.values()):
         raise UserError(f"{folder}: the adapter is not finite, so it is not saved; lower lr= or lora_alpha=")
     folder.mkdir(parents=True, exist_ok=True)
@@ -320,7 +319,7 @@ def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
     with aside(folder / "base.json") as file:
         file.write_text(json.dumps(dict(name=base_name, weights=files().base_digest(model))))
     with aside(folder / "adapter_config.json") as file:
-        file.write_text(json.dumps(adapters().config_of(model, base_name), indent=1))
+        file.write_text(json.dumps(adapters().config_of(model, base_name, alike), indent=1))
     ranks.wait_for_all()
 
 

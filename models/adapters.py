@@ -9,6 +9,7 @@ from typing import Any, Callable
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 import ranks
 from config import UserError, visible
@@ -230,12 +231,32 @@ def check_copy(model: Any, tensor: str, value: torch.Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what is saved
-def config_of(model: Any, base_name: str) -> dict:
+def tensors_of(model: Any, alike: bool) -> Tensors:
+    """By peft's names. `alike`: of the largest rank all (zeros add nothing), B times what the scale is more than the
+    first layer's."""
+    found: Tensors = {}
+    layers = lora_layers(model)
+    rank, scale = max(len(layer.lora_A) for layer in layers.values()), next(iter(layers.values())).scale
+    for name, layer in layers.items():
+        for part, value in layer.named_parameters(recurse=False):
+            value, more = value.detach().cpu(), rank - len(layer.lora_A)
+            if alike and part == "lora_A":
+                value = nn.functional.pad(value, (0, 0, 0, more))
+            if alike and part == "lora_B":
+                value = nn.functional.pad(value * (layer.scale / scale), (0, more))
+            found[f"base_model.model.{name}.{part}{'.weight' * (value.dim() == 2)}"] = value.contiguous()
+    return found
+
+
+def config_of(model: Any, base_name: str, alike: bool) -> dict:
     """adapter_config.json, for peft to find the layers of `model` and their scales, and no others."""
     layers = lora_layers(model)
-    rank = {name: layer.lora_A.shape[0] for name, layer in layers.items()}
-    alpha = {name: layer.scale * rank[name] for name, layer in layers.items()}
     first, weights = next(iter(layers)), targets_as_weights(model, list(layers))
+    rank = {name: len(layer.lora_A) for name, layer in layers.items()}
+    alpha = {name: layer.scale * rank[name] for name, layer in layers.items()}
+    if alike:
+        rank = dict.fromkeys(layers, max(rank.values()))
+        alpha = dict.fromkeys(layers, layers[first].scale * rank[first])
     by_name = {name: f"{name}.weight" if name in weights else name for name in layers}
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=rank[first],
                   lora_alpha=alpha[first], lora_dropout=0.0, bias="none", fan_in_fan_out=False,
@@ -248,15 +269,17 @@ def config_of(model: Any, base_name: str) -> dict:
 
 
 def target_modules(model: Any, layers: list[str]) -> list[str]:
-    """The last words of their names; the whole names where other modules end so, too."""
+    """The last words of their names; the whole names where other modules end so, too, or might, in parts of the model
+    that were not loaded."""
     ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    caught = [name for name, _ in model.named_modules() if ends_with(name, ends)]
-    return ends if set(caught) <= set(layers) else sorted(layers)
+    caught = {name for name, _ in model.named_modules() if ends_with(name, ends)}
+    left_out = any(part is None for module in model.modules() for part in module._modules.values())
+    return ends if caught <= set(layers) and not left_out else sorted(layers)
 
 
 def targets_as_weights(model: Any, layers: list[str]) -> list[str]:
     """In a model whose experts are stacked, peft takes these words for the experts, wherever they stand, and in
     whatever form target_modules has. Such layers are found by their weights, in target_parameters."""
     stacked = any(re.search(r"experts\.(parametrizations\.)?(gate_up|down)_proj", name) for name in model.state_dict())
-    words = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3") if stacked else ()
-    return [name for name in layers if ends_with(name, words)]
+    words = "gate gate_proj up_proj down_proj w1 w2 w3".split()
+    return [name for name in layers if stacked and ends_with(name, words)]

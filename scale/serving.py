@@ -28,7 +28,7 @@ from typing import Any, Iterator
 import ranks
 from config import UserError, visible
 from engine import Ask, Engine, Job
-from lora import find_model, lora_layers
+from lora import find_model, lora_layers, save_adapter
 from run import Policy
 
 
@@ -44,7 +44,7 @@ def served(policy: Policy) -> Path | None:
     for older in folder.parent.glob("leafe-*"):
         if older != folder and ranks.rank() == 0:
             shutil.rmtree(older)
-    policy.save(folder)
+    save_adapter(policy.model, folder, policy.cfg.model, alike=True)       # servers know no patterns of ranks
     return folder
 
 
@@ -155,6 +155,9 @@ class Server:
 
     def _take(self, name: str, folder: Path) -> bool:
         """Hand an adapter over; False if the server takes none."""
+        if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
+            self.why = Refused("DoRA")                   # which vLLM says itself, and others may not
+            return False
         body = dict(lora_name=name, lora_path=str(folder.resolve()))
         for root, asked_by in ((self.url, dict(model=name)),                                         # vLLM
                                (self.url.removesuffix("/v1"), dict(self.model, lora_path=name))):    # SGLang

@@ -317,3 +317,18 @@ def test_an_adapter_of_a_family_that_peft_treats_specially_is_exact_both_ways(na
     theirs.save_pretrained(tmp_path / "theirs")
     assert torch.allclose(logits(loaded(base, tmp_path / "theirs")), logits(ours), atol=2e-5)
     assert any(isinstance(layer, LoRA) for layer in ours.modules())
+
+
+def test_an_adapter_of_many_ranks_is_saved_with_one_for_those_who_know_no_patterns(llama, plain, tmp_path):
+    """vLLM reads r and lora_alpha, and takes no notice of patterns."""
+    made(llama, tmp_path / "theirs", **KINDS["patterns of rsLoRA"])
+    model = loaded(llama, tmp_path / "theirs")
+    save_adapter(model, tmp_path / "alike", "llama", alike=True)
+    config = json.loads((tmp_path / "alike" / CONFIG).read_text())
+    assert config["r"] == 7 and not config.keys() & {"rank_pattern", "alpha_pattern", "use_rslora"}
+    assert torch.allclose(logits(in_peft(llama, tmp_path / "alike")), logits(model), atol=1e-5)
+    model = loaded(llama, plain)
+    for alike in (True, False):
+        save_adapter(model, tmp_path / f"{alike}", "llama", alike)
+    for name in (CONFIG, WEIGHTS):                                             # nothing is changed where nothing need be
+        assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes()
