@@ -342,7 +342,7 @@ def distilled(folder, settings, trees, stop, until=None, **extra):
 
 
 def test_a_resumed_distillation_equals_an_uninterrupted_one(grown, tiny, settings, tmp_path):
-    trees = grown[1][:6]
+    trees = grown[1][:4]
     whole, records = distilled(tmp_path / "a", settings, trees, tiny[1].stop)
     assert records[-1]["L_cf"] < records[0]["L_cf"]
     for until in (1, 2, 5, 7):
