@@ -175,8 +175,8 @@ class SlotCache:
 
     def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.layers):                    # (B, H, T, D); latent keys and values differ in H and D
-            self.layers.append(tuple(new.new_zeros(self.held, new.shape[1], self.capacity + 1, new.shape[3])
-                                     for new in (k, v)))
+            empty = [x.new_zeros(self.held, x.shape[1], self.capacity + 1, x.shape[3]) for x in (k, v)]
+            self.layers.append((empty[0], empty[1]))
         seen = []
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[self.rows[:, None], :, self.at] = new.transpose(1, 2)
