@@ -6,91 +6,32 @@
               _step a turn of it: admit waiting episodes, forward, sample, hand out what is finished
 """
 import random
-import re
 import sys
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Generator, Iterator
+from datetime import datetime
+from types import ModuleType
+from typing import Any, Generator, Iterator, Sequence
 
 import torch
 
 import lora
-import ranks
 from config import Config, UserError
-
-BREAK = "\ue000"                        # of no script
 
 
 class Chat:
-    """A conversation is first(system, user), reply, next(user), reply, ...; the reply is the model's own ids, the
-    rest is found by rendering the chat template once with sentinels. If a reply was cut off before its end-of-turn
-    token, next(..., cut=True) adds that token, so that every context is well formed."""
-    def __init__(self, tokenizer, thinking: bool = False):
-        if not tokenizer.chat_template:
-            raise UserError(f"model: {tokenizer.name_or_path} has no chat template; choose an instruction-tuned model")
-        self.tokenizer, self.thinking = tokenizer, thinking
-        marks = ["\u27e6sys\u27e7", "\u27e6one\u27e7", "\u27e6two\u27e7", "\u27e6three\u27e7"]
-        turns = [dict(role=r, content=mark) for r, mark in zip(("system", "user", "assistant", "user"), marks)]
-        joined = [dict(role="user", content=marks[0] + "\n\n" + marks[1]), *turns[2:]]
-        for messages in (turns, joined):                # without a system role, rules open the first user message;
-            text = self._render(messages)               # so too where the template would move them to the last
-            at = [text.find(mark) for mark in marks] if text else [-1]
-            if min(at) >= 0 and sorted(at) == at:
-                break
-        else:
-            raise UserError(f"model: the chat template of {tokenizer.name_or_path} loses or reorders messages")
-        self.system_role = messages is turns
-        ends = [start + len(mark) for start, mark in zip(at, marks)]
-        self.head, self.system_to_user = text[:at[0]], text[ends[0]:at[1]]
-        self.reply_to_user, self.user_to_reply = text[ends[2]:at[3]], text[ends[3]:]
-        self.told_of_unknown = not tokenizer.is_fast            # once a run; slow tokenizers tell no place
-        self.ids = lru_cache(maxsize=1 << 16)(self._encode)       # the same observations come again and again
-        template = str(tokenizer.chat_template)
-        self.control = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
-                        if token.special or token.content.strip() and token.content in template}
-        self.control.pop(tokenizer.unk_token_id, None)
-        if not self.ids(self.reply_to_user):
-            raise UserError(f"model: the chat template of {tokenizer.name_or_path} does not mark a reply's end")
-        self.end = self.ids(self.reply_to_user)[0]       # of a reply
-        self.stop = {self.end} | {i for i in [tokenizer.eos_token_id] if i is not None}
-
-    def _render(self, messages: list[dict]) -> str | None:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                      enable_thinking=self.thinking)      # for those that know it
-        except Exception:                               # a template's own jinja errors for a missing role
-            return None
-
-    def _encode(self, *parts: str) -> list[int]:
-        """The ids of the template's pieces and of text, in turn, encoded together. Text is the world's, or a model's:
-        where it says what the template's control tokens say, it is taken apart, so that none of them comes of it."""
-        said = [part.encode("utf-8", "replace").decode() for part in parts]       # half a surrogate pair is no text
-        ids = self._tokens("".join(said))
-        if len(said) == 1:
-            return ids
-        own = sum(self._controls(self._tokens(piece)) for piece in said[::2])
-        control = re.compile("|".join(map(re.escape, self.control.values())), re.I)
-        for apart in (lambda text: control.sub(lambda found: BREAK.join(found[0]), text), BREAK.join):
-            if self._controls(ids) == own:
-                break
-            said[1::2] = map(apart, said[1::2])
-            ids = [i for piece in "".join(said).split(BREAK) for i in self._tokens(piece)]
-        return ids
-
-    def _controls(self, ids: list[int]) -> int:
-        return sum(i in self.control for i in ids)
-
-    def _tokens(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        unknown = self.tokenizer.unk_token_id
-        if unknown in ids and self.tokenizer.unk_token not in text and not self.told_of_unknown and ranks.rank() == 0:
-            self.told_of_unknown = True
-            start, end = self.tokenizer(text, add_special_tokens=False).token_to_chars(ids.index(unknown))
-            print(f"note: the model's vocabulary lacks words that are said here, like {text[start:end].strip(' ')!r}: "
-                  f"it does not see them", file=sys.stderr)
-        return ids
+    """A conversation is first(system, user), reply, next(user), reply, ...; the reply is the model's own ids, the rest
+    is found by rendering the chat template once with marks (models/template.py). If a reply was cut off before it came
+    to an end that the template knows, next(..., cut=True) adds that, so that every context is well formed."""
+    def __init__(self, tokenizer, thinking: bool = False, eos: Sequence[int] = (), date: datetime | None = None):
+        """`eos`: end tokens besides the tokenizer's; `date`: what a template that asks is told, the run's."""
+        self.template = found = template_file().find(tokenizer, thinking, eos, date)
+        self.tokenizer, self.thinking, self.system_role = tokenizer, thinking, found.system_role
+        self.head, self.system_to_user = found.head, found.system_to_user
+        self.user_to_reply, self.reply_to_user = found.user_to_reply, found.reply_to_user
+        self.end, self.stop, self.control = found.end, found.stop, found.control
+        self.ids = template_file().Encoder(tokenizer, found.control).ids
 
     def glimpse(self, obs: str, limit: int) -> str:
         """An observation of more than `limit` tokens as the policy sees it: its head and its tail."""
@@ -101,15 +42,35 @@ class Chat:
         return f"{self.text(ids[:half])}\n...\n{self.text(ids[-half:])}".replace("\ufffd", "")
 
     def text(self, ids: list[int]) -> str:
-        """What a reply says, for people and parsers; the ids stay the truth."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """What a reply says, for people and parsers; the ids stay the truth. A thought that only control tokens set
+        apart from the answer is left out."""
+        answer = max((n + 1 for n, i in enumerate(ids) if i in self.template.answers), default=0)
+        return self.tokenizer.decode(ids[answer:], skip_special_tokens=True).strip()
 
     def first(self, system: str, user: str) -> list[int]:
+        if not self.system_role:
+            return self.ids(self.head, self.template.strip(system + self.system_to_user + user), self.user_to_reply)
+        system, user = self.template.strip_system(system), self.template.strip(user)
         return self.ids(self.head, system, self.system_to_user, user, self.user_to_reply)
 
     def next(self, user: str, cut: bool = False) -> list[int]:
-        ids = self.ids(self.reply_to_user, user, self.user_to_reply)
-        return ids if cut else ids[1:]                  # the reply ended with this token itself
+        opens, before = ((self.reply_to_user, self.template.behind_cut) if cut else
+                         (self.template.rest, self.template.behind_end))
+        return self.ids(opens, self.template.strip(user), self.user_to_reply, behind=before)
+
+    def cut(self, reply: list[int]) -> bool:
+        """Is the template's end of it still to come? Whatever else the model stopped at is part of what it said."""
+        return reply[-1] not in self.template.ends
+
+    def reply(self, text: str) -> list[int]:
+        """A whole reply that says this, as the template writes it behind a user's message."""
+        return self.ids(self.template.opening, text, self.template.closing, behind=self.user_to_reply)
+
+
+def template_file() -> ModuleType:
+    """The door of models/template.py: what a chat template says around messages, and where a reply ends."""
+    from models import template
+    return template
 
 
 @dataclass

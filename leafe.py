@@ -197,7 +197,7 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
             return branch
         h = [i for turn in past[:-1] for i in turn.ids]              # h_tau, without o_tau
         seen = h                                                     # what pi sees; not h if e is kept
-        cut = bool(past[:-1]) and past[-2].action_ids[-1] not in chat.stop
+        cut = bool(past[:-1]) and chat.cut(past[-2].action_ids)
         for t in range(tau, horizon + 1):
             shown = chat.glimpse(obs, cfg.observation_tokens)
             branch.clipped += shown != obs
@@ -212,7 +212,7 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
             if action_ids is None:
                 branch.end = "context"
                 break
-            cut = action_ids[-1] not in chat.stop
+            cut = chat.cut(action_ids)
             action = ask(env, "action", chat.text(action_ids))
             outcome = yield from visit(env, "step", action)
             branch.steps += 1

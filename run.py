@@ -21,7 +21,7 @@ from torch import nn
 
 import ranks
 from config import Config, Dumper, UserError, kept_config, read_text, visible
-from engine import Chat, Engine
+from engine import Chat, Engine, template_file
 from envs import Env, ask, closing, env_class, make_env
 from lora import (adapter_off, add_lora, find_model, general, load_adapter, load_model, lora_layers, lora_parameters,
                   save_adapter)
@@ -46,7 +46,8 @@ class Policy:
     def open(cfg: Config, adapter: str, key: str) -> "Policy":
         """`key`: where the user named the adapter that it begins with, init or adapter."""
         model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
-        policy = Policy(model, Chat(tokenizer, cfg.thinking), cfg)
+        eos = template_file().eos_of(model, find_model(cfg.model))
+        policy = Policy(model, Chat(tokenizer, cfg.thinking, eos, report_file().today(cfg)), cfg)
         if adapter:
             policy.load(Path(adapter), f"{key}: ")
         return policy
@@ -239,7 +240,7 @@ class RunFolder:
         if ranks.rank() == 0:
             self._hold(config)
             self._settle(config)
-            report_file().tell(self.path)              # run.json
+            report_file().tell(self.path, report_file().today(config))       # run.json
             for name in {part.name.split(".")[0] for part in self.path.glob("*.part")}:      # killed before
                 Jsonl(self.path / f"{name}.jsonl")                                           # repairs it
                 absorb(self.path / f"{name}.jsonl")

@@ -57,7 +57,7 @@ def alternatives(run: Run, tree: Tree, turn: int):
     if cfg.early_experience == "reflection":
         text = TURN.format(t=t, obs=glimpse(run, path[-1])) + WHY.format(
             action=path[-1].action, tried="\n".join(f"{action}: {obs}" for action, obs in tried.items()))
-        message = chat.first(env.rules, text) if t == 1 else chat.next(text, path[-2].action_ids[-1] not in chat.stop)
+        message = chat.first(env.rules, text) if t == 1 else chat.next(text, chat.cut(path[-2].action_ids))
         why = (yield Ask(h + message, cfg.reflect_tokens, cfg.reflect_temperature)) or []
     ask(env, "close")
     return dict(task=tree.task, turn=turn, tried=tried, why=why, steps=len(tried) - 1,
@@ -109,8 +109,8 @@ def foreseen(run: Run, path: list[Turn], tried: dict[str, str]) -> list[Segment]
     segments = [Segment(trunk, [0.0] * len(trunk), None)] if trunk else []
     for action, obs in tried.items():
         text = TURN.format(t=len(path), obs=glimpse(run, path[-1])) + WHAT_IF.format(action=action)
-        asked = (chat.next(text, path[-2].action_ids[-1] not in chat.stop) if trunk else chat.first(rules, text))
-        answer = chat.ids("", chat.glimpse(obs, run.cfg.observation_tokens)) + [chat.end]
+        asked = chat.next(text, chat.cut(path[-2].action_ids)) if trunk else chat.first(rules, text)
+        answer = chat.reply(chat.glimpse(obs, run.cfg.observation_tokens))
         segments.append(Segment(asked + answer, [0.0] * len(asked) + [1.0] * len(answer), 0 if trunk else None))
     return segments
 
@@ -118,7 +118,7 @@ def foreseen(run: Run, path: list[Turn], tried: dict[str, str]) -> list[Segment]
 def reasoned(chat: Chat, path: list[Turn], why: list[int]) -> list[Segment]:
     """-log p(why, a | s): the policy's own reason, then the demonstrated action."""
     seen = [i for turn in path[:-1] for i in turn.ids] + path[-1].obs_ids
-    answer = [i for i in why if i not in chat.stop] + chat.ids("\n") + path[-1].action_ids
+    answer = [i for i in why if i not in chat.stop] + chat.ids("\n", behind=":") + path[-1].action_ids
     return [Segment(seen + answer, [0.0] * len(seen) + [1.0] * len(answer), None)]
 
 

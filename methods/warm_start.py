@@ -35,7 +35,7 @@ class Shown:
         return self.add(head, reply, parent, (weight, 0.0))
 
     def add(self, head: list[int], reply: str, parent: int | None, weight: tuple[float, float]) -> int:
-        ids = [*self.chat.ids(reply), self.chat.end]
+        ids = self.chat.reply(reply)
         self.segments.append(Segment(head + ids, [(0.0, 0.0)] * len(head) + [weight] * len(ids), parent))
         return len(self.segments) - 1
 

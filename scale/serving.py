@@ -143,7 +143,7 @@ class Server:
         if why not in ("stop", "length", None):          # abort, error, content_filter: no sample of pi
             raise UserError(f"engine: {self.url} broke a reply off ({why}); the same command goes on from here")
         if reply is None:
-            reply = self.chat.ids(text)[:max_new]
+            reply = self.chat.ids(text, behind=self.chat.user_to_reply)[:max_new]
             ended = why == "stop" or self.dialect == 1 and len(reply) == drawn - 1      # it says length for both
             reply = [*reply, self.chat.end] if ended else reply
         elif why == "stop" and not (reply and reply[-1] in self.chat.stop):

@@ -83,9 +83,9 @@ from leafe import Tree, episode, grow, read_reflection
 from run import Policy, Run
 
 class Chat:                                     # bytes in place of tokens, 0 ends a reply
-    stop = {0}
     def first(self, system, user): return list((system + user).encode())
     def next(self, user, cut): return list(user.encode())
+    def cut(self, reply): return reply[-1] != 0
     def glimpse(self, obs, limit): return obs
     def text(self, ids): return bytes(ids[:-1]).decode()
 

@@ -1,34 +1,55 @@
-"""Chat pieces on the chat templates of real models, as the packages trl and axolotl ship them."""
+"""Chat pieces on the chat templates of real models: as the packages trl and axolotl ship them, and data/templates.yaml."""
 import copy
+import json
 import re
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+import yaml
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import needs_package
-from engine import Chat
+from conftest import ROOT, needs_package
+from config import UserError
+from engine import Chat, template_file
+from models.template import clock_at, with_flag
+from run import RunFolder
+from tools import report
 
 TRL, AXOLOTL = "trl/chat_templates/", "axolotl/utils/chat_templates/templates/"
-MODELS = {                                             # template -> (the end of a turn, has a system role)
-    TRL + "qwen2_5": ("<|im_end|>", True),
-    TRL + "qwen3": ("<|im_end|>", True),
-    TRL + "qwen3_instruct_2507": ("<|im_end|>", True),
-    TRL + "llama3": ("<|eot_id|>", True),
-    TRL + "llama3_1": ("<|eot_id|>", True),
-    TRL + "gemma": ("<end_of_turn>", False),
-    TRL + "gemma3": ("<end_of_turn>", True),
-    TRL + "phi3": ("<|end|>", True),
-    AXOLOTL + "mistral_v1": ("</s>", True),
-    AXOLOTL + "mistral_v2v3": ("</s>", False),
-    AXOLOTL + "mistral_v7_tekken": ("</s>", True)}
-RULES, ONE, TWO = "You are in a house.", "step 1: find the crown.", "step 2: the attic is dark."
+MODELS = {                                  # template -> (the end of a turn, has a system role, has a thought)
+    TRL + "qwen2_5": ("<|im_end|>", True, False),
+    TRL + "qwen3": ("<|im_end|>", True, True),
+    TRL + "qwen3_instruct_2507": ("<|im_end|>", True, False),
+    TRL + "qwen3_5_think": ("<|im_end|>", True, True),
+    TRL + "llama3": ("<|eot_id|>", True, False),
+    TRL + "llama3_1": ("<|eot_id|>", True, False),
+    TRL + "gemma": ("<end_of_turn>", False, False),
+    TRL + "gemma3": ("<end_of_turn>", True, False),
+    TRL + "gemma4": ("<turn|>", True, True),
+    TRL + "phi3": ("<|end|>", True, False),
+    TRL + "cohere": ("<|END_OF_TURN_TOKEN|>", True, False),
+    TRL + "deepseek_r1_distill": ("<｜end▁of▁sentence｜>", True, True),
+    TRL + "glm4moe": ("<|user|>", True, True),
+    TRL + "gptoss": ("<|return|>", True, True),
+    TRL + "nemotron_3_nano": ("<|im_end|>", True, True),
+    TRL + "smolvlm": ("<end_of_utterance>", True, False),
+    AXOLOTL + "exaone4": ("[|endofturn|]", True, True),
+    AXOLOTL + "phi_4": ("<|im_end|>", True, True),
+    AXOLOTL + "metharme": ("</s>", True, False),
+    AXOLOTL + "mistral_v1": ("</s>", True, False),
+    AXOLOTL + "mistral_v2v3": ("</s>", False, False),
+    AXOLOTL + "mistral_v7_tekken": ("</s>", True, False)}
+WRITTEN = yaml.safe_load((ROOT / "tests/data/templates.yaml").read_text(encoding="utf-8"))
+RULES, ONE, TWO, THREE = "You are in a house.", "step 1: find the crown.", "step 2: the attic is dark.", "step 3: well done."
+CONTROL = r"<[|\uff5c][^<>{}'\s]+[|\uff5c]>|<\|\w+>|<\w+\|>|<\w+_of_\w+>|</?s>|\[/?[A-Z_]+\]|\[\|\w+\|\]|</?think>|\[gMASK\]|<sop>"
 
 
 def tokens_of(source: str) -> set[str]:
-    return set(re.findall(r"<\|\w+\|>|<\w+_of_turn>|</?s>|\[/?[A-Z_]+\]|</?think>", source))
+    return set(re.findall(CONTROL, source))
 
 
 def tokenizer_with(name: str, tokenizer):
@@ -36,13 +57,34 @@ def tokenizer_with(name: str, tokenizer):
     needs_package(name.split("/")[0])
     root, _, rest = name.partition("/")
     source = (Path(find_spec(root).submodule_search_locations[0]) / f"{rest}.jinja").read_text(encoding="utf-8")
-    end = MODELS[name][0]
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer._tokenizer.normalizer = None             # tiny's own writes all in lower case
+    return dressed(copy.deepcopy(tokenizer), source, MODELS[name][0])
+
+
+def dressed(tokenizer, source: str, end: str, *more: str):
     tokenizer.add_special_tokens(dict(bos_token="<s>", eos_token=end, additional_special_tokens=sorted(
-        tokens_of(source) - {"<s>", end})))
+        {*tokens_of(source), *more} - {"<s>", end})))
     tokenizer.chat_template = source
     return tokenizer
+
+
+def rendered(chat: Chat, date: datetime | None = None) -> str:
+    """What the template says of a whole conversation."""
+    variables, flag = chat.template.way
+    messages = [dict(role="system", content=RULES), dict(role="user", content=ONE)] if chat.system_role else [
+        dict(role="user", content=f"{RULES}\n\n{ONE}")]
+    messages += [dict(role="assistant", content="go attic"), dict(role="user", content=TWO),
+                 dict(role="assistant", content="take the lamp"), dict(role="user", content=THREE)]
+    if flag:
+        messages[0]["content"] = messages[0]["content"].replace(RULES, f"{RULES}\n{flag}")
+    if chat.template.parts:
+        messages = [dict(one, content=[dict(type="text", text=one["content"])]) for one in messages]
+    with clock_at(date or datetime.now()):
+        return chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+
+
+def said(chat: Chat) -> list[int]:
+    """The same conversation, grown turn by turn."""
+    return chat.first(RULES, ONE) + chat.reply("go attic") + chat.next(TWO) + chat.reply("take the lamp") + chat.next(THREE)
 
 
 def in_bytes():
@@ -87,21 +129,79 @@ def test_text_that_a_normalizer_turns_into_a_control_token_is_text(normal, text)
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("thinking", [False, True])
-def test_pieces_rebuild_what_a_real_model_s_template_renders(name, thinking, tiny):
-    end, system = MODELS[name]
-    tokenizer = tokenizer_with(name, tiny[1].tokenizer)
-    source = tokenizer.chat_template
+def test_pieces_rebuild_what_a_real_model_s_template_renders(name, thinking):
+    tokenizer = tokenizer_with(name, in_bytes())
+    end, system, thinks = MODELS[name]
+    if thinking and not thinks:
+        with pytest.raises(UserError, match="^thinking: .* has no variable for it"):
+            Chat(tokenizer, True)
+        return
     chat = Chat(tokenizer, thinking)
     assert (chat.system_role, tokenizer.decode([chat.end])) == (system, end)
-    head = [dict(role="system", content=RULES), dict(role="user", content=ONE)] if system else [
-        dict(role="user", content=f"{RULES}\n\n{ONE}")]
-    rendered = tokenizer.apply_chat_template(
-        [*head, dict(role="assistant", content="go attic"), dict(role="user", content=TWO)], tokenize=False,
-        add_generation_prompt=True, enable_thinking=thinking)
-    opened = chat.user_to_reply.rpartition("assistant\n")[2] if "<think>" in chat.user_to_reply else ""
-    said = chat.head + RULES + chat.system_to_user + ONE + chat.user_to_reply + "go attic" + chat.reply_to_user + TWO
-    rendered = rendered.replace("[/INST] go", "[/INST]go")               # a blank, which a reply brings along
-    assert (said + chat.user_to_reply).replace(opened + "go attic", "go attic") == rendered
-    assert bool(opened) == (name == TRL + "qwen3" and not thinking)      # its empty thought: kept where it was said
-    assert chat.first(RULES, ONE).count(tokenizer.bos_token_id) == ("bos_token" in source)
-    assert chat.next(TWO, cut=True) == [chat.end] + chat.next(TWO)
+    # earlier turns keep what the prompt put before the words, and the end that the model gave them
+    found, grown = chat.template, tokenizer.decode(said(chat))
+    for words in ("go attic", "take the lamp"):
+        shown = chat.user_to_reply.removesuffix(found.asked) + found.shown + words + found.ended
+        grown = grown.replace(chat.user_to_reply + found.opening + words + found.closing, shown)
+    assert grown == rendered(chat)
+    assert chat.first(RULES, ONE).count(tokenizer.bos_token_id) == ("bos_token" in tokenizer.chat_template)
+
+
+# ------------------------------------------------------------------------------------ where a reply ends, and blanks
+
+def trained(pieces: str):
+    """A tokenizer of this kind, made of a few sentences: bytes, or as sentencepiece makes them, which puts a blank before a
+    text alone: first, always, never; or, as converted earlier, after each control token, too (legacy)."""
+    words = [RULES, ONE, TWO, THREE, "go attic", "take the lamp", "assistant\nuser\nsystem\n\n", "USER: x ASSISTANT: y"] * 3
+    byte = pre_tokenizers.ByteLevel.alphabet()
+    if pieces == "bytes":
+        plain = Tokenizer(models.BPE())
+        plain.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+                                 "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        plain.decoder = decoders.ByteLevel()
+        plain.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, initial_alphabet=byte, show_progress=False))
+        return PreTrainedTokenizerFast(tokenizer_object=plain)
+    plain = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    plain.train_from_iterator(words, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", *(f"<0x{i:02X}>" for i in range(256))], show_progress=False))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=pieces, split=False) if pieces != "legacy" else None
+    if pieces == "legacy":
+        plain = Tokenizer.from_str(json.dumps(json.loads(plain.to_str()) | dict(pre_tokenizer=None)))
+        plain.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    plain.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+
+
+def written(name: str, pieces: str = "bytes", thinking: bool = False, date: datetime | None = None) -> Chat:
+    """The chat of a template of data/templates.yaml."""
+    ends = WRITTEN[name]["ends"]
+    tokenizer = dressed(trained(pieces), WRITTEN[name]["source"], *ends)
+    return Chat(tokenizer, thinking, tokenizer.convert_tokens_to_ids(ends), date)
+
+
+@pytest.mark.parametrize("pieces", ["bytes", "first", "always", "never", "legacy"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_conversation_grown_turn_by_turn_has_the_ids_that_its_template_gives_the_whole(name, pieces):
+    chat, tokenizer = written(name, pieces), None
+    tokenizer, facts = chat.tokenizer, WRITTEN[name]
+    assert chat.stop == set(tokenizer.convert_tokens_to_ids(facts["ends"])) and chat.template.closing == facts["closing"]
+    whole = rendered(chat)
+    there, here = facts.get("ours", ["$^", ""])
+    expected = tokenizer.encode(re.sub(there, lambda _: here, whole), add_special_tokens=False)
+    assert said(chat) == expected
+    # a reply that is cut off goes on as if it had come to its end
+    words = chat.reply("go attic")
+    closing = chat.ids(chat.template.closing, behind=chat.user_to_reply + chat.template.opening + "go attic")
+    cut = words[:len(words) - len(closing)]
+    assert chat.cut(cut) and not chat.cut(words)
+    if chat.template.ended:
+        assert cut + chat.next(TWO, cut=True) == words + chat.next(TWO)
+    else:
+        assert tokenizer.decode(cut + chat.next(TWO, cut=True)) in whole
+    # whatever else the model stops at is part of what it said, and the template's end follows
+    for other in chat.stop - {chat.end}:
+        assert chat.cut([*cut, other])
+        assert tokenizer.decode([*cut, other, *chat.next(TWO, True)]) == tokenizer.decode(cut) + tokenizer.decode(
+            [other]) + tokenizer.decode(words + chat.next(TWO)).removeprefix(tokenizer.decode(cut))

@@ -15,6 +15,7 @@ from collections import Counter
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass, replace
+from datetime import date, datetime
 from functools import lru_cache
 from hashlib import sha256
 from html import escape
@@ -103,18 +104,34 @@ def about() -> dict[str, Any]:
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 
-def tell(folder: Path) -> None:
+def tell(folder: Path, day: datetime | None = None) -> None:
     """run.json: how this run was begun; the starts that went on with it are listed behind, where they differ."""
     path, now = folder / "run.json", about()
-    told = read_json(path, MADE, now | {"continued": []})
+    told = read_json(path, MADE, now | {"today": (day.isoformat() if day else now["date"])[:10], "continued": []})
     if path.exists():
         told["continued"].append({key: value for key, value in now.items() if key == "date" or value != told.get(key)})
     write_aside(path, json.dumps(told, indent=1) + "\n")
 
 
+def today(cfg: Config) -> datetime:
+    """The date that a chat template is told if it asks: when this run was begun, or the one that it goes on from, so
+    that a conversation reads the same after midnight."""
+    built_on = [Path(cfg.trees)] * bool(cfg.trees) + [Path(adapter).parent for adapter in (cfg.init, cfg.adapter) if adapter]
+    for folder in [Path(cfg.out), *built_on]:
+        told = read_json(folder / "run.json", MADE, {})
+        day = told.get("today") or told.get("date", "")[:10]
+        if day:
+            try:
+                return datetime.fromisoformat(day)
+            except ValueError:
+                raise UserError(f"{folder / 'run.json'}: its date is {short(day)}, not like 2026-11-28; restore it, or "
+                                f"delete it") from None
+    return datetime.combine(date.today(), datetime.min.time())
+
+
 # ------------------------------------------------------------------------------------------ what a run's files hold
 
-MADE = {"command": str, "date": str, "continued": list, "made_by?": str}          # run.json
+MADE = {"command": str, "date": str, "today?": str, "continued": list, "made_by?": str}          # run.json
 RECORDS: dict[str, tuple[Any, ...]] = {              # file: what a line holds (a "?": may lack), and what names it
     "trees.jsonl": (Branch, "round", "task", "name"),
     "samples.jsonl": ({"policy": str, "weights": str, "task": str, "sample": int, "difficulty": str, "success": bool,
@@ -199,7 +216,8 @@ def read_json(path: Path, kind: Any, otherwise: Any) -> Any:
     except (ValueError, RecursionError):
         fault = "it is damaged"
     if fault:
-        raise UserError(f"{path}: {fault}; restore it, or delete it: no result depends on it")
+        but = " but a date in the chat template" if path.name == "run.json" else ""
+        raise UserError(f"{path}: {fault}; restore it, or delete it: no result depends on it{but}")
     return value
 
 
@@ -292,7 +310,7 @@ def check_room(run: Run) -> None:
         known = [action for action in ask(env, "actions") if "..." not in action]
     used = len(chat.first(env.rules, TURN.format(t=1, obs=chat.glimpse(obs, cfg.observation_tokens))))
     form = "<think>\n</think>\n<action>{}</action>" if cfg.react else "{}"
-    action, shortest = min(((a, len(chat.ids(form.format(a))) + 1) for a in known), key=lambda a: a[1], default=("", 1))
+    action, shortest = min(((a, len(chat.reply(form.format(a)))) for a in known), key=lambda a: a[1], default=("", 1))
     if shortest > cfg.action_tokens:
         raise UserError(f"action_tokens: {cfg.action_tokens} are too few: {action!r}, the shortest action of {task}, "
                         f"takes {shortest} with its end")
@@ -301,7 +319,7 @@ def check_room(run: Run) -> None:
                         f"take {used}, an action up to {cfg.action_tokens} (action_tokens)")
     branches = cfg.attempts > cfg.roots and cfg.max_depth and cfg.beta < math.inf
     if run.train_tasks and cfg.method == "leafe" and not cfg.trees and branches:
-        least = len(chat.ids(REFLECTION.format(tau=1, e="x"))) + 1
+        least = len(chat.reply(REFLECTION.format(tau=1, e="x")))
         looks = len(chat.next(TURN.format(t=2, obs="") + REFLECT))
         if least > cfg.reflect_tokens:
             raise UserError(f"reflect_tokens: {cfg.reflect_tokens} are too few: the shortest reflection takes {least}")
