@@ -27,9 +27,9 @@ class Chat:
     def __init__(self, tokenizer, thinking: bool = False, eos: Sequence[int] = (), date: datetime | None = None):
         """`eos`: end tokens besides the tokenizer's; `date`: what a template that asks is told, the run's."""
         self.template = found = template_file().find(tokenizer, thinking, eos, date)
-        self.tokenizer, self.thinking, self.system_role = tokenizer, thinking, found.system_role
-        self.head, self.system_to_user = found.head, found.system_to_user
-        self.user_to_reply, self.reply_to_user = found.user_to_reply, found.reply_to_user
+        self.tokenizer, self.system_role, self.head = tokenizer, found.system_role, found.head
+        self.system_to_user, self.user_to_reply, self.reply_to_user = (
+            found.system_to_user, found.user_to_reply, found.reply_to_user)
         self.end, self.stop, self.control = found.end, found.stop, found.control
         self.ids = template_file().Encoder(tokenizer, found.control).ids
 

@@ -5,7 +5,6 @@ import re
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,10 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ROOT, needs_package
 from config import UserError
-from engine import Chat, template_file
-from models.template import clock_at, with_flag
-from run import RunFolder
-from tools import report
+from engine import Chat
+from models.template import clock_at
 
 TRL, AXOLOTL = "trl/chat_templates/", "axolotl/utils/chat_templates/templates/"
 MODELS = {                                  # template -> (the end of a turn, has a system role, has a thought)
