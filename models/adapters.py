@@ -173,10 +173,13 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
 
 def linear_names(model: Any) -> list[str]:
     """Of all layers that an adapter may change; a module that takes a layer's weight alone would pass it by."""
-    found = [(path, parent, name, layer) for path, parent in model.named_modules() if type(parent) is not LoRA
-             for name, layer in parent.named_children() if type(layer) is LoRA or type(layer).__name__ in LINEAR]
-    return [f"{path}.{name}".lstrip(".") for path, parent, name, layer in found
-            if not reads_weight(type(parent), name)]
+    found: list[str] = []
+    for path, parent in model.named_modules():
+        kind: Any = type(parent)
+        if kind is not LoRA:
+            found += [f"{path}.{name}".lstrip(".") for name, layer in parent.named_children()
+                      if (type(layer) is LoRA or type(layer).__name__ in LINEAR) and not reads_weight(kind, name)]
+    return found
 
 
 def check_shapes(layer: Any, rank: int, values: Tensors) -> None:
@@ -238,8 +241,8 @@ def tensors_of(model: Any, alike: bool) -> Tensors:
     layers = lora_layers(model)
     rank, scale = max(len(layer.lora_A) for layer in layers.values()), next(iter(layers.values())).scale
     for name, layer in layers.items():
-        for part, value in layer.named_parameters(recurse=False):
-            value, more = value.detach().cpu(), rank - len(layer.lora_A)
+        for part, parameter in layer.named_parameters(recurse=False):
+            value, more = parameter.detach().cpu(), rank - len(layer.lora_A)
             if alike and part == "lora_A":
                 value = nn.functional.pad(value, (0, 0, 0, more))
             if alike and part == "lora_B":
