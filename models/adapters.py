@@ -13,7 +13,7 @@ from torch import nn
 
 import ranks
 from config import UserError, visible
-from lora import LINEAR, LoRA, lora_layers, reads_weight, widths
+from lora import LINEAR, LoRA, is_hub_name, layers_of, lora_layers, reads_weight, widths
 from models.weights import read_json, reading
 
 Tensors = dict[str, torch.Tensor]
@@ -71,7 +71,10 @@ def read_adapter(key: str, folder: Path) -> tuple[dict, Tensors, str]:
     """(config, tensors, digest of its base or ""). Raises UserError for what is not whole or not understood."""
     file, parts = folder / "adapter_config.json", weight_files(key, folder)
     if not file.is_file() or not parts:
-        raise UserError(f"{key}{folder} has no adapter_config.json with adapter_model.safetensors (or .bin) beside it")
+        below = next((f"; {found.parent} has" for found in sorted(folder.glob("*/adapter_config.json"))), "")
+        hub = f"; `hf download {folder} --local-dir FOLDER` fetches it" if is_hub_name(str(folder)) else ""
+        raise UserError(f"{key}{folder} has no adapter_config.json with adapter_model.safetensors (or .bin) beside it"
+                        f"{below}{hub}")
     config = read_json(key, file, ANEW)
     for name, (holds, must) in MUST.items():
         if not holds(config.get(name)):
@@ -140,6 +143,7 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
     sides = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(config.get("use_dora"))]
     found: dict[str, dict[str, str]] = {}              # a layer's bare name -> side -> the tensor's name
     fronts = {}                                        # ours -> the adapter's
+    towers, idle = left_out(model), set()
     for tensor, value in tensors.items():
         name = WRAPPED.sub("", tensor).removeprefix("base_model.model.")
         match = OF_LORA.fullmatch(name)
@@ -147,8 +151,12 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
             check_copy(model, tensor, value)
             continue
         layer, side = bare(match[1]), match[2]
+        if layer.startswith(towers):
+            idle.add(layer.split(".")[0])
+            continue
         if layer not in linear:
-            raise ValueError(f"it has {tensor}, which this model has not as a linear layer")
+            experts = f"; experts in one stack are not adapted here: {MERGE}" if "experts" in layer else ""
+            raise ValueError(f"it has {tensor}, which this model has not as a linear layer{experts}")
         if side in found.setdefault(layer, {}):
             raise ValueError(f"it has both {found[layer][side]} and {tensor}: of two adapters?")
         found[layer][side] = tensor
@@ -156,6 +164,9 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
         rank = rank_and_scale(config, match[1])[0]
         if side != "lora_magnitude_vector" and (value.dim() != 2 or value.shape[sides.index(side)] != rank):
             raise ValueError(f"{tensor} is {tuple(value.shape)}, but r is {rank} in adapter_config.json")
+    if idle and ranks.rank() == 0:
+        print(visible(f"note: the adapter changes {', '.join(sorted(idle))}, too, which is not loaded for text; it is used "
+                      f"and saved without"), file=sys.stderr)
     parts, head = {}, model.get_output_embeddings()
     for layer, own in linear.items():
         module, front, names = model.get_submodule(own), own.removesuffix(layer), found.get(layer, {})
@@ -169,6 +180,13 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
             check_shapes(module, rank, {names[side]: tensors[names[side]] for side in sides})
             parts[own] = {side: tensors[names[side]] for side in sides}, scale
     return parts
+
+
+def left_out(model: Any) -> tuple[str, ...]:
+    """How the bare names in the parts begin that a model has beside its decoder, but that were not loaded: its towers."""
+    decoder = set(layers_of(model).modules())
+    return tuple(f"{bare(f'{path}.{name}'.lstrip('.'))}." for path, module in model.named_modules()
+                 if module not in decoder for name, part in module._modules.items() if part is None)
 
 
 def linear_names(model: Any) -> list[str]:
@@ -276,8 +294,7 @@ def target_modules(model: Any, layers: list[str]) -> list[str]:
     that were not loaded."""
     ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
     caught = {name for name, _ in model.named_modules() if ends_with(name, ends)}
-    left_out = any(part is None for module in model.modules() for part in module._modules.values())
-    return ends if caught <= set(layers) and not left_out else sorted(layers)
+    return ends if caught <= set(layers) and not left_out(model) else sorted(layers)
 
 
 def targets_as_weights(model: Any, layers: list[str]) -> list[str]:

@@ -72,6 +72,16 @@ def says(folder, **fields):
     (folder / CONFIG).write_text(json.dumps(config | fields))
 
 
+def converted(base, folder):
+    """PiSSA, as peft saves it where it is asked for a change of the base."""
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(**PLAIN, init_lora_weights="pissa"))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(folder / "start")
+    shaken(model).save_pretrained(folder, path_initial_model_for_weight_conversion=str(folder / "start"))
+    return model
+
+
 KINDS = {
     "plain": dict(),
     "rsLoRA": dict(use_rslora=True),
@@ -112,6 +122,11 @@ def test_a_kind_of_adapter_is_peft_s_exactly_both_ways_and_so_are_its_gradients(
     save_adapter(ours, tmp_path / "ours", "llama")
     assert torch.allclose(logits(in_peft(llama, tmp_path / "ours")), logits(ours), atol=1e-5)
     assert torch.equal(logits(loaded(llama, tmp_path / "ours")), logits(ours))
+
+
+def test_pissa_that_peft_saved_as_a_change_of_its_base_is_read(llama, tmp_path):
+    theirs = converted(llama, tmp_path)
+    assert torch.allclose(logits(loaded(llama, tmp_path)), logits(theirs), atol=1e-4)
 
 
 def test_a_plain_adapter_is_saved_as_it_always_was(llama, tmp_path):
@@ -225,6 +240,26 @@ def test_patterns_of_a_whole_model_s_names_hold_on_its_text_part(llama, tmp_path
     assert torch.allclose(logits(loaded(llama, tmp_path)), logits(theirs), atol=1e-5)
 
 
+def test_what_an_adapter_changes_in_a_tower_that_is_not_loaded_is_left_out_and_told(llama, plain, tmp_path, capsys):
+    model, folder = copy.deepcopy(llama), shutil.copytree(plain, tmp_path / "copy")
+    model.register_module("vision_tower", None)
+    model.model.layers[0].register_module("up", None)                          # no tower: a layer may do without a part
+
+    def add(tower):
+        name = f"base_model.model.model.{tower}.layers.0.self_attn.q_proj.lora_A.weight"
+        save_file(load_file(plain / WEIGHTS) | {name: torch.ones(4, 4)}, folder / WEIGHTS)
+    add("layers.0.up")
+    with pytest.raises(UserError, match="has not as a linear layer"):
+        load_adapter(model, folder)
+    add("vision_tower.encoder")
+    load_adapter(model, folder)
+    assert torch.equal(logits(model), logits(loaded(llama, plain)))
+    assert "note: the adapter changes vision_tower, too, which is not loaded for text" in capsys.readouterr().err
+    save_adapter(model, tmp_path / "ours", "llama")
+    whole = json.loads((tmp_path / "ours" / CONFIG).read_text())["target_modules"]
+    assert "model.layers.0.self_attn.q_proj" in whole                          # q_proj would be the tower's, too
+
+
 def test_dropout_of_before_is_told_where_training_goes_on(llama, tmp_path, capsys):
     made(llama, tmp_path, lora_dropout=0.1)
     loaded(llama, tmp_path, "adapter: ")
@@ -284,6 +319,7 @@ def test_every_field_of_peft_s_config_is_understood_or_must_be_empty():
 FOREIGN = {
     "vision": ("base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight", (4, 48), "has not as a"),
     "an expert": ("base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight", (4, 48), "has not as a linear"),
+    "a stack of experts": ("base_model.model.model.layers.0.mlp.experts.lora_A.weight", (8, 48), "not adapted here: have"),
     "an embedding's": ("base_model.model.model.embed_tokens.lora_embedding_A", (4, 470), "none of .*merge_and_unload"),
     "a bias of B": ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias", (48,), "none of the tensors"),
     "a magnitude": ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", (48,), "none of the tensors"),
