@@ -1,6 +1,7 @@
 """The project's scripts, run by tests: each in a process of its own, forked from one that has torch and transformers
 already, since importing them is most of a start. It has nothing of the project: a script imports that itself, from its
-own folder. What is about the start as such (Ctrl-C in the imports, a terminal's encoding, a kill) starts an interpreter.
+own folder. What is about the start as such (Ctrl-C, a terminal's encoding, PYTHONPATH, torchrun) starts an interpreter,
+and so does the last of the runs that were killed, since forked programs have the order of their sets in common.
 
     run(words, ...)      as subprocess.run([sys.executable, *words], capture_output=True, text=True, ...)
     start(words, ...)    as subprocess.Popen; communicate(), wait(), pid, returncode
@@ -79,6 +80,7 @@ def become(job: dict, files: list[int]) -> None:
 # ---------------------------------------------------------------------------------------- in the tests' process
 @lru_cache
 def server() -> socket.socket:
+    """The one process that forks, of this process of tests; it ends with it."""
     ours, theirs = socket.socketpair()
     process = subprocess.Popen([sys.executable, "-c", SERVE, str(Path(__file__).parent), str(theirs.fileno())],
                                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -89,6 +91,7 @@ def server() -> socket.socket:
 
 
 class start:
+    """A program under way; what it says goes to files, so that it never waits for its reader."""
     def __init__(self, words, cwd=ROOT, env=None, typed="", text=True, terminal=None):
         self.args, self.text, self.returncode = words, text, None
         self.files = [tempfile.TemporaryFile() for _ in range(3)]          # what it reads, what it says
