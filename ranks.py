@@ -50,7 +50,8 @@ def wait_for_all() -> None:
 
 def take_gradients(parameters: Sequence[torch.nn.Parameter], losses: torch.Tensor) -> torch.Tensor:
     """What one row gave, losses and gradients, as a vector; the gradients are cleared."""
-    flat = torch.cat([losses.detach().float(), *(p.grad.flatten() for p in parameters)])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]     # None: the row passed it by
+    flat = torch.cat([losses.detach().float(), *(gradient.flatten() for gradient in gradients)])
     for p in parameters:
         p.grad = None
     return flat

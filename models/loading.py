@@ -1,7 +1,7 @@
-"""A checkpoint becomes a model. Names, prefixes, shards, conversions and tied heads are the business of transformers' own
-loader, which hands each tensor to a quantizer. The one here needs no accelerate and takes into 4 bits what lora.py adapts
-and the stacked experts of a mixture, tensor by tensor. A checkpoint that is in bitsandbytes' 4 bits stays as it is. Of a
-model that sees or hears the text part is loaded, under the names that it has in the whole.
+"""A checkpoint becomes a model. Names, prefixes, shards, conversions and tied heads are the business of transformers'
+own loader, which hands each tensor to a quantizer. The one here needs no accelerate and takes into 4 bits what lora.py
+adapts and the stacked experts of a mixture, tensor by tensor. A checkpoint that is in bitsandbytes' 4 bits stays as it
+is. Of a model that sees or hears the text part is loaded, under the names that it has in the whole.
 """
 import math
 import sys
@@ -73,15 +73,21 @@ def naming_what_did_not_fit() -> Iterator[None]:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             report = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
             if report:
-                raise ValueError(f"its checkpoint has not what {min(report)} is made of, unlike its config.json") from None
+                raise ValueError(f"its checkpoint has not what {min(report)} is made of, unlike its "
+                                 f"config.json") from None
         raise
 
 
 def folder_of(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    kinds = ["*.safetensors", "*.safetensors.index.json", "generation_config.json"]
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=kinds))
+    folder = Path(name)
+    for kind in ("model*.safetensors", "pytorch_model*.bin"):
+        if folder.is_dir():
+            break
+        found = Path(huggingface_hub.snapshot_download(
+            name, allow_patterns=[kind, f"{kind}.index*.json", "generation_config.json"]))
+        if any(found.glob(kind)):
+            return found
+    return folder
 
 
 class OnDemand:
@@ -124,7 +130,8 @@ def model_class(config: Any) -> Any:
     """Of a model of more than text the whole, for its names are those that peft and vLLM expect."""
     known = (AutoModelForImageTextToText if is_part(config) else AutoModelForCausalLM)._model_mapping
     if type(config) not in known:
-        raise ValueError(f"{config.model_type} is no causal language model that transformers {transformers.__version__} knows")
+        raise ValueError(f"{config.model_type} is no causal language model that transformers "
+                         f"{transformers.__version__} knows")
     return _get_model_class(config, known)
 
 
@@ -143,8 +150,9 @@ def planned(name: str, config: Any, four: bool, dtype: torch.dtype, device: str)
         return Mxfp4Config(dequantize=True)
     if told:
         also = ", or set load_in_4bit=false, which undoes it" if kind == "mxfp4" else ""
-        raise UserError(f"model: {name} is quantised as {kind or told}, which is not read here; take its original in 16 "
-                        f"bits (load_in_4bit=true makes 4 bits of it), or one in bitsandbytes' 4 bits (-bnb-4bit){also}")
+        raise UserError(f"model: {name} is quantised as {kind or told}, which is not read here; take its original in "
+                        f"16 bits (load_in_4bit=true makes 4 bits of it), or one in bitsandbytes' 4 bits "
+                        f"(-bnb-4bit){also}")
     return Plan(four=four, **ours) if four or is_part(config) else None
 
 
@@ -232,7 +240,7 @@ class FourBit(Bnb4BitHfQuantizer):
             self.met.samples.add(sample_of(value))
         for parent, own, layer in linear_layers(model):
             if type(layer).__name__ == "Linear4bit":
-                setattr(parent, own, settled(layer, self.plan.bnb_4bit_compute_dtype))
+                setattr(parent, own, settled(layer, self.plan))
         for key, state in self.met.states.items():
             place, _, own = key.rpartition(".")
             unpacked_when_used(model.get_submodule(place), own, state)
@@ -240,7 +248,7 @@ class FourBit(Bnb4BitHfQuantizer):
 
 
 class Quantise(ConversionOps):
-    """What transformers calls for each tensor that is to be quantised, when it has the name and shape of the model's."""
+    """What transformers calls for each tensor that is to be quantised, when it is as the model has it."""
     def __init__(self, quantizer: FourBit):
         self.quantizer = quantizer
 
@@ -275,7 +283,8 @@ def bitsandbytes(part: str = "") -> Any:
 
 def params_4bit(weight: torch.Tensor, device: str) -> Any:
     """nf4, double quantised."""
-    return bitsandbytes().nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
+    whole = bitsandbytes().nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    return whole.to(device)                              # this packs it
 
 
 def linear_4bit(layer: Any, weight: torch.Tensor | None, device: str) -> nn.Module:
@@ -292,11 +301,12 @@ def linear_4bit(layer: Any, weight: torch.Tensor | None, device: str) -> nn.Modu
     return four
 
 
-def settled(layer: Any, dtype: torch.dtype) -> Any:
+def settled(layer: Any, plan: Plan) -> Any:
     """A 4-bit layer as it was read; one that its checkpoint has in 16 bits after all is a plain one."""
-    layer.compute_dtype = dtype
+    dtype = layer.compute_dtype = plan.bnb_4bit_compute_dtype
     layer.support_avx512bf16_for_cpu = False             # else a CPU that can repacks them at each switch, rounding
     if type(layer.weight).__name__ == "Params4bit":
+        layer.weight = layer.weight.to(plan.device)
         layer.weight.quant_state.dtype = dtype           # forward works in its input's precision, backward in this
         return layer
     with torch.device("meta"):
