@@ -365,7 +365,8 @@ class Engine:
         self.cache.aim(batch, at.to(self.device), span)
         keys = torch.arange(span, device=self.device)
         seen = lora.Seen(keys <= position[..., None], position, keys[None])
-        out = lora.hidden(self.model, ids.to(self.device), seen, use_cache=True, **{self.cache_name: self.cache})
+        out = self.decoder(input_ids=ids.to(self.device), position_ids=position, attention_mask=seen,
+                           use_cache=True, **{self.cache_name: self.cache}).last_hidden_state
         return out[torch.arange(len(batch)), sizes - 1]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:

@@ -132,10 +132,7 @@ class Seen:
     positions: torch.Tensor             # (B, T) of the tokens
     keys: torch.Tensor                  # (B, S) positions of the keys
     ndim = 4                            # transformers asks: two dimensions would be padding
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.mask.shape
+    shape = property(lambda self: self.mask.shape)
 
 
 def masks_of(plain: Callable) -> Callable:
@@ -176,19 +173,11 @@ def check_layers(model: Any) -> None:
         raise NotImplementedError(f"{type(model).__name__} {why}")
 
 
-def hidden(model: Any, ids: torch.Tensor, seen: Seen, **more) -> torch.Tensor:
-    """The decoder's states (B, T, D) of tokens (B, T), none of which depends on more than it sees."""
-    return model.get_decoder()(input_ids=ids, position_ids=seen.positions, attention_mask=seen,
-                               **more).last_hidden_state
-
-
 class Decoded(dict):
     """What a decoder returns: its last_hidden_state, and nothing of all else that may be asked for."""
-    def __missing__(self, _) -> torch.Tensor:            # [0]
+    def __missing__(self, _):                            # [0]
         return self["last_hidden_state"]
-
-    def __getattr__(self, name: str) -> torch.Tensor | None:
-        return self.get(name)
+    __getattr__ = dict.get
 
 
 def logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
