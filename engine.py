@@ -11,7 +11,6 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from datetime import datetime
-from types import ModuleType
 from typing import Any, Generator, Iterator, Sequence
 
 import torch
@@ -26,12 +25,12 @@ class Chat:
     to an end that the template knows, next(..., cut=True) adds that, so that every context is well formed."""
     def __init__(self, tokenizer, thinking: bool = False, eos: Sequence[int] = (), date: datetime | None = None):
         """`eos`: end tokens besides the tokenizer's; `date`: what a template that asks is told, the run's."""
-        self.template = found = template_file().find(tokenizer, thinking, eos, date)
+        self.template = found = lora.template_file().find(tokenizer, thinking, eos, date)
         self.tokenizer, self.system_role, self.head = tokenizer, found.system_role, found.head
         self.system_to_user, self.user_to_reply, self.reply_to_user = (
             found.system_to_user, found.user_to_reply, found.reply_to_user)
         self.end, self.stop, self.control = found.end, found.stop, found.control
-        self.ids = template_file().Encoder(tokenizer, found.control).ids
+        self.ids = lora.template_file().Encoder(tokenizer, found.control).ids
 
     def glimpse(self, obs: str, limit: int) -> str:
         """An observation of more than `limit` tokens as the policy sees it: its head and its tail."""
@@ -65,12 +64,6 @@ class Chat:
     def reply(self, text: str) -> list[int]:
         """A whole reply that says this, as the template writes it behind a user's message."""
         return self.ids(self.template.opening, text, self.template.closing, behind=self.user_to_reply)
-
-
-def template_file() -> ModuleType:
-    """The door of models/template.py: what a chat template says around messages, and where a reply ends."""
-    from models import template
-    return template
 
 
 @dataclass
@@ -149,9 +142,9 @@ class SlotCache:
     def get_mask_sizes(self, *_) -> tuple[int, int]:
         return self.span, 0
 
-    def get_seq_length(self, *_) -> int:                 # what positions would be counted from, were they not given
+    def get_query_offset(self, *_) -> int:               # what positions would be counted from, were they not given
         return 0
-    get_query_offset = get_seq_length
+    get_seq_length = get_query_offset
 
     def read(self, row: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:      # views
         return [(k[row, :, :n], v[row, :, :n]) for k, v in self.layers]
@@ -178,8 +171,7 @@ class Engine:
         self.model, self.decoder = model, model.get_decoder()
         table = model.get_input_embeddings().weight
         self.device, self.dtype = table.device, table.dtype
-        # as in older transformers
-        self.cache_name = "cache" if "cache" in lora.takes(self.decoder) else "past_key_values"
+        self.cache_name = "cache" if "cache" in lora.takes(self.decoder) else "past_key_values"     # of old
         self.stop, self.slots, self.context, self.temperature = stop, cfg.slots, cfg.context, cfg.temperature
         self.budget = cfg.snapshot_mb * 2**20
         self.cache = SlotCache(cfg.slots, cfg.context)
@@ -236,8 +228,7 @@ class Engine:
         print(f"out of memory: going on with slots={self.slots}", file=sys.stderr)
         self.drop()
         self.cache = SlotCache(self.slots, self.context)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         for job in self.live:
             job.cached = 0
         # replies that ended in the step that failed

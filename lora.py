@@ -116,6 +116,12 @@ def loading() -> ModuleType:
     return module
 
 
+def template_file() -> ModuleType:
+    """The door of models/template.py: what a chat template says around messages, and where a reply ends."""
+    from models import template
+    return template
+
+
 @torch.no_grad()
 def finite(model: Any) -> bool:
     """Whether the adapter, and what the model answers with it, are numbers."""

@@ -21,10 +21,10 @@ from torch import nn
 
 import ranks
 from config import Config, Dumper, UserError, kept_config, read_text, visible
-from engine import Chat, Engine, template_file
+from engine import Chat, Engine
 from envs import Env, ask, closing, env_class, make_env
 from lora import (adapter_off, add_lora, find_model, general, load_adapter, load_model, lora_layers, lora_parameters,
-                  save_adapter)
+                  save_adapter, template_file)
 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true

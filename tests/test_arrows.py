@@ -27,7 +27,7 @@ DOORS = {                                          # the function that asks for 
     "lora.find_model": "tools.smollm2",
     "lora.general": "scale.general",
     "run.Policy.engine": "scale.serving",
-    "engine.template_file": "models.template",
+    "lora.template_file": "models.template",
     "run.report_file": "tools.report",
     "eval.main": "tools.compare",
     "train.warm_start": "methods.warm_start",
