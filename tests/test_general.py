@@ -14,6 +14,7 @@ from packing import Segment, pack, token_logp
 from scale.general import General
 from test_engine import play_trees
 from tools.families import tiny_model
+from train import fit
 
 
 @pytest.mark.parametrize("pads", [True, False])
@@ -116,3 +117,16 @@ def test_what_no_fork_takes_is_sampled_and_trained_as_each_conversation_alone(na
         logp = model(input_ids=torch.tensor([root + reply])).logits[0, 18:-1].log_softmax(-1)
         alone.append(logp.gather(1, torch.tensor(reply)[:, None])[:, 0])
     assert torch.allclose(token_logp(model, [row]), torch.cat(alone), atol=5e-5)
+
+
+def test_a_model_with_convolutions_learns_what_its_rows_say(tiny, settings):
+    model = tiny_model("lfm2").float().eval().requires_grad_(False)
+    model.packs = False
+    run = run_of(settings("steps=8", "warmup=1", "lr=0.03", "gradient_checkpointing=true"), (model, tiny[1]), folder=True)
+    none, cf, reh = (0.0, 0.0), (0.5, 0.0), (0.0, 0.5)
+    tree = [Segment([9, 8, 7, 6], [none] * 4, None), Segment([20, 21], [cf] * 2, 0), Segment([30, 31], [reh] * 2, 0)]
+    fit(run, 1, ("L_cf", "beta_L_reh"), [pack([tree])])
+    first, *_, last = run.metrics.records
+    run.folder.close()
+    assert last["step"] == 8 and last["L_cf"] < first["L_cf"] / 2 and last["beta_L_reh"] < first["beta_L_reh"] / 2
+    assert not any("forward" in vars(module) for module in model.modules())
