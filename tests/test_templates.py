@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+import shutil
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from conftest import ROOT, needs_package
 from config import UserError
 from engine import Chat
-from models.template import clock_at
+from models.template import clock_at, describe, eos_of
+from run import Policy, RunFolder
+from tools import report
 
 TRL, AXOLOTL = "trl/chat_templates/", "axolotl/utils/chat_templates/templates/"
 MODELS = {                                  # template -> (the end of a turn, has a system role, has a thought)
@@ -202,3 +205,123 @@ def test_a_conversation_grown_turn_by_turn_has_the_ids_that_its_template_gives_t
         assert chat.cut([*cut, other])
         assert tokenizer.decode([*cut, other, *chat.next(TWO, True)]) == tokenizer.decode(cut) + tokenizer.decode(
             [other]) + tokenizer.decode(words + chat.next(TWO)).removeprefix(tokenizer.decode(cut))
+
+
+def test_end_tokens_that_the_tokenizer_lacks_or_that_are_words_end_no_reply():
+    """What generation_config names beside the end: only what the tokenizer has, and no word, ends a reply."""
+    tokenizer = dressed(trained("first"), WRITTEN["smollm2"]["source"], "<|im_end|>", "<|endoftext|>", "<pad>")
+    pad, other, word = tokenizer.convert_tokens_to_ids(["<pad>", "<|endoftext|>", "\u2581the"])
+    chat = Chat(tokenizer, eos=[other, pad, word, tokenizer.unk_token_id, 10**6, -1])
+    assert chat.stop == {chat.end, other, pad} and chat.control[other] == "<|endoftext|>"
+    assert other not in chat.ids("", "so <|endoftext|> it goes")
+    tokenizer.eos_token = "<|endoftext|>"              # a base's: the template alone says where a turn ends
+    assert Chat(tokenizer).stop == {chat.end, other} and Chat(tokenizer).end == chat.end
+
+
+@pytest.mark.parametrize("text, eos", [('{"eos_token_id": 7}', [7]), ('{"eos_token_id": [7, 9]}', [7, 9]), ("{}", [2]),
+                                       ('{"eos_token_id": null}', [2]), ('{"eos_token_id": ["</s>"]}', []), (None, [2])])
+def test_end_tokens_come_from_generation_config_or_else_the_config(text, eos, tiny, tmp_path):
+    if text is not None:
+        (tmp_path / "generation_config.json").write_text(text)
+    assert eos_of(tiny[0], str(tmp_path)) == eos
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match="^model: .*generation_config.json is no JSON"):
+        eos_of(tiny[0], str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------- thinking and dates
+
+@pytest.mark.parametrize("name, on, off", [
+    (TRL + "qwen3", "", "<think>\n\n</think>\n\n"), (TRL + "gptoss", "Reasoning: high", "Reasoning: low"),
+    (TRL + "glm4moe", "", "<think></think>"), ("granite 3.3", "Think first", ""), ("deepseek v3.1", "<think>", "</think>"),
+    ("a flag in the system message", "", "<think>\n\n</think>"), ("deepseek r1", "<think>\n", "<think>\n")])
+def test_thinking_reaches_the_variable_that_the_template_has(name, on, off):
+    def prompt(thinking):
+        chat = written(name, thinking=thinking) if name in WRITTEN else Chat(tokenizer_with(name, in_bytes()), thinking)
+        return chat.tokenizer.decode(chat.first(RULES, ONE)), chat
+    (thinks, chat), (does_not, _) = prompt(True), prompt(False)
+    assert on in thinks and off in does_not and (thinks != does_not or on == off)
+    assert on == off or (not on or on not in does_not) and (not off or off not in thinks)
+    assert not re.search("(?<!<)/(no_)?think", thinks + does_not)           # the template takes its flag out
+    said = " ".join(describe(chat.template))
+    assert "thinking is set by" in said or "nothing switches thinking" in said and name == "deepseek r1"
+
+
+def test_a_thought_that_control_tokens_set_apart_is_no_part_of_the_answer():
+    chat = Chat(tokenizer_with(TRL + "gptoss", in_bytes()), True)
+    reply = chat.ids("<|channel|>analysis<|message|>go where?<|end|><|start|>assistant<|channel|>final<|message|>go attic<|return|>")
+    assert chat.text(reply) == "go attic" and not chat.cut(reply) and reply[-1] == chat.end
+    assert chat.text(chat.reply("go attic")) == "go attic" and chat.text(chat.ids("go attic")) == "go attic"
+    assert chat.tokenizer.decode(chat.next(TWO)).startswith("<|start|>user<|message|>step 2")
+
+
+@pytest.mark.parametrize("name", ["llama 3.1 with its date", "granite 3.3", "computed"])
+def test_a_date_in_the_template_is_the_one_that_the_chat_was_given(name):
+    WRITTEN["computed"] = dict(WRITTEN["smollm2"], source="{% set form = '%d ' ~ '%b %Y' %}{{ strftime_now(format=form) }}"
+                               + WRITTEN["smollm2"]["source"])
+    try:
+        for day in (datetime(2024, 2, 29), datetime(1999, 12, 31)):
+            chat = written(name, date=day)
+            assert str(day.year) in chat.head and str(day.day) in chat.head
+            assert chat.tokenizer.decode(said(chat)) == rendered(chat, day)
+        assert str(datetime.now().year) in written(name).head
+    finally:
+        del WRITTEN["computed"]
+
+
+def test_a_run_keeps_its_date_and_what_builds_on_it_takes_it_over(settings, tmp_path, monkeypatch):
+    folder = tmp_path / "dated"
+    shutil.copytree(ROOT / "models/tiny", folder)
+    source = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d') + ' ' }}" + source)
+    cfg = settings(f"model={folder}")
+    RunFolder(cfg).lock.close()
+    path = Path(cfg.out) / "run.json"
+    told = json.loads(path.read_text())
+    assert told["today"] == f"{datetime.now():%Y-%m-%d}"
+    path.write_text(json.dumps(told | dict(today="2001-02-03")))            # begun before midnight
+    RunFolder(cfg).lock.close()
+    assert Policy.open(cfg, "", "init").chat.head.startswith("2001-02-03 ")
+    for other in (f"adapter={cfg.out}/adapter", f"init={cfg.out}/adapter", f"trees={cfg.out}"):
+        assert report.today(settings(f"out={tmp_path}/other", other)) == datetime(2001, 2, 3)
+    path.write_text(json.dumps(told | dict(today="yesterday")))
+    with pytest.raises(UserError, match="run.json: its date is 'yesterday'"):
+        report.today(cfg)
+
+
+# ------------------------------------------------------------------------------------------- other kinds of templates
+
+def test_of_several_templates_the_default_is_taken_and_a_processor_s_is_found(tmp_path, tiny):
+    source = WRITTEN["smollm2"]["source"]
+    for found in (dict(default=source, tool_use="{{ 1 }}"), dict(only=source)):
+        tokenizer = dressed(in_bytes(), source, "<|im_end|>")
+        tokenizer.chat_template = found
+        assert Chat(tokenizer).head.startswith("<|im_start|>system")
+    tokenizer.chat_template = dict(rag=source, tool_use=source)
+    with pytest.raises(UserError, match="^model: .* several chat templates and none named default"):
+        Chat(tokenizer)
+    tokenizer.chat_template, tokenizer.name_or_path = None, str(tmp_path)
+    with pytest.raises(UserError, match="no chat template"):
+        Chat(tokenizer)
+    (tmp_path / "chat_template.json").write_text(json.dumps(dict(chat_template=source)))
+    assert Chat(tokenizer).end == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("source, why", [
+    ("{% for m in messages %}{% if m.role == 'user' %}[Round {{ loop.index }}] {% endif %}{{ m.content }}<|end|>{% endfor %}>", "each turn"),
+    ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{{ messages | length }}", "each turn"),
+    ("{% for m in messages %}<|{{ m.role }}|>{{ m.content | tojson }}<|end|>{% endfor %}>", "changes what messages say"),
+    ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %", "loses or reorders")])
+def test_a_template_that_no_conversation_can_be_grown_with_is_one_line(source, why):
+    with pytest.raises(UserError, match=f"^model: the chat template of .*{why}") as error:
+        Chat(dressed(in_bytes(), source, "<|end|>"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llama 3.1 with its date", TRL + "gemma", "smollm2"])
+def test_blanks_around_what_a_world_says_are_the_template_s(name):
+    chat = written(name) if name in WRITTEN else Chat(tokenizer_with(name, in_bytes()))
+    tokenizer, system = chat.tokenizer, [dict(role="system", content=" rules\n")] if chat.system_role else []
+    user = dict(role="user", content="\n a hall. \n" if system else " rules\n\n\n\n a hall. \n")
+    first = tokenizer.apply_chat_template([*system, user], add_generation_prompt=True, return_dict=False)
+    assert chat.first(" rules\n", "\n a hall. \n") == first
