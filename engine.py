@@ -11,7 +11,7 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Generator, Iterator, Sequence
+from typing import Any, Generator, Iterator
 
 import torch
 
@@ -21,16 +21,14 @@ from config import Config, UserError
 
 class Chat:
     """A conversation is first(system, user), reply, next(user), reply, ...; the reply is the model's own ids, the rest
-    is found by rendering the chat template once with marks (models/template.py). If a reply was cut off before it came
-    to an end that the template knows, next(..., cut=True) adds that, so that every context is well formed."""
-    def __init__(self, tokenizer, thinking: bool = False, eos: Sequence[int] = (), date: datetime | None = None):
-        """`eos`: end tokens besides the tokenizer's; `date`: what a template that asks is told, the run's."""
-        self.template = found = lora.template_file().find(tokenizer, thinking, eos, date)
-        self.tokenizer, self.system_role, self.head = tokenizer, found.system_role, found.head
-        self.system_to_user, self.user_to_reply, self.reply_to_user = (
-            found.system_to_user, found.user_to_reply, found.reply_to_user)
+    is found by rendering the chat template once with marks. If a reply was cut off before it came to the template's end,
+    next(..., cut=True) adds that, so that every context is well formed. `date`: the run's, for templates that ask."""
+    def __init__(self, tokenizer, thinking: bool = False, date: datetime | None = None):
+        self.template = found = lora.template_file().find(tokenizer, thinking, date)
+        self.tokenizer, self.ids = tokenizer, lora.template_file().Encoder(tokenizer, found.control).ids
+        self.system_role, self.head, self.system_to_user = found.system_role, found.head, found.system_to_user
+        self.user_to_reply, self.reply_to_user = found.user_to_reply, found.reply_to_user
         self.end, self.stop, self.control = found.end, found.stop, found.control
-        self.ids = lora.template_file().Encoder(tokenizer, found.control).ids
 
     def glimpse(self, obs: str, limit: int) -> str:
         """An observation of more than `limit` tokens as the policy sees it: its head and its tail."""
@@ -41,8 +39,7 @@ class Chat:
         return f"{self.text(ids[:half])}\n...\n{self.text(ids[-half:])}".replace("\ufffd", "")
 
     def text(self, ids: list[int]) -> str:
-        """What a reply says, for people and parsers; the ids stay the truth. A thought that only control tokens set
-        apart from the answer is left out."""
+        """What a reply says, for people and parsers, without a thought that control tokens alone set apart."""
         answer = max((n + 1 for n, i in enumerate(ids) if i in self.template.answers), default=0)
         return self.tokenizer.decode(ids[answer:], skip_special_tokens=True).strip()
 
@@ -57,12 +54,10 @@ class Chat:
                          (self.template.rest, self.template.behind_end))
         return self.ids(opens, self.template.strip(user), self.user_to_reply, behind=before)
 
-    def cut(self, reply: list[int]) -> bool:
-        """Is the template's end of it still to come? Whatever else the model stopped at is part of what it said."""
+    def cut(self, reply: list[int]) -> bool:            # is the template's end of it still to come?
         return reply[-1] not in self.template.ends
 
-    def reply(self, text: str) -> list[int]:
-        """A whole reply that says this, as the template writes it behind a user's message."""
+    def reply(self, text: str) -> list[int]:            # a whole one that says this, as the template writes it
         return self.ids(self.template.opening, text, self.template.closing, behind=self.user_to_reply)
 
 

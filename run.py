@@ -24,7 +24,7 @@ from config import Config, Dumper, UserError, kept_config, read_text, visible
 from engine import Chat, Engine
 from envs import Env, ask, closing, env_class, make_env
 from lora import (adapter_off, add_lora, find_model, general, load_adapter, load_model, lora_layers, lora_parameters,
-                  save_adapter, template_file)
+                  save_adapter)
 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true
@@ -46,8 +46,7 @@ class Policy:
     def open(cfg: Config, adapter: str, key: str) -> "Policy":
         """`key`: where the user named the adapter that it begins with, init or adapter."""
         model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
-        eos = template_file().eos_of(model, find_model(cfg.model))
-        policy = Policy(model, Chat(tokenizer, cfg.thinking, eos, report_file().today(cfg)), cfg)
+        policy = Policy(model, Chat(tokenizer, cfg.thinking, report_file().today(cfg)), cfg)
         if adapter:
             policy.load(Path(adapter), f"{key}: ")
         return policy

@@ -1,7 +1,7 @@
 """What a chat template and a model's end tokens say of a conversation. engine.Chat asks, once a run.
 
     find         renders the template with marks in place of messages, and reads off what stands around them
-    eos_of       where the model's own files say that it stops
+    eos_of       where the files beside the tokenizer say that the model stops
     describe     the same for people (python lora.py check)
 
 There is no list of models here: whatever a template does, its rendering shows it, or it is refused in one line.
@@ -22,6 +22,7 @@ from transformers.utils import cached_file, chat_template_utils
 
 import ranks
 from config import UserError, read_text
+from lora import is_hub_name
 
 MARKS = [f"\u27e6{name}\u27e7" for name in ("sys", "one", "two", "three", "four", "five")]
 ROLES = ("system", "user", "assistant", "user", "assistant", "user")
@@ -64,7 +65,7 @@ class Template:
     thought: str = ""                                    # where a thought goes, in words
 
 
-def find(tokenizer: Any, thinking: bool, eos: list[int], date: datetime | None) -> Template:
+def find(tokenizer: Any, thinking: bool, date: datetime | None) -> Template:
     """Raises UserError where the template loses, reorders or changes messages, or does not know `thinking`."""
     source, today = source_of(tokenizer), date or datetime.now()
 
@@ -84,7 +85,7 @@ def find(tokenizer: Any, thinking: bool, eos: list[int], date: datetime | None) 
                      if token.special or token.content.strip() and token.content in source}
     found.control.pop(tokenizer.unk_token_id, None)
     last = (render(layout[:-1], way, ask=False) or "").rpartition(MARKS[4])[2]
-    find_end(found, tokenizer, eos, last)
+    find_end(found, tokenizer, eos_of(name), last)
     opening = [i for i in tokenizer.encode(found.opening, add_special_tokens=False) if i in found.control]
     found.answers = set(opening[-1:]) | {i for i, token in tokenizer.added_tokens_decoder.items()
                                          if token.special and closes(token.content)}
@@ -113,7 +114,7 @@ def source_of(tokenizer: Any) -> str:
 def json_beside(name: str, file: str) -> Any:
     """A JSON file of a model's folder or hub repository; None where there is none."""
     try:
-        path = cached_file(name, file) if name else None
+        path = cached_file(name, file) if Path(name).is_dir() or is_hub_name(name) else None
     except (OSError, ValueError):                        # not there, or no such repository
         return None
     try:
@@ -122,13 +123,16 @@ def json_beside(name: str, file: str) -> Any:
         raise UserError(f"model: {path} is no JSON ({error}); copy or download it again") from None
 
 
-def eos_of(model: Any, name: str) -> list[int]:
+def eos_of(name: str) -> list[int]:
     """The tokens that generation_config.json, or else config.json, says the model stops at."""
-    own = json_beside(name, "generation_config.json")
-    eos = own.get("eos_token_id") if isinstance(own, dict) else None
-    if eos is None:
-        eos = model.config.get_text_config().eos_token_id
-    return [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int]
+    for file in ("generation_config.json", "config.json"):
+        own = json_beside(name, file)
+        own = own if isinstance(own, dict) else {}
+        text = own.get("text_config")                    # of a multimodal model
+        eos = own.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
+        if eos is not None:
+            return [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int]
+    return []
 
 
 @contextmanager

@@ -3,6 +3,7 @@ import copy
 import json
 import re
 import shutil
+import tempfile
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -178,7 +179,15 @@ def written(name: str, pieces: str = "bytes", thinking: bool = False, date: date
     """The chat of a template of data/templates.yaml."""
     ends = WRITTEN[name]["ends"]
     tokenizer = dressed(trained(pieces), WRITTEN[name]["source"], *ends)
-    return Chat(tokenizer, thinking, tokenizer.convert_tokens_to_ids(ends), date)
+    return with_ends(tokenizer, tokenizer.convert_tokens_to_ids(ends), thinking, date)
+
+
+def with_ends(tokenizer, ends: list[int], *more) -> Chat:
+    """With a generation_config.json that names these."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "generation_config.json").write_text(json.dumps(dict(eos_token_id=ends)))
+        tokenizer.name_or_path = folder
+        return Chat(tokenizer, *more)
 
 
 @pytest.mark.parametrize("pieces", ["bytes", "first", "always", "never", "legacy"])
@@ -211,22 +220,24 @@ def test_end_tokens_that_the_tokenizer_lacks_or_that_are_words_end_no_reply():
     """What generation_config names beside the end: only what the tokenizer has, and no word, ends a reply."""
     tokenizer = dressed(trained("first"), WRITTEN["smollm2"]["source"], "<|im_end|>", "<|endoftext|>", "<pad>")
     pad, other, word = tokenizer.convert_tokens_to_ids(["<pad>", "<|endoftext|>", "\u2581the"])
-    chat = Chat(tokenizer, eos=[other, pad, word, tokenizer.unk_token_id, 10**6, -1])
+    chat = with_ends(tokenizer, [other, pad, word, tokenizer.unk_token_id, 10**6, -1])
     assert chat.stop == {chat.end, other, pad} and chat.control[other] == "<|endoftext|>"
     assert other not in chat.ids("", "so <|endoftext|> it goes")
-    tokenizer.eos_token = "<|endoftext|>"              # a base's: the template alone says where a turn ends
+    tokenizer.name_or_path, tokenizer.eos_token = "", "<|endoftext|>"          # a base's: the template alone says where a turn ends
     assert Chat(tokenizer).stop == {chat.end, other} and Chat(tokenizer).end == chat.end
 
 
 @pytest.mark.parametrize("text, eos", [('{"eos_token_id": 7}', [7]), ('{"eos_token_id": [7, 9]}', [7, 9]), ("{}", [2]),
                                        ('{"eos_token_id": null}', [2]), ('{"eos_token_id": ["</s>"]}', []), (None, [2])])
-def test_end_tokens_come_from_generation_config_or_else_the_config(text, eos, tiny, tmp_path):
+@pytest.mark.parametrize("config", [dict(eos_token_id=2), dict(text_config=dict(eos_token_id=2))])
+def test_end_tokens_come_from_generation_config_or_else_the_config(text, eos, config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
     if text is not None:
         (tmp_path / "generation_config.json").write_text(text)
-    assert eos_of(tiny[0], str(tmp_path)) == eos
+    assert eos_of(str(tmp_path)) == eos
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match="^model: .*generation_config.json is no JSON"):
-        eos_of(tiny[0], str(tmp_path))
+        eos_of(str(tmp_path))
 
 
 # ----------------------------------------------------------------------------------------------- thinking and dates
