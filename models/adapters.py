@@ -71,7 +71,7 @@ def read_adapter(key: str, folder: Path) -> tuple[dict, Tensors, str]:
     """(config, tensors, digest of its base or ""). Raises UserError for what is not whole or not understood."""
     file, parts = folder / "adapter_config.json", weight_files(key, folder)
     if not file.is_file() or not parts:
-        below = next((f"; {found.parent} has" for found in sorted(folder.glob("*/adapter_config.json"))), "")
+        below = next((f"; {found.parent} has both" for found in sorted(folder.glob("*/adapter_config.json"))), "")
         hub = f"; `hf download {folder} --local-dir FOLDER` fetches it" if is_hub_name(str(folder)) else ""
         raise UserError(f"{key}{folder} has no adapter_config.json with adapter_model.safetensors (or .bin) beside it"
                         f"{below}{hub}")
