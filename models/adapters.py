@@ -300,6 +300,7 @@ def target_modules(model: Any, layers: list[str]) -> list[str]:
 def targets_as_weights(model: Any, layers: list[str]) -> list[str]:
     """In a model whose experts are stacked, peft takes these words for the experts, wherever they stand, and in
     whatever form target_modules has. Such layers are found by their weights, in target_parameters."""
-    stacked = any(re.search(r"experts\.(parametrizations\.)?(gate_up|down)_proj", name) for name in model.state_dict())
+    stacked = any(re.search(r"experts\.(parametrizations\.)?(gate_up|down)_proj", name)
+                  for name, _ in model.named_parameters())
     words = "gate gate_proj up_proj down_proj w1 w2 w3".split()
     return [name for name in layers if stacked and ends_with(name, words)]
