@@ -87,9 +87,7 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
         model = loading().load(path, config, four, dtype, device)
         files().fix_rope(model, context)
         files().check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
-        if not finite(model.eval()):
-            raise ValueError("its weights, or what it answers, are not finite numbers")
-    return model.requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def files() -> ModuleType:
@@ -102,6 +100,12 @@ def general() -> ModuleType:
     """The door of scale/general.py, the way of models that the forking engine or packed rows cannot take."""
     from scale import general as module
     return module
+
+
+def checks() -> ModuleType:
+    """The door of models/check.py: does what is computed here agree with the model's own forward?"""
+    from models import check
+    return check
 
 
 def adapters() -> ModuleType:

@@ -23,7 +23,7 @@ import ranks
 from config import Config, Dumper, UserError, kept_config, read_text, visible
 from engine import Chat, Engine
 from envs import Env, ask, closing, env_class, make_env
-from lora import (adapter_off, add_lora, find_model, general, load_adapter, load_model, lora_layers, lora_parameters,
+from lora import (adapter_off, add_lora, checks, find_model, general, load_adapter, load_model, lora_layers, lora_parameters,
                   save_adapter)
 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
@@ -49,6 +49,7 @@ class Policy:
         policy = Policy(model, Chat(tokenizer, cfg.thinking, report_file().today(cfg)), cfg)
         if adapter:
             policy.load(Path(adapter), f"{key}: ")
+        checks().check(policy)                         # is what the engine and packed rows compute the model's own?
         return policy
 
     def engine(self) -> Any:

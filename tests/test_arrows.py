@@ -22,6 +22,7 @@ DOORS = {                                          # the function that asks for 
     "envs.Env.examine": "tools.examine",
     "envs.main": "tools.play",
     "lora.adapters": "models.adapters",
+    "lora.checks": "models.check",
     "lora.files": "models.weights",
     "lora.loading": "models.loading",
     "lora.find_model": "tools.smollm2",

@@ -17,6 +17,7 @@ from lora import (LoRA, adapter_off, add_lora, linear_layers, load_adapter, load
                   lora_layers, lora_parameters, save_adapter, weights_version)
 from models.loading import linear_4bit
 from packing import Segment, pack, packed_nll
+from run import Policy
 
 
 def test_the_adapter_loads_in_peft_and_peft_s_loads_here(own_tiny, tmp_path):
@@ -255,13 +256,13 @@ BROKEN_MODELS = {
 
 
 @pytest.mark.parametrize("name", BROKEN_MODELS)
-def test_a_model_folder_that_is_broken_is_one_line(name, tmp_path):
+def test_a_model_folder_that_is_broken_is_one_line(name, settings, tmp_path):
     change, told = BROKEN_MODELS[name]
     folder = shutil.copytree(ROOT / "models/tiny", tmp_path / "copy")
     change(folder)
     for four in (False, True) if "weights" in name or "tensor" in name or "layers" in name else (False,):
         with pytest.raises(UserError, match="(?s)^model: .*" + told) as raised:
-            load_model(str(folder), four, 64)
+            Policy.open(settings(f"model={folder}", f"load_in_4bit={four}".lower(), "context=64"), "", "init")
         assert str(folder) in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 700
 
 

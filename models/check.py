@@ -1,0 +1,275 @@
+"""Is what we compute what the model computes? Asked at every load, of every model, and never skipped. The judge is the
+model's own forward of each conversation alone: a longer one, one that forks from it and a shorter one go through the engine,
+alone and side by side, and as packed trees through the loss and its gradient.
+
+    check      silent where all agrees; one line with the figure where the general way is taken (the model's attributes
+               forks, packs, ...); UserError with the figure where nothing agrees
+
+How far a model may differ from itself is measured with it, where it matters (16 bits): what every linear layer gives is
+rounded anew. A wrong mask, scale, table or position in one layer of thirty shows above that, the order of sums does not.
+"""
+import functools
+import random
+import sys
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lora
+import packing
+import ranks
+from config import UserError, installed, visible
+from engine import Ask, Engine, Episode, Job, common_prefix
+from packing import Segment
+
+SIZES = (24, 19, 7)                     # tokens: of the longer conversation, of one that forks from it, of a shorter one
+FLOOR = 1e-3                            # may differ in any format, in the mean, of a log-probability; of a gradient in parts
+SAMPLED, PACKED = 1.25, 0.5             # times what rounding anew does; honest: 0.5, 0.06 at most
+GRADIENT = 0.1                          # in parts, in 16 bits; honest: 0.03
+SAMPLING: list[dict[str, bool]] = [     # ways, the fastest first; what scale/general.py knows of them
+    dict(forks=True, pads=True, caches=True), dict(forks=False, pads=True, caches=True),
+    dict(forks=False, pads=False, caches=True), dict(forks=False, pads=False, caches=False)]
+TRAINING: list[dict[str, bool]] = [dict(packs=True), dict(packs=False)]
+Differences = dict[str, torch.Tensor]   # from the model's own forward: a figure's name -> its values
+
+
+@dataclass
+class Answers:
+    """What the model says of the conversations by itself."""
+    logp: list[torch.Tensor]            # (T, V) of each; row t is behind token t
+    packed: torch.Tensor                # (N,) log-probabilities of the trees' tokens, in their order
+    gradient: torch.Tensor              # (D,) of the mean of them, by a vector added to each token's embedding
+
+
+@dataclass
+class Judge:
+    policy: Any
+    talks: list[list[int]]
+    own: Answers
+
+    @functools.cached_property
+    def limits(self) -> dict[str, float]:
+        """How far a figure may go."""
+        with rounded_anew(self.policy.model):
+            anew = own_answers(self.policy.model, self.talks)
+        drifts = torch.cat([drift(*pair) for pair in zip(anew.logp, self.own.logp)])
+        coarse = torch.finfo(self.policy.model.get_input_embeddings().weight.dtype).eps > 1e-4
+        return {"log-probability": SAMPLED * float(drifts.median()),
+                "packed log-probability": PACKED * float((anew.packed - self.own.packed).abs().median()),
+                "gradient": GRADIENT if coarse else FLOOR}
+
+    def agrees(self, found: Differences) -> bool:
+        return all(mean(values) <= FLOOR or mean(values) <= self.limits[name] for name, values in found.items())
+
+
+# --------------------------------------------------------------------------------------------------------- the check
+def check(policy: Any) -> None:
+    """UserError where no way computes what the model computes; else the model's attributes say which way is taken."""
+    model, name, failed = policy.model, policy.cfg.model, ""
+    taken, why = [len(SAMPLING), len(TRAINING)], ["", ""]
+    try:
+        judge = judge_of(policy)
+        check_4bit(model)
+        for n, (ways, test) in enumerate([(SAMPLING, sampling), (TRAINING, training)]):
+            taken[n], why[n] = chosen(judge, ways, test)
+    except UserError as error:
+        failed = str(error)
+    taken = agreed(taken)                                # every rank goes the slowest one's way
+    uses = [use for use, way, ways in zip(("sampled", "trained"), taken, (SAMPLING, TRAINING)) if way == len(ways)]
+    if failed or uses:
+        raise UserError(failed or f"model: {name} cannot be {' or '.join(uses)} as it computes itself: "
+                                  f"{'; '.join(filter(None, why)) or 'so another rank found'}; choose another model")
+    for way in (SAMPLING[taken[0]], TRAINING[taken[1]]):
+        vars(model).update(way)
+    uses = [use for use, way in zip(("sampled", "trained"), taken) if way]
+    if uses and ranks.rank() == 0:
+        print(visible(f"note: {name} is {' and '.join(uses)} another way than the fast one ({'; '.join(filter(None, why))}): "
+                      f"{lora.general().COST}"), file=sys.stderr)
+
+
+def judge_of(policy: Any, sizes: Sequence[int] = SIZES) -> Judge:
+    """Raises UserError where the model itself does not work, or sees what comes later."""
+    model, name = policy.model, policy.cfg.model
+    if not lora.finite(model):
+        raise UserError(f"model: {name}: its weights, or what it answers, are not finite numbers; copy or download it again")
+    talks = conversations(policy, sizes)
+    try:
+        judge = Judge(policy, talks, own_answers(model, talks))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"model: {name} does not run by itself ({short(error)}); choose another model") from None
+    tau = common_prefix(*talks[:2])
+    apart = drift(judge.own.logp[0][:tau], judge.own.logp[1][:tau])
+    if not judge.agrees({"log-probability": apart}):
+        raise UserError(f"model: {name} is no causal language model: what it says behind a token depends on later ones "
+                        f"(by {mean(apart):.2g} in log-probability); choose another model")
+    return judge
+
+
+def chosen(judge: Judge, ways: list[dict[str, bool]], test: Callable) -> tuple[int, str]:
+    """(the first way that agrees, why it is not the fastest one)."""
+    model, first = judge.policy.model, ""
+    before = model.config._attn_implementation
+    for n, way in enumerate(ways):
+        vars(model).update(way)
+        try:
+            found = test(judge)
+            if judge.agrees(found):
+                return n, first
+            said = "it differs from the model's own forward by " + ", ".join(
+                f"{mean(values):.2g} in {name}" for name, values in found.items())
+        except (torch.OutOfMemoryError, UserError):
+            raise
+        except Exception as error:                       # whatever a model does that is not known here
+            said = short(error)
+        first = first or said
+        model.set_attn_implementation(before)            # packed rows set their own
+    return len(ways), first
+
+
+def short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+
+
+def agreed(numbers: list[int]) -> list[int]:
+    """The largest of all ranks."""
+    found = torch.tensor(numbers)
+    if ranks.world() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+@torch.no_grad()
+def check_4bit(model: Any) -> None:
+    """Each 4-bit layer against its weights taken back to 16 or 32 bits, one token and several; on a CPU one of each shape."""
+    layers = [(name, layer) for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"]
+    if layers and layers[0][1].weight.device.type == "cpu":
+        layers = list({(layer.in_features, layer.out_features): (name, layer) for name, layer in layers}.values())
+    for name, layer in layers:
+        weight = installed("bitsandbytes", "bitsandbytes").functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        x = torch.linspace(-1, 1, 3 * layer.in_features, device=weight.device, dtype=weight.dtype).view(3, -1).sin()
+        own = nn.functional.linear(x, weight, layer.bias)
+        off = max(float((layer(x) - own).norm() / own.norm()), float((layer(x[:1]) - own[:1]).norm() / own[:1].norm()))
+        if not off <= max(FLOOR, 4 * torch.finfo(weight.dtype).eps):
+            raise UserError(f"load_in_4bit: bitsandbytes computes {name} wrongly here (off by {off:.2g} of its length); "
+                            f"set load_in_4bit=false")
+
+
+# --------------------------------------------------------------------------------------------------------- the judge
+def conversations(policy: Any, sizes: Sequence[int]) -> list[list[int]]:
+    """The same at each load; of words: nothing that ends a turn, or stands for a picture."""
+    tokenizer, rng = policy.chat.tokenizer, random.Random(0)
+    size = policy.model.get_input_embeddings().weight.shape[0]
+    words = sorted(set(range(min(size, len(tokenizer)))) - set(tokenizer.added_tokens_decoder) - policy.chat.stop)
+    longer, fork, shorter = ([rng.choice(words) for _ in range(min(n, policy.cfg.context - 1))] for n in sizes)
+    half = len(fork) // 2
+    return [longer, longer[:half] + fork[half:], shorter]
+
+
+def trees_of(talks: list[list[int]]) -> packing.Packed:
+    """The first two conversations as one tree, the third as another, in one row."""
+    longer, fork, shorter = talks
+    tau = common_prefix(longer, fork)
+    one, other = [(longer[:tau], None), (longer[tau:], 0), (fork[tau:], 0)], [(shorter, None)]
+    return packing.pack([[Segment(ids, [(1.0,)] * len(ids), parent) for ids, parent in tree] for tree in (one, other)])
+
+
+def own_answers(model: Any, talks: list[list[int]]) -> Answers:
+    table = model.get_input_embeddings().weight
+    with added(model) as e, torch.enable_grad():
+        logp = [model(input_ids=torch.tensor([ids], device=table.device), use_cache=False).logits[0].float().log_softmax(-1)
+                for ids in talks]                                                               # (T, V) each
+        told = [one[:-1].gather(1, torch.tensor(ids[1:], device=one.device)[:, None])[:, 0]
+                for one, ids in zip(logp, talks)]
+        packed = torch.cat([told[0], told[1][common_prefix(*talks[:2]) - 1:], told[2]])
+        gradient, = torch.autograd.grad(packed.mean(), e)
+    return Answers([one.detach() for one in logp], packed.detach(), gradient)
+
+
+@contextmanager
+def added(model: Any) -> Iterator[torch.Tensor]:
+    """Inside, the yielded vector (D,), zeros, is added to each token's embedding."""
+    table = model.get_input_embeddings()
+    e = torch.zeros(table.weight.shape[1], device=table.weight.device, requires_grad=True)
+    hook = table.register_forward_hook(lambda module, args, out: out + e.to(out.dtype))
+    try:
+        yield e
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def rounded_anew(model: Any) -> Iterator[None]:
+    """Inside, what each linear layer gives is off by up to one unit of its format."""
+    rng = torch.Generator(model.get_input_embeddings().weight.device).manual_seed(0)
+
+    def off(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+        unit = torch.rand(out.shape, generator=rng, device=out.device).to(out.dtype) * 2 - 1
+        return out * (1 + unit * torch.finfo(out.dtype).eps)
+    hooks = [module.register_forward_hook(off) for module in model.modules() if type(module).__name__ in lora.LINEAR]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ------------------------------------------------------------------------------------------------------ the two ways
+def sampled(policy: Any, talks: list[list[int]]) -> list[tuple[int, int, torch.Tensor]]:
+    """(conversation, position, log-probabilities (V,) behind it) of what the engine samples: half of the longer conversation
+    alone; then the whole of it side by side with the one that forks from it and the shorter one."""
+    kind = Engine if policy.model.forks else lora.general().General
+    engine = kind(policy.model, set(), policy.cfg.but(slots=len(talks), context=max(map(len, talks)), snapshot_mb=1024))
+    found, of = [], {}
+
+    def told(logits: torch.Tensor, jobs: list[Job]) -> list[int]:
+        """In place of a draw: what the conversation says next."""
+        for job, row in zip(jobs, logits.float().log_softmax(-1)):
+            found.append((of[id(job.episode)], len(job.ids) - 1, row))
+        return [talks[of[id(job.episode)]][len(job.ids)] for job in jobs]
+
+    def job(n: int, end: int, size: int) -> Job:
+        episode = one_reply(talks[n][:end], size)
+        of[id(episode)] = n
+        return Job(episode, random.Random(0), "shorter" if n == 2 else "longer", snapshot=True)
+    engine._sample = told
+    alone = job(0, len(talks[0]) // 2, 1)
+    queue = deque([alone])
+    for ended in engine.run(queue):
+        if ended is alone:
+            queue.extend(job(n, len(ids) - 2, 2) for n, ids in enumerate(talks))
+    return found
+
+
+def one_reply(context: list[int], size: int) -> Episode:
+    yield Ask(context, size)
+
+
+def sampling(judge: Judge) -> Differences:
+    return {"log-probability": torch.stack([drift(logp, judge.own.logp[n][at].to(logp))
+                                            for n, at, logp in sampled(judge.policy, judge.talks)])}
+
+
+def training(judge: Judge) -> Differences:
+    model = judge.policy.model
+    with added(model) as e, torch.enable_grad():
+        packed = packing.token_logp(model, [trees_of(judge.talks)])
+        gradient, = torch.autograd.grad(packed.mean(), e)
+    own = judge.own.gradient
+    return {"packed log-probability": (packed.detach() - judge.own.packed.to(packed.device)).abs(),
+            "gradient": (gradient - own).norm() / own.norm().clamp_min(1e-30)}
+
+
+def drift(ours: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """(..., V) each -> (...), the mean difference in log-probability of what the model itself would say."""
+    return (own.exp() * torch.where(ours == own, 0.0, (ours - own).abs())).sum(-1)            # both may be -inf
+
+
+def mean(values: torch.Tensor) -> float:
+    return float(values.mean().nan_to_num(torch.inf))
