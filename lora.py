@@ -178,6 +178,7 @@ def check_layers(model: Any) -> None:
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["recurrent"] * model._is_stateful)
     why = (f"has {', '.join(sorted(layers - LAYERS))} layers" if layers - LAYERS else
            "counts positions itself" if "position_ids" not in takes(decoder) else
+           "picks its keys itself" if hasattr(model.config.get_text_config(), "keep_window_size") else
            "keeps masks of its own" if any(buffer.ndim == 4 for buffer in decoder.buffers()) else "")
     if why:
         raise NotImplementedError(f"{type(model).__name__} {why}")

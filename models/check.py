@@ -28,7 +28,7 @@ from engine import Ask, Engine, Episode, Job, common_prefix
 from packing import Segment
 
 SIZES = (24, 19, 7)                     # tokens: of the longer conversation, of one that forks from it, of a shorter one
-FLOOR = 1e-3                            # may differ in any format, in the mean, of a log-probability; of a gradient in parts
+FLOOR = 1e-4                            # may differ in any format, in the mean, of a log-probability; of a gradient in parts
 SAMPLED, PACKED = 1.25, 0.5             # times what rounding anew does; honest: 0.5, 0.06 at most
 GRADIENT = 0.1                          # in parts, in 16 bits; honest: 0.03
 SAMPLING: list[dict[str, bool]] = [     # ways, the fastest first; what scale/general.py knows of them
@@ -88,22 +88,23 @@ def check(policy: Any) -> None:
         vars(model).update(way)
     uses = [use for use, way in zip(("sampled", "trained"), taken) if way]
     if uses and ranks.rank() == 0:
-        print(visible(f"note: {name} is {' and '.join(uses)} another way than the fast one ({'; '.join(filter(None, why))}): "
+        print(visible(f"note: {name} is {' and '.join(uses)} another way than the fast one ({'; '.join(dict.fromkeys(filter(None, why))) or 'so another rank found'}): "
                       f"{lora.general().COST}"), file=sys.stderr)
 
 
 def judge_of(policy: Any, sizes: Sequence[int] = SIZES) -> Judge:
     """Raises UserError where the model itself does not work, or sees what comes later."""
     model, name = policy.model, policy.cfg.model
-    if not lora.finite(model):
-        raise UserError(f"model: {name}: its weights, or what it answers, are not finite numbers; copy or download it again")
     talks = conversations(policy, sizes)
     try:
+        finite = lora.finite(model)
         judge = Judge(policy, talks, own_answers(model, talks))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise UserError(f"model: {name} does not run by itself ({short(error)}); choose another model") from None
+    if not finite:
+        raise UserError(f"model: {name}: its weights, or what it answers, are not finite numbers; copy or download it again")
     tau = common_prefix(*talks[:2])
     apart = drift(judge.own.logp[0][:tau], judge.own.logp[1][:tau])
     if not judge.agrees({"log-probability": apart}):

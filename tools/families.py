@@ -42,7 +42,7 @@ WORDS = 480                                            # of the vocabulary: mode
 
 # what names cannot tell: families whose default config is incomplete, shows one of several kinds of layer, or has sizes that
 # are tied to each other
-INDEXER = dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2)
+INDEXER = dict(indexer_n_heads=16, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2)
 DOTS = dict(head_dim=20, per_layer_config={
     "2": dict(num_attention_heads=8, num_key_value_heads=8, kv_lora_rank=16, qk_nope_head_dim=16)})
 OWN: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ OWN: dict[str, dict[str, Any]] = {
                  n_input_layers=1, n_recurrent_layers=1, n_output_layers=1),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
     "dots3_note_text": DOTS,
-    "dots3_note": dict(text_config=DOTS, audio_config=dict(adapter_input_size=32),
+    "dots3_note": dict(text_config=DOTS, audio_config=dict(adapter_input_size=32, adapter_out_dim=32),
                         vision_config=dict(adapter_in_dim=32, adapter_out_dim=32)),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"]),
@@ -89,6 +89,7 @@ SIZES: list[tuple[str, int]] = [
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_\w+_positions|context_length|model_max_length", 512),
     (r"sliding_window$|sliding_window_size|window_size|window_len|attention_chunk_size|local_attention$", 8),
     (r"^keep_window_size|floor_scale|log_scaling_n_floor|original_max_position|mem_len", 8),
+    (r"index_n_heads|indexer_n_heads", 16),
     (r"index_topk|indexer_budget", 4),
     (r"index_block_size|block_size", 4),
     (r"chunk_size_(feed|lm)", 0),

@@ -1,0 +1,173 @@
+"""The check at load: what the engine and packed rows compute, against the model's own forward."""
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import lora
+import packing
+import ranks
+from config import UserError
+from conftest import family, shake
+from lora import add_lora, load_model
+from models.check import check
+from run import Policy
+from tools.families import tiny_model
+
+WAY = ("forks", "packs", "pads", "caches")
+
+
+def way_of(model) -> tuple:
+    return tuple(vars(model)[name] for name in WAY)
+
+
+@contextmanager
+def every(layers, name, change):
+    """Inside, an attribute of each layer's attention is changed."""
+    before = [getattr(layer.self_attn, name) for layer in layers]
+    for layer, value in zip(layers, before):
+        setattr(layer.self_attn, name, change(value))
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before):
+            setattr(layer.self_attn, name, value)
+
+
+@contextmanager
+def mask_of(layer, change):
+    """Inside, a layer's attention is given another mask: change(mask, query positions, key indices)."""
+    def other(module, args, kwargs):
+        mask = kwargs["attention_mask"]
+        gone = change(kwargs["position_ids"][..., None], torch.arange(mask.shape[-1]))[:, None]
+        hidden = mask & ~gone if mask.dtype == torch.bool else mask.masked_fill(gone, -torch.inf)
+        return args, kwargs | {"attention_mask": hidden}
+    hook = layer.self_attn.register_forward_pre_hook(other, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def table(model):
+    tables = model.get_decoder().rotary_emb
+    before = tables.inv_freq
+    tables.inv_freq = before * 0.8
+    try:
+        yield
+    finally:
+        tables.inv_freq = before
+
+
+FAULTS = {                                             # in the fast way alone: what is around the decoder's forward
+    "a wrong scale of attention": lambda model: every(model.model.layers, "scaling", lambda scale: 1.2 * scale),
+    "another rope table": table,
+    "one layer has a window": lambda model: mask_of(model.model.layers[1], lambda at, key: at - key > 6),
+    "one layer does not see its first token": lambda model: mask_of(model.model.layers[2], lambda at, key: (key == 0) & (at > 0)),
+}
+
+
+def plant(fault: str, monkeypatch) -> None:
+    """Let the fast way go wrong, in the engine and in packing."""
+    right, head = lora.hidden, lora.logits
+
+    def hidden(model, ids, seen, **more):
+        if fault == "positions shifted behind a fork":
+            seen = lora.Seen(*[value if n != 1 else value + (value >= 9) for n, value in enumerate(vars(seen).values())])
+            return right(model, ids, seen, **more)
+        with FAULTS[fault](model):
+            return right(model, ids, seen, **more)
+    for module in (lora, packing):
+        if fault == "logits that are not scaled":
+            monkeypatch.setattr(module, "logits", lambda model, states: 1.15 * head(model, states))
+        else:
+            monkeypatch.setattr(module, "hidden", hidden)
+
+
+@pytest.fixture
+def policy(own_tiny, settings):
+    return Policy(*own_tiny, settings())
+
+
+@pytest.mark.parametrize("name", ["tiny", "bf16", "adapter", "4 bits", "qwen3", "mistral"])
+def test_what_agrees_takes_the_fast_way_in_silence(name, policy, settings, capsys):
+    if name == "4 bits":
+        policy.model = load_model("tiny", True, 768)[0]
+    if name in ("qwen3", "mistral"):
+        policy.model = family(name)
+    if name == "bf16":
+        policy.model.to(torch.bfloat16)
+    if name == "adapter":
+        add_lora(policy.model, 4, 8, seed=0)
+        shake(policy.model)
+    capsys.readouterr()
+    check(policy)
+    assert way_of(policy.model) == (True, True, True, True) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("fault", [*FAULTS, "positions shifted behind a fork", "logits that are not scaled"])
+def test_a_fault_of_the_fast_way_is_found_and_the_general_way_taken(fault, dtype, policy, capsys, monkeypatch):
+    policy.model.to(dtype)
+    plant(fault, monkeypatch)
+    check(policy)
+    told = capsys.readouterr().err
+    assert way_of(policy.model) == (False, False, True, True)
+    assert told.count("\n") == 1 and "differs from the model's own forward by" in told and "engine=http" in told
+
+
+def test_an_exception_of_the_fast_way_is_named_and_the_general_way_taken(policy, capsys, monkeypatch):
+    def hidden(*_, **__):
+        raise IndexError("list index out of range")
+    monkeypatch.setattr(lora, "hidden", hidden)                   # the engine's; packed rows go on as they are
+    check(policy)
+    assert way_of(policy.model) == (False, True, True, True)
+    assert "sampled another way" in (told := capsys.readouterr().err) and "IndexError: list index out of range" in told
+
+
+def test_out_of_memory_is_no_fault_of_the_way(policy, monkeypatch):
+    def hidden(*_, **__):
+        raise torch.OutOfMemoryError("too much")
+    monkeypatch.setattr(packing, "hidden", hidden)
+    with pytest.raises(torch.OutOfMemoryError):
+        check(policy)
+
+
+def test_where_no_way_agrees_one_line_has_the_figure(policy, monkeypatch):
+    plant("another rope table", monkeypatch)
+    slow = lora.general().own_logits
+    monkeypatch.setattr(lora.general(), "own_logits", lambda *args: 2 * slow(*args))
+    with pytest.raises(UserError, match="model: tiny cannot be trained as it computes itself: .* by 0.* in packed") as raised:
+        check(policy)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_that_sees_what_comes_later_is_refused(policy):
+    policy.model = tiny_model("bert")
+    with pytest.raises(UserError, match="no causal language model: .* depends on later ones .by 0.*choose another"):
+        check(policy)
+
+
+def test_a_4_bit_layer_that_is_computed_wrongly_is_refused(policy, monkeypatch):
+    policy.model = load_model("tiny", True, 768)[0]
+    layer = policy.model.model.layers[-1].mlp.up_proj        # on a CPU, one of each shape
+    right = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: right(x) * 1.1)
+    with pytest.raises(UserError, match="load_in_4bit: bitsandbytes computes .*up_proj wrongly here .off by 0.1"):
+        check(policy)
+
+
+def test_all_ranks_go_the_way_of_the_slowest(policy, capsys, monkeypatch):
+    """Another rank found that the engine's fast way differs."""
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda found, op: found.copy_(torch.tensor([2, 0])))
+    check(policy)
+    assert way_of(policy.model) == (False, True, False, True) and "so another rank found" in capsys.readouterr().err
+
+
+def test_the_check_is_part_of_every_load(settings, monkeypatch):
+    asked = []
+    monkeypatch.setattr("models.check.check", asked.append)
+    policy = Policy.open(settings("model=tiny"), "", "init")
+    assert asked == [policy]
