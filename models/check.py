@@ -225,7 +225,7 @@ def rounded_anew(model: Any) -> Iterator[None]:
 def sampled(policy: Any, talks: list[list[int]]) -> list[tuple[int, int, torch.Tensor]]:
     """(conversation, position, log-probabilities (V,) behind it) of what the engine samples: half of the longer conversation
     alone; then the whole of it side by side with the one that forks from it and the shorter one."""
-    kind = Engine if policy.model.forks else lora.general().General
+    kind: Any = Engine if policy.model.forks else lora.general().General
     engine = kind(policy.model, set(), policy.cfg.but(slots=len(talks), context=max(map(len, talks)), snapshot_mb=1024))
     found, of = [], {}
 
