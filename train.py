@@ -192,23 +192,14 @@ def epoch(rows: list[Packed], cfg: Config, number: int) -> list[list[Packed]]:
 def recomputing(model, on: bool) -> Iterator[None]:
     """Gradient checkpointing, while a step is taken: a layer keeps its input alone and runs again for the gradient. Not
     by transformers' own, which does it in training mode only: that switches dropout and noise of routers on."""
-    layers = recomputable(model) if on else []
+    layers = [layer for layer in model.modules() if on and isinstance(layer, GradientCheckpointingLayer)]
+    if on and not layers:
+        raise UserError(f"gradient_checkpointing: the layers of {type(model).__name__} do not take it; set it to false")
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward                            # the class's is seen again
-
-
-def recomputable(model) -> list[torch.nn.Module]:
-    """The layers that transformers would recompute; of those inside one another the outer ones."""
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError(f"gradient_checkpointing: the layers of {type(model).__name__} do not take it; set it to false")
-    inner = {child for layer in layers for child in layer.modules() if child is not layer}
-    return [layer for layer in layers if layer not in inner]
+    yield
+    for layer in layers:
+        del layer.forward                                # the class's is seen again
 
 
 def save_checkpoint(folder: Path, parameters, optimizer, state: dict[str, int]) -> None:
@@ -255,8 +246,8 @@ def whole_run(cfg: Config) -> None:
     if cfg.warm_start:
         warm_start().tasks(cfg)
     run = open_run(cfg, cfg.init, training=True)
-    if cfg.gradient_checkpointing:
-        recomputable(run.policy.model)                 # raises where it cannot be
+    with recomputing(run.policy.model, cfg.gradient_checkpointing):
+        pass                                           # it can be: known before anything is sampled
     report_file().settle(run)                          # is what lies there, or in trees=, of this model and world?
     folder = run.folder.path
     if cfg.warm_start:
