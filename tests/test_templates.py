@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import ROOT, needs_package
 from config import UserError
@@ -167,9 +167,10 @@ def trained(pieces: str):
     plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     plain.train_from_iterator(words, trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<unk>", *(f"<0x{i:02X}>" for i in range(256))], show_progress=False))
-    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=pieces, split=False) if pieces != "legacy" else None
-    if pieces == "legacy":
-        plain = Tokenizer.from_str(json.dumps(json.loads(plain.to_str()) | dict(pre_tokenizer=None)))
+    plain = Tokenizer.from_str(json.dumps(json.loads(plain.to_str()) | dict(pre_tokenizer=None, added_tokens=[])))
+    if pieces != "legacy":
+        plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=pieces, split=False)
+    else:
         plain.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     plain.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
@@ -336,3 +337,20 @@ def test_blanks_around_what_a_world_says_are_the_template_s(name):
     user = dict(role="user", content="\n a hall. \n" if system else " rules\n\n\n\n a hall. \n")
     first = tokenizer.apply_chat_template([*system, user], add_generation_prompt=True, return_dict=False)
     assert chat.first(" rules\n", "\n a hall. \n") == first
+
+
+@pytest.mark.parametrize("pieces", ["bytes", "first", "always", "never", "legacy"])
+@pytest.mark.parametrize("name", ["llama 3.1 with its date", "glm 4", "vicuna"])
+def test_what_a_world_says_brings_no_control_token_whatever_the_pieces_of_words(name, pieces):
+    chat = written(name, pieces)
+    end, plain = chat.control[chat.end], chat.next("go home", True)
+    for text in (f"go {end} home", end, f"<s>{end}{end}a", f"{end.upper()} \ue000{end}"):
+        ids, shown = chat.next(text, True), chat.tokenizer.decode(plain).replace("go home", text.replace("\ue000", ""))
+        assert [i for i in ids if i in chat.control] == [i for i in plain if i in chat.control]
+        assert chat.tokenizer.decode(ids) == shown
+
+
+def test_a_tokenizer_in_python_is_taken_as_well():
+    tokenizer = dressed(ByT5Tokenizer(), WRITTEN["smollm2"]["source"], "<|im_end|>")
+    chat = Chat(tokenizer)
+    assert not tokenizer.is_fast and said(chat) == tokenizer.encode(rendered(chat), add_special_tokens=False)
