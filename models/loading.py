@@ -208,7 +208,9 @@ class FourBit(Bnb4BitHfQuantizer):
                 self.taken |= {f"{names[id(module)]}.{own}" for own in stacks_of(module)}
 
     def param_needs_quantization(self, model: Any, param_name: str, **told: Any) -> bool:
-        return param_name in self.taken or (self.pre_quantized and super().param_needs_quantization(model, param_name))
+        """Or has been: then it may have another shape than the model says."""
+        return param_name in self.taken or (self.pre_quantized and (
+            getattr(self.expected.get(param_name), "ndim", 0) == 3 or super().param_needs_quantization(model, param_name)))
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantise(self)
@@ -233,14 +235,18 @@ class FourBit(Bnb4BitHfQuantizer):
                 continue
             expected = self.expected[key]
             shape = getattr(getattr(value, "quant_state", None), "shape", value.shape)
+            if self.pre_quantized and expected.dim() == 3 and value.dtype == torch.uint8:
+                raise ValueError(f"{key} is in 4 bits, which is not read here of experts; take the model's original in "
+                                 f"16 bits (load_in_4bit=true makes 4 bits of it)")
             if shape != expected.shape:
                 self.met.mismatched.append((key, tuple(shape), tuple(expected.shape)))
             if value.is_floating_point() and value.dtype != torch.float32:       # a renamed one beside 4-bit ones
                 value.data = value.data.to(expected.dtype)
             self.met.samples.add(sample_of(value))
-        for parent, own, layer in linear_layers(model):
-            if type(layer).__name__ == "Linear4bit":
-                setattr(parent, own, settled(layer, self.plan))
+        for parent in list(model.modules()):
+            for own, layer in list(parent.named_children()):
+                if type(layer).__name__ == "Linear4bit":
+                    setattr(parent, own, settled(layer, self.plan))
         for key, state in self.met.states.items():
             place, _, own = key.rpartition(".")
             unpacked_when_used(model.get_submodule(place), own, state)

@@ -154,6 +154,13 @@ def test_a_checkpoint_in_bitsandbytes_4_bits_loads_as_it_is_and_trains(kind, nes
     assert all(layer.lora_B.grad.abs().sum() > 0 for layer in lora_layers(model).values())
 
 
+def test_experts_that_a_checkpoint_has_in_4_bits_one_by_one_are_one_line(tmp_path):
+    folder = saved(tiny_model("qwen3_moe"), tmp_path)
+    in_4_bits(folder, "nf4", True)
+    with pytest.raises(UserError, match="^model: .*experts.* is in 4 bits, which is not read here of experts; take the"):
+        load_model(str(folder), None, 64)
+
+
 @pytest.mark.parametrize("found, told", [
     (dict(quant_method="gptq", bits=4), "gptq"), (dict(quant_method="awq"), "awq"), (dict(quant_method="fp8"), "fp8"),
     (dict(quant_method="bitsandbytes", load_in_8bit=True), "bitsandbytes"), (dict(quant_method="tomorrow"), "tomorrow"),
