@@ -78,7 +78,7 @@ def read_adapter(key: str, folder: Path) -> tuple[dict, Tensors, str]:
     config = read_json(key, file, ANEW)
     for name, (holds, must) in MUST.items():
         if not holds(config.get(name)):
-            raise UserError(f"{key}{file}: {name} is {config.get(name)!r}, but must be {must}")
+            raise UserError(f"{key}{file}: {name} is {config.get(name)!r:.80}, but must be {must}")
     if not config.get("target_modules") and not config.get("target_parameters"):
         raise UserError(f"{key}{file}: target_modules is {config.get('target_modules')!r}, but must be the names of the "
                         f"layers that it changes")

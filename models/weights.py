@@ -150,8 +150,12 @@ def check_base(model: Any, said: str, base: str, digest: str) -> None:
     elif folder and folder.resolve() != Path(here).resolve():
         samples = set()
         for file in checkpoint_files(folder):
-            with reading("model: ", file), safe_open(file, framework="pt") as opened:
-                samples |= {sample_of(opened.get_tensor(key)) for key in opened.keys()}
+            with reading("model: ", file):
+                if file.suffix == ".bin":
+                    samples |= set(map(sample_of, torch.load(file, weights_only=True, mmap=True).values()))
+                    continue
+                with safe_open(file, framework="pt") as opened:
+                    samples |= {sample_of(opened.get_tensor(key)) for key in opened.keys()}
         same = model.base_weights <= samples
     elif is_hub_name(base) and is_hub_name(here):
         same = base == here

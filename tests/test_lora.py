@@ -389,6 +389,10 @@ def test_an_adapter_whose_base_has_other_weights_is_one_line(tmp_path, adapter, 
     with pytest.raises(UserError, match=f"theirs was trained on {other}, whose weights are not .*models/tiny; give"):
         load_adapter(own_tiny[0], tmp_path / "theirs")
     load_adapter(load_model(other, None, 64)[0], tmp_path / "theirs")
+    torch.save(load_file(tmp_path / "other/model.safetensors"), tmp_path / "other/pytorch_model.bin")
+    (tmp_path / "other/model.safetensors").unlink()
+    with pytest.raises(UserError, match="theirs was trained on .*, whose weights are not"):      # pickled, too
+        load_adapter(load_model("tiny", None, 64)[0], tmp_path / "theirs")
     says(SETTINGS, base_model_name_or_path="own/model")(tmp_path / "theirs")
     model, _ = load_model("tiny", None, 64)
     model.name_or_path = "another/model"
