@@ -6,6 +6,7 @@
     guarded        what every script's main runs in: a mistake is one line, Ctrl-C loses nothing
 """
 import errno
+import gc
 import os
 import re
 import signal
@@ -409,6 +410,8 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
             stream.write, stream.flush = (partial(lasting, stream, write) for write in (stream.write, stream.flush))
         setattr(sys, name, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)           # see stopped
+    gc.freeze()                                        # what is imported stays: see gc.disable below
+    gc.enable()
     sys.excepthook = lambda *error: print(visible("".join(traceback.format_exception(*error))), file=sys.stderr)
     try:
         if usage and (not args or set(args) & {"-h", "--help"}):
@@ -452,4 +455,5 @@ def check_versions() -> None:                          # its door; before torch 
 
 if Path(sys.argv[0] or "/").resolve().parent in (ROOT, ROOT / "tools", ROOT / "methods"):    # one of the scripts
     signal.signal(signal.SIGINT, stopped)              # its imports take seconds
+    gc.disable()                                       # to look for waste in what they make would take as long again
     check_versions()
