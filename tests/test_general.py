@@ -2,6 +2,7 @@
 do not take."""
 import random
 from collections import deque
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -131,3 +132,30 @@ def test_a_model_with_convolutions_learns_what_its_rows_say(tiny, settings):
     run.folder.close()
     assert last["step"] == 8 and last["L_cf"] < first["L_cf"] / 2 and last["beta_L_reh"] < first["beta_L_reh"] / 2
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_episode_that_waits_for_its_world_holds_up_no_other_and_all_are_closed(tiny, settings):
+    model, chat = tiny
+    answer, closed, prompt = Future(), [], chat.first("rules", "step 1: you are in the hall.")
+
+    def waits():
+        told = yield answer
+        return told, (yield Ask(prompt, 3))
+
+    def goes():
+        reply = yield Ask(prompt, 3)
+        answer.set_result("the attic is dark.")
+        return reply
+
+    def stays():
+        try:
+            yield Ask(prompt, 3)
+        finally:
+            closed.append(1)
+    engine = General(model, chat.stop, settings("slots=2", "context=64", "temperature=0"))
+    first, second = engine.run(deque([Job(waits(), random.Random(0), "a"), Job(goes(), random.Random(1), "b")]))
+    assert second.result == ("the attic is dark.", first.result) and 0 < len(first.result) <= 3
+    engine._draw, own = lambda *_: 1 / 0, model.generation_config
+    with pytest.raises(ZeroDivisionError):
+        list(engine.run(deque(Job(stays(), random.Random(n), "a") for n in range(2))))
+    assert closed == [1, 1] and model.generation_config is own
