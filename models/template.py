@@ -7,6 +7,7 @@
 There is no list of models here: whatever a template does, its rendering shows it, or it is refused in one line.
 """
 import json
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ class Template:
 
 def find(tokenizer: Any, thinking: bool, date: datetime | None) -> Template:
     """Raises UserError where the template loses, reorders or changes messages, or does not know `thinking`."""
-    source, today = source_of(tokenizer), date or datetime.now()
+    name, source, today = tokenizer.name_or_path, source_of(tokenizer), date or datetime.now()
 
     def render(messages: list[dict], way: Way = ({}, ""), ask: bool = True) -> str | None:
         variables, flag = way
@@ -76,9 +77,12 @@ def find(tokenizer: Any, thinking: bool, date: datetime | None) -> Template:
             with clock_at(today):
                 return tokenizer.apply_chat_template(said, chat_template=source, tokenize=False,
                                                      add_generation_prompt=ask, **variables)
+        except (ImportError, jinja2.TemplateSyntaxError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise UserError(f"model: the chat template of {name} cannot be read ({why}); mend it, or install what it "
+                            f"needs") from None
         except Exception:                                # a template's own errors, of any kind, for a missing role
             return None
-    name = tokenizer.name_or_path
     layout, way = fitting_layout(render, source, thinking, name)
     found = read_pieces(render, layout, way, name)
     found.control = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
@@ -205,16 +209,19 @@ def read_pieces(render: Render, messages: list[dict], way: Way, name: str) -> Te
         shorter = split_at_marks(render(messages[:-left_out], way), MARKS[:-left_out])
         if shorter is None or [*shorter[:2], shorter[-1]] != [head, system_to_user, user_to_reply] or (
                 left_out == 2 and shorter[3] != reply_to_user) or pieces[5] != reply_to_user:
-            raise UserError(f"model: the chat template of {name} says something else in each turn (does it number them?), "
-                            f"so a conversation cannot grow by what is appended; give the folder another "
+            raise UserError(f"model: the chat template of {name} says something else in each turn (does it number "
+                            f"them?), so a conversation cannot grow by what is appended; give the folder another "
                             f"chat_template.jinja")
     strips = how_it_strips(render, messages, way, name)
-    shared = next((n for n, (a, b) in enumerate(zip(said, user_to_reply)) if a != b), min(len(said), len(user_to_reply)))
+    shared = len(os.path.commonprefix([said, user_to_reply]))
     asked = user_to_reply[shared:]
     opened = OPENED.search(asked)
-    opening = f"{'' if asked.endswith(chr(10)) else chr(10)}</{opened[1]}>\n\n" if opened else said[shared:]
+    opening = said[shared:]
+    if opened:
+        opening = ("" if asked.endswith("\n") else "\n") + f"</{opened[1]}>\n\n"
     return Template(messages[0]["role"] == "system", head, system_to_user, user_to_reply, reply_to_user, asked,
-                    said[shared:], opening, way, isinstance(messages[0]["content"], list), strip=strips[1], strip_system=strips[0])
+                    said[shared:], opening, way, isinstance(messages[0]["content"], list),
+                    strip=strips[1], strip_system=strips[0])
 
 
 def how_it_strips(render: Render, messages: list[dict], way: Way, name: str) -> list[Callable[[str], str]]:
@@ -257,7 +264,8 @@ def find_end(found: Template, tokenizer: Any, eos: list[int], last: str) -> None
         mark = next((i for i in behind if i in found.control), None)
     closed = next((i for i in ids(last) if i in found.control), None)
     if mark is None and tokenizer.eos_token_id is None:
-        raise UserError(f"model: the chat template of {name} does not mark a reply's end, and its tokenizer has no eos_token")
+        raise UserError(f"model: the chat template of {name} does not mark a reply's end, and its tokenizer has no "
+                        f"eos_token")
     if mark is None:                                     # the model ends by a token that the template leaves out
         found.end, found.rest = tokenizer.eos_token_id, found.reply_to_user
     else:
@@ -351,7 +359,8 @@ def ways_to_think(source: str) -> Iterator[tuple[Way, Way]]:
     except jinja2.TemplateError:
         return
     none = "none" if re.search(r"""['"]none['"]""", source) else "low"
-    for name in sorted((name for name in names if re.search("think|reason", name)), key=lambda n: ("think" not in n, n)):
+    asked_for = [name for name in names if re.search("think|reason", name)]
+    for name in sorted(asked_for, key=lambda name: ("think" not in name, name)):
         if "budget" in name:
             yield ({}, ""), ({name: 0}, "")
             continue

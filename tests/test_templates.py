@@ -1,4 +1,4 @@
-"""Chat pieces on the chat templates of real models: as the packages trl and axolotl ship them, and data/templates.yaml."""
+"""Chat pieces on the chat templates of real models: as trl and axolotl ship them, and data/templates.yaml."""
 import copy
 import json
 import re
@@ -45,8 +45,10 @@ MODELS = {                                  # template -> (the end of a turn, ha
     AXOLOTL + "mistral_v2v3": ("</s>", False, False),
     AXOLOTL + "mistral_v7_tekken": ("</s>", True, False)}
 WRITTEN = yaml.safe_load((ROOT / "tests/data/templates.yaml").read_text(encoding="utf-8"))
-RULES, ONE, TWO, THREE = "You are in a house.", "step 1: find the crown.", "step 2: the attic is dark.", "step 3: well done."
-CONTROL = r"<[|\uff5c][^<>{}'\s]+[|\uff5c]>|<\|\w+>|<\w+\|>|<\w+_of_\w+>|</?s>|\[/?[A-Z_]+\]|\[\|\w+\|\]|</?think>|\[gMASK\]|<sop>"
+RULES, ONE = "You are in a house.", "step 1: find the crown."
+TWO, THREE = "step 2: the attic is dark.", "step 3: well done."
+CONTROL = (r"<[|\uff5c][^<>{}'\s]+[|\uff5c]>|<\|\w+>|<\w+\|>|<\w+_of_\w+>|</?s>|<sop>|</?think>"
+           r"|\[/?[A-Z_]+\]|\[\|\w+\|\]|\[gMASK\]")
 
 
 def tokens_of(source: str) -> set[str]:
@@ -85,7 +87,8 @@ def rendered(chat: Chat, date: datetime | None = None) -> str:
 
 def said(chat: Chat) -> list[int]:
     """The same conversation, grown turn by turn."""
-    return chat.first(RULES, ONE) + chat.reply("go attic") + chat.next(TWO) + chat.reply("take the lamp") + chat.next(THREE)
+    begun = chat.first(RULES, ONE) + chat.reply("go attic")
+    return begun + chat.next(TWO) + chat.reply("take the lamp") + chat.next(THREE)
 
 
 def in_bytes():
@@ -323,7 +326,8 @@ def test_of_several_templates_the_default_is_taken_and_a_processor_s_is_found(tm
     ("{% for m in messages %}{% if m.role == 'user' %}[Round {{ loop.index }}] {% endif %}{{ m.content }}<|end|>{% endfor %}>", "each turn"),
     ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{{ messages | length }}", "each turn"),
     ("{% for m in messages %}<|{{ m.role }}|>{{ m.content | tojson }}<|end|>{% endfor %}>", "changes what messages say"),
-    ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %", "loses or reorders")])
+    ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %", "cannot be read"),
+    ("{% for m in messages %}<|{{ m.role }}|>{{ m.content | upper }}<|end|>{% endfor %}>", "loses or reorders")])
 def test_a_template_that_no_conversation_can_be_grown_with_is_one_line(source, why):
     with pytest.raises(UserError, match=f"^model: the chat template of .*{why}") as error:
         Chat(dressed(in_bytes(), source, "<|end|>"))
