@@ -150,6 +150,7 @@ def planned(name: str, config: Any, four: bool, dtype: torch.dtype, device: str)
         return Mxfp4Config(dequantize=True)
     if told:
         also = ", or set load_in_4bit=false, which undoes it" if kind == "mxfp4" else ""
+        kind = "bitsandbytes in 8 bits" if told.get("load_in_8bit") else kind
         raise UserError(f"model: {name} is quantised as {kind or told}, which is not read here; take its original in "
                         f"16 bits (load_in_4bit=true makes 4 bits of it), or one in bitsandbytes' 4 bits "
                         f"(-bnb-4bit){also}")
@@ -234,14 +235,15 @@ class FourBit(Bnb4BitHfQuantizer):
             if key in self.taken:
                 continue
             expected = self.expected[key]
-            shape = getattr(getattr(value, "quant_state", None), "shape", value.shape)
+            state = getattr(value, "quant_state", None)
+            shape = state.shape if state else value.shape
             if self.pre_quantized and expected.dim() == 3 and value.dtype == torch.uint8:
                 raise ValueError(f"{key} is in 4 bits, which is not read here of experts; take the model's original in "
                                  f"16 bits (load_in_4bit=true makes 4 bits of it)")
             if shape != expected.shape:
                 self.met.mismatched.append((key, tuple(shape), tuple(expected.shape)))
-            if value.is_floating_point() and value.dtype != torch.float32:       # a renamed one beside 4-bit ones
-                value.data = value.data.to(expected.dtype)
+            if not state and value.is_floating_point() and value.dtype != torch.float32:
+                value.data = value.data.to(expected.dtype)         # a renamed one beside 4-bit ones keeps its own
             self.met.samples.add(sample_of(value))
         for parent in list(model.modules()):
             for own, layer in list(parent.named_children()):

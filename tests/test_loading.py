@@ -13,7 +13,7 @@ from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForCondition
 import ranks
 from config import UserError
 from conftest import ROOT, family, shake
-from lora import add_lora, linear_layers, load_model, lora_layers, lora_parameters, save_adapter, widths
+from lora import add_lora, linear_layers, load_adapter, load_model, lora_layers, lora_parameters, save_adapter, widths
 from models.loading import stacks_of
 from tools.families import roughen, tiny_model
 
@@ -120,7 +120,7 @@ def test_experts_in_4_bits_are_dequantised_once_a_pass_and_not_kept_for_the_back
 
 # checkpoints in 4 bits, and quantised otherwise
 
-def in_4_bits(folder, kind, nested, plain="layers.1.self_attn.q_proj"):
+def in_4_bits(folder, kind, nested, storage="uint8", plain="layers.1.self_attn.q_proj"):
     """The folder's checkpoint as bitsandbytes saves it; returns the numbers that it stands for. `plain` stays."""
     stored, values = {}, {}
     for key, value in load_file(folder / WEIGHTS).items():
@@ -129,19 +129,21 @@ def in_4_bits(folder, kind, nested, plain="layers.1.self_attn.q_proj"):
             stored[key], state = bnb.functional.quantize_4bit(value, quant_type=kind, compress_statistics=nested)
             stored |= {f"{key}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
             values[key] = bnb.functional.dequantize_4bit(stored[key], state)
+            stored[key] = stored[key].view(-1).view(getattr(torch, storage)).view(-1, 1)
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     says(folder, quantization_config=dict(
         quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False, _load_in_4bit=True, _load_in_8bit=False,
         bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype="bfloat16",
-        bnb_4bit_quant_storage="uint8", llm_int8_skip_modules=["lm_head", plain]))
+        bnb_4bit_quant_storage=storage, llm_int8_skip_modules=["lm_head", plain]))
     return values
 
 
-@pytest.mark.parametrize("kind, nested", [("nf4", True), ("fp4", False)])
-def test_a_checkpoint_in_bitsandbytes_4_bits_loads_as_it_is_and_trains(kind, nested, tmp_path):
+@pytest.mark.parametrize("kind, nested, storage", [("nf4", True, "uint8"), ("fp4", False, "uint8"),
+                                                   ("nf4", True, "bfloat16")])
+def test_a_checkpoint_in_bitsandbytes_4_bits_loads_as_it_is_and_trains(kind, nested, storage, tmp_path):
     whole = family("llama", hidden_size=64)
     folder = saved(whole, tmp_path)
-    whole.load_state_dict(in_4_bits(folder, kind, nested))
+    whole.load_state_dict(in_4_bits(folder, kind, nested, storage))
     for four in (None, True):
         model, _ = load_model(str(folder), four, 64)
         assert torch.allclose(logits(model), logits(whole), atol=1e-4)
@@ -152,6 +154,21 @@ def test_a_checkpoint_in_bitsandbytes_4_bits_loads_as_it_is_and_trains(kind, nes
         parameter.requires_grad_(True)
     model(input_ids=IDS).logits.sum().backward()
     assert all(layer.lora_B.grad.abs().sum() > 0 for layer in lora_layers(model).values())
+
+
+def test_a_mixture_s_adapter_from_peft_is_of_a_copy_of_its_base_and_of_no_other(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    saved(tiny_model("qwen3_moe"), tmp_path / "base")
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"]))
+    made.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
+    other = tiny_model("qwen3_moe")
+    roughen(other)
+    saved(other, tmp_path / "other")
+    for four in (False, True):
+        load_adapter(load_model(str(tmp_path / "copy"), four, 64)[0], tmp_path / "adapter")
+        with pytest.raises(UserError, match="whose weights are not those of"):
+            load_adapter(load_model(str(tmp_path / "other"), four, 64)[0], tmp_path / "adapter")
 
 
 def test_experts_that_a_checkpoint_has_in_4_bits_one_by_one_are_one_line(tmp_path):
