@@ -189,9 +189,9 @@ def most_tokens(config: Any, context: int) -> int:
 
 
 def fix_rope(model: Any, context: int) -> None:
-    """LongRoPE and dynamic NTK choose their table by the longest conversation of a batch: what a token gets would depend on
-    its neighbours, and cached keys on what came later. So the table is that for `context` tokens, once and for all, as
-    in vLLM with --max-model-len; for dynamic NTK vLLM takes the most that the model allows."""
+    """LongRoPE and dynamic NTK choose their table by the longest conversation of a batch: what a token gets would depend
+    on its neighbours, and cached keys on what came later. So the table is that for `context` tokens, once and for all,
+    as in vLLM with --max-model-len; for dynamic NTK vLLM takes the most that the model allows."""
     for rotary in [module for module in model.modules() if hasattr(module, "rope_type")]:
         kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
         for layers, kind in kinds.items():               # a kind for each type of layers, or one for all

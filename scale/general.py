@@ -1,6 +1,6 @@
-"""The general way: any causal LM of transformers, whatever its layers are (linear attention, convolutions, state spaces,
-latent attention, ...). All is computed by the model's own forward with its own caches; what the forking engine and
-packed rows save, a prefix that turns share, is computed again. Slow, exact.
+"""The general way: any causal LM of transformers, whatever its layers are (linear attention, convolutions, state
+spaces, chunks, ...). All is computed by the model's own forward with its own caches; what the forking engine and packed
+rows save, a prefix that turns share, is computed again. Slow, exact.
 
     General      engine.Engine's loop and draws over generate(), in padded batches; nothing is kept between asks
     token_logp   as packing.token_logp, one path at a time: from the root of a tree to a turn that bears loss
@@ -34,7 +34,7 @@ class General(Engine):
         pass
 
     def _forward(self, rows: list[int], upto: int | None = None) -> None:
-        """Append to each row's conversation a whole reply; `upto`: Engine's feeding of shared prompts, not done here."""
+        """Append to each row's conversation a whole reply; `upto`: feeding of shared prompts, not done here."""
         contexts = {row: self.live[row].ids for row in rows if upto is None}
         for part in self._groups(contexts):
             self.fed += sum(len(contexts[row]) for row in part)

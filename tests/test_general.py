@@ -1,5 +1,5 @@
-"""The general way (scale/general.py), as the slow twin of the forking engine and of packed rows, and on models that they
-do not take."""
+"""The general way (scale/general.py), as the slow twin of the forking engine and of packed rows, and on models that
+they do not take."""
 import random
 from collections import deque
 from concurrent.futures import Future
@@ -29,8 +29,8 @@ def test_trees_of_the_general_engine_equal_the_forking_one_s_token_for_token(pad
         engine = run.policy.engine()
         assert isinstance(engine, General) != forks
         found.append(sorted((b.task, b.name, b.end, [t.action_ids for t in b.turns])
-                            for b in play_trees(engine, run, Quest().tasks("valid")[:2], [])))
-    assert found[0] == found[1] and len(found[0]) == 6
+                            for b in play_trees(engine, run, Quest().tasks("valid")[:1 + pads], [])))
+    assert found[0] == found[1] and len(found[0]) == 3 * (1 + pads)
 
 
 def test_rows_one_path_at_a_time_have_the_packed_rows_loss_and_gradient(own_tiny):
@@ -63,7 +63,8 @@ def test_the_general_engine_goes_on_after_memory_ran_out_in_a_reply(own_tiny, se
 
     def one(n):
         first = yield Ask(chat.first("rules", "step 1: you are in the hall." * n), 12)
-        return first, (yield Ask(chat.first("rules", "go" * 900), 900)), (yield Ask(chat.first("rules", "then"), 5, 0.0))
+        second = yield Ask(chat.first("rules", "go" * 900), 900)
+        return first, second, (yield Ask(chat.first("rules", "then"), 5, 0.0))
 
     def play(engine):
         jobs = [Job(one(n), random.Random(n), "a") for n in range(1, 9)]
@@ -87,7 +88,7 @@ def test_the_general_engine_goes_on_after_memory_ran_out_in_a_reply(own_tiny, se
 
 
 class Watched(General):
-    """Notes how far the log-probabilities that a token is drawn from are from the model's own, of that conversation alone."""
+    """Notes how far the log-probabilities that a token is drawn by are from the model's own of that conversation."""
     apart = 0.0
 
     def _sample(self, logits, jobs):
@@ -124,7 +125,8 @@ def test_what_no_fork_takes_is_sampled_and_trained_as_each_conversation_alone(na
 def test_a_model_with_convolutions_learns_what_its_rows_say(tiny, settings):
     model = tiny_model("lfm2").float().eval().requires_grad_(False)
     model.packs = False
-    run = run_of(settings("steps=8", "warmup=1", "lr=0.03", "gradient_checkpointing=true"), (model, tiny[1]), folder=True)
+    cfg = settings("steps=8", "warmup=1", "lr=0.03", "gradient_checkpointing=true")
+    run = run_of(cfg, (model, tiny[1]), folder=True)
     none, cf, reh = (0.0, 0.0), (0.5, 0.0), (0.0, 0.5)
     tree = [Segment([9, 8, 7, 6], [none] * 4, None), Segment([20, 21], [cf] * 2, 0), Segment([30, 31], [reh] * 2, 0)]
     fit(run, 1, ("L_cf", "beta_L_reh"), [pack([tree])])
