@@ -54,7 +54,7 @@ MUST: dict[str, tuple[Callable[[Any], Any], str]] = {
     "use_dora": (lambda v: v in (None, True, False), "true or false"),
     "init_lora_weights": (lambda v: str(v).lower() in "none true false gaussian orthogonal eva mica".split(), CONVERT),
     "target_modules": (lambda v: v is None or is_names(v), "the names of the layers that it changes"),
-    "target_parameters": (lambda v: v is None or is_names(v), "the names of the weights that it changes"),
+    "target_parameters": (lambda v: not v or isinstance(v, list) and is_names(v), "the names of the weights that it changes"),
     "exclude_modules": (lambda v: v is None or is_names(v), "the names of layers"),
     "layers_to_transform": (lambda v: v is None or type(v) is int or isinstance(v, list) and
                             all(type(n) is int for n in v), "the numbers of layers"),
@@ -155,7 +155,7 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
             idle.add(layer.split(".")[0])
             continue
         if layer not in linear:
-            experts = f"; experts in one stack are not adapted here: {MERGE}" if "experts" in layer else ""
+            experts = f"; experts in one stack are not adapted here: {MERGE}" if "experts" in layer.split(".") else ""
             raise ValueError(f"it has {tensor}, which this model has not as a linear layer{experts}")
         if side in found.setdefault(layer, {}):
             raise ValueError(f"it has both {found[layer][side]} and {tensor}: of two adapters?")
@@ -209,7 +209,7 @@ def check_shapes(layer: Any, rank: int, values: Tensors) -> None:
 
 def rank_and_scale(config: dict, name: str) -> tuple[int, float]:
     """A layer's r, and what its update is multiplied by. The first pattern that matches the end of its name counts."""
-    if f"{name}.weight".endswith(tuple(f".{weight}" for weight in config.get("target_parameters") or ())):
+    if f".{name}.weight".endswith(tuple(f".{weight}" for weight in config.get("target_parameters") or ())):
         name = f"{name}.weight"                        # peft takes it for that
     found = [next((value for pattern, value in (config.get(key) or {}).items()
                    if re.match(rf"(.*\.)?({pattern})$", name)), config[default])
