@@ -233,7 +233,7 @@ def is_router(path: str, layer: nn.Module) -> bool:
 @functools.cache
 def reads_weight(owner: Any, name: str) -> bool:
     """A module that takes its layer's weight for a product of its own (Mamba) would pass by an adapter and 4 bits."""
-    return f"self.{name}.weight" in inspect.getsource(owner)
+    return re.search(rf"self\.{name}\.weight(?!\.device)", inspect.getsource(owner)) is not None
 
 
 def widths(layer: Any) -> tuple[int, int]:               # (in, out)

@@ -59,7 +59,7 @@ def logits(model):
 
 @pytest.mark.parametrize("name, routers", [
     ("llama", set()), ("phi3", set()), ("gpt2", set()), ("glm4", set()), ("starcoder2", set()), ("falcon", set()),
-    ("mixtral", set()), ("afmoe", {"router.gate"}), ("qwen2_moe", {"shared_expert_gate"}), ("jamba", {"dt_proj"})])
+    ("mixtral", set()), ("afmoe", {"router.gate"}), ("qwen2_moe", {"shared_expert_gate"}), ("bamba", {"mamba.out_proj"})])
 def test_the_linear_layers_are_those_of_peft_s_all_linear_but_routers_and_what_is_passed_by(name, routers):
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as theirs_of
