@@ -337,8 +337,6 @@ class Engine:
 
     def _hidden(self, batch: list[int], tails: list[list[int]]) -> torch.Tensor:
         """Hidden state (B, D) behind the last token of each tail; writes keys and values."""
-        if not self.cache.layers:
-            lora.check_layers(self.model)
         longest = max(map(len, tails))
         starts = torch.tensor([self.live[row].cached for row in batch])
         sizes = torch.tensor([len(tail) for tail in tails])
@@ -351,8 +349,7 @@ class Engine:
         self.cache.aim(batch, at.to(self.device), span)
         keys = torch.arange(span, device=self.device)
         seen = lora.Seen(keys <= position[..., None], position, keys[None])
-        out = self.decoder(input_ids=ids.to(self.device), position_ids=position, attention_mask=seen,
-                           use_cache=True, **{self.cache_name: self.cache}).last_hidden_state
+        out = lora.hidden(self.model, ids.to(self.device), seen, use_cache=True, **{self.cache_name: self.cache})
         return out[torch.arange(len(batch)), sizes - 1]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:

@@ -162,9 +162,9 @@ def masks_of(plain: Callable) -> Callable:
     return make
 
 
+# for every model; of masks that are no Seen nothing changes
 AttentionMaskInterface.register("sdpa", masks_of(sdpa_mask))
 AttentionMaskInterface.register("eager", masks_of(eager_mask))
-LAYERS = {"full_attention", "sliding_attention", "attention"}            # kinds that mix tokens by attention alone
 
 
 def takes(module: nn.Module) -> set[str]:
@@ -172,16 +172,10 @@ def takes(module: nn.Module) -> set[str]:
     return set(inspect.signature(type(module).forward).parameters)
 
 
-def check_layers(model: Any) -> None:
-    """NotImplementedError where tokens are mixed in a way, or places are counted from something, that is no Seen's."""
-    decoder = model.get_decoder()
-    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["recurrent"] * model._is_stateful)
-    why = (f"has {', '.join(sorted(layers - LAYERS))} layers" if layers - LAYERS else
-           "counts positions itself" if "position_ids" not in takes(decoder) else
-           "picks its keys itself" if hasattr(model.config.get_text_config(), "keep_window_size") else
-           "keeps masks of its own" if any(buffer.ndim == 4 for buffer in decoder.buffers()) else "")
-    if why:
-        raise NotImplementedError(f"{type(model).__name__} {why}")
+def hidden(model: Any, ids: torch.Tensor, seen: Seen, **more) -> torch.Tensor:
+    """The decoder's states (B, T, D) of tokens (B, T), none of which depends on more than it sees."""
+    return model.get_decoder()(input_ids=ids, position_ids=seen.positions, attention_mask=seen,
+                               **more).last_hidden_state
 
 
 class Decoded(dict):

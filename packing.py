@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from config import UserError
 from leafe import Tree
-from lora import Seen, check_layers, general, logits, masks_of
+from lora import Seen, general, hidden, logits, masks_of
 
 Weights = dict[int, tuple]              # turn -> what each of its action's tokens weighs: a number for each loss
 
@@ -154,7 +154,6 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor."""
     if not getattr(model, "packs", True):
         return general().token_logp(model, rows)
-    check_layers(model)
     device = next(model.parameters()).device
     longest = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -168,10 +167,9 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
         model.set_attn_implementation("by_tree")         # and stays: gradient checkpointing comes this way again
     alone = len(rows) == 1 and model.config._attn_implementation == "by_tree"
     seen = Seen(mask.to(device), positions.to(device), positions.to(device))
-    hidden = model.get_decoder()(input_ids=ids.to(device), position_ids=seen.positions, attention_mask=seen,
-                                 use_cache=False, **(dict(sizes=rows[0].sizes) if alone else {})
-                                 ).last_hidden_state                                              # (B, T, D)
-    picked = torch.cat([hidden[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
+    states = hidden(model, ids.to(device), seen, use_cache=False,
+                    **(dict(sizes=rows[0].sizes) if alone else {}))                               # (B, T, D)
+    picked = torch.cat([states[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
     labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
     return torch.cat([-nn.functional.cross_entropy(logits(model, picked[part]).float(), labels[part],
                                                    reduction="none")

@@ -35,6 +35,7 @@ SAMPLING: list[dict[str, bool]] = [     # ways, the fastest first; what scale/ge
     dict(forks=True, pads=True, caches=True), dict(forks=False, pads=True, caches=True),
     dict(forks=False, pads=False, caches=True), dict(forks=False, pads=False, caches=False)]
 TRAINING: list[dict[str, bool]] = [dict(packs=True), dict(packs=False)]
+LAYERS = {"full_attention", "sliding_attention", "attention"}            # kinds that mix tokens by attention alone
 Differences = dict[str, torch.Tensor]   # from the model's own forward: a figure's name -> its values
 
 
@@ -135,7 +136,8 @@ def chosen(judge: Judge, ways: list[dict[str, bool]], test: Callable) -> tuple[i
 
 
 def short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    said = " ".join(str(error).split())[:150]
+    return said if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {said}"
 
 
 def agreed(numbers: list[int]) -> list[int]:
@@ -252,13 +254,29 @@ def one_reply(context: list[int], size: int) -> Episode:
     yield Ask(context, size)
 
 
+def check_layers(model: Any) -> None:
+    """NotImplementedError where tokens are mixed in a way, or places are counted from something, that is no Seen's."""
+    decoder = model.get_decoder()
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["recurrent"] * model._is_stateful)
+    why = (f"has {', '.join(sorted(layers - LAYERS))} layers" if layers - LAYERS else
+           "counts positions itself" if "position_ids" not in lora.takes(decoder) else
+           "picks its keys itself" if hasattr(model.config.get_text_config(), "keep_window_size") else
+           "keeps masks of its own" if any(buffer.ndim == 4 for buffer in decoder.buffers()) else "")
+    if why:
+        raise NotImplementedError(f"{type(model).__name__} {why}")
+
+
 def sampling(judge: Judge) -> Differences:
+    if judge.policy.model.forks:
+        check_layers(judge.policy.model)
     return {"log-probability": torch.stack([drift(logp, judge.own.logp[n][at].to(logp))
                                             for n, at, logp in sampled(judge.policy, judge.talks)])}
 
 
 def training(judge: Judge) -> Differences:
     model = judge.policy.model
+    if model.packs:
+        check_layers(model)
     with added(model) as e, torch.enable_grad():
         packed = packing.token_logp(model, [trees_of(judge.talks)])
         gradient, = torch.autograd.grad(packed.mean(), e)
