@@ -7,6 +7,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -84,6 +85,9 @@ class Policy:
         digest = hashlib.sha256(rules.encode())
         for parameter in lora_parameters(self.model):
             digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        for layer in lora_layers(self.model).values():
+            if not math.isclose(layer.scale, self.cfg.lora_alpha / self.cfg.lora_rank):    # an adapter of init= or adapter=
+                digest.update(f"{layer.scale:.6g}".encode())
         return digest.hexdigest()[:12]
 
 

@@ -14,6 +14,7 @@ from lora import (LoRA, add_lora, load_adapter, load_model, lora_layers, lora_pa
                   weights_version)
 from models.adapters import IDLE, MUST
 from models.weights import check_checkpoint
+from run import Policy
 from tools.families import tiny_model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -151,6 +152,15 @@ def test_an_adapter_with_other_layers_and_ranks_takes_the_place_of_the_one_befor
     assert weights_version(model) != before and torch.allclose(logits(model), logits(second), atol=1e-5)
     left = lora_layers(model)["model.layers.0.mlp.up_proj"]
     assert left.lora_A.any() and not left.lora_B.any()                      # no change, yet it can be trained
+
+
+def test_the_same_tensors_under_another_scale_are_another_policy(llama, plain, settings, tmp_path):
+    def named(folder):
+        return Policy(loaded(llama, folder), None, settings()).fingerprint()
+    says(shutil.copytree(plain, tmp_path / "other"), lora_alpha=10)
+    assert named(tmp_path / "other") == named(tmp_path / "other") != named(plain)
+    save_adapter(loaded(llama, tmp_path / "other"), tmp_path / "again", "llama")
+    assert named(tmp_path / "again") == named(tmp_path / "other")
 
 
 def test_a_checkpoint_of_training_with_patterned_ranks_is_known_by_its_shapes(llama, tmp_path):
