@@ -4,6 +4,8 @@
     logits                       the model's own head, with all that it does behind lm_head
     add_lora, adapter_off        an adapter on every linear layer; switched off, the model is the base exactly
     save_adapter, load_adapter   adapter_model.safetensors and adapter_config.json; peft and vLLM load them as are
+
+    python lora.py check MODEL [key=value ...]       what lies between a model and a run, and what fits on a card
 """
 import functools
 import inspect
@@ -26,7 +28,7 @@ from transformers import AttentionMaskInterface, AutoConfig, AutoTokenizer
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 import ranks
-from config import ROOT, UserError
+from config import ROOT, UserError, guarded
 
 LINEAR = ("Linear", "Linear4bit", "Conv1D", "FalconLinear")          # what computes W x + b, and nothing else
 
@@ -342,3 +344,8 @@ def weights_version(model: nn.Module) -> tuple:
     """Changes with each load, switch and in-place change of an adapter weight (torch counts those itself)."""
     return tuple((layer.on, layer.loads, *(p._version for p in layer.parameters(recurse=False)))
                  for layer in lora_layers(model).values())
+
+
+if __name__ == "__main__":
+    import lora                                        # not this second copy of it
+    guarded(lora.checks().main, __doc__)

@@ -23,9 +23,11 @@ from torch import nn
 import lora
 import packing
 import ranks
-from config import UserError, installed, visible
+from config import UserError, installed, load_config, visible
 from engine import Ask, Engine, Episode, Job, common_prefix
+from models import card
 from packing import Segment
+from run import Policy
 
 SIZES = (24, 19, 7)                     # tokens: of the longer conversation, of one that forks from it, of a shorter one
 FLOOR = 1e-4                            # may differ in any format, in the mean, of a log-probability; of a gradient in parts
@@ -49,7 +51,7 @@ class Answers:
 
 @dataclass
 class Judge:
-    policy: Any
+    policy: Policy
     talks: list[list[int]]
     own: Answers
 
@@ -69,7 +71,7 @@ class Judge:
 
 
 # --------------------------------------------------------------------------------------------------------- the check
-def check(policy: Any) -> None:
+def check(policy: Policy) -> None:
     """UserError where no way computes what the model computes; else the model's attributes say which way is taken."""
     model, name, failed = policy.model, policy.cfg.model, ""
     taken, why = [len(SAMPLING), len(TRAINING)], ["", ""]
@@ -93,7 +95,7 @@ def check(policy: Any) -> None:
                       f"{lora.general().COST}"), file=sys.stderr)
 
 
-def judge_of(policy: Any, sizes: Sequence[int] = SIZES) -> Judge:
+def judge_of(policy: Policy, sizes: Sequence[int] = SIZES) -> Judge:
     """Raises UserError where the model itself does not work, or sees what comes later."""
     model, name = policy.model, policy.cfg.model
     talks = conversations(policy, sizes)
@@ -165,7 +167,7 @@ def check_4bit(model: Any) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the judge
-def conversations(policy: Any, sizes: Sequence[int]) -> list[list[int]]:
+def conversations(policy: Policy, sizes: Sequence[int]) -> list[list[int]]:
     """The same at each load; of words: nothing that ends a turn, or stands for a picture."""
     tokenizer, rng = policy.chat.tokenizer, random.Random(0)
     size = policy.model.get_input_embeddings().weight.shape[0]
@@ -224,7 +226,7 @@ def rounded_anew(model: Any) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------ the two ways
-def sampled(policy: Any, talks: list[list[int]]) -> list[tuple[int, int, torch.Tensor]]:
+def sampled(policy: Policy, talks: list[list[int]]) -> list[tuple[int, int, torch.Tensor]]:
     """(conversation, position, log-probabilities (V,) behind it) of what the engine samples: half of the longer conversation
     alone; then the whole of it side by side with the one that forks from it and the shorter one."""
     kind: Any = Engine if policy.model.forks else lora.general().General
@@ -260,7 +262,6 @@ def check_layers(model: Any) -> None:
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["recurrent"] * model._is_stateful)
     why = (f"has {', '.join(sorted(layers - LAYERS))} layers" if layers - LAYERS else
            "counts positions itself" if "position_ids" not in lora.takes(decoder) else
-           "picks its keys itself" if hasattr(model.config.get_text_config(), "keep_window_size") else
            "keeps masks of its own" if any(buffer.ndim == 4 for buffer in decoder.buffers()) else "")
     if why:
         raise NotImplementedError(f"{type(model).__name__} {why}")
@@ -292,3 +293,24 @@ def drift(ours: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 def mean(values: torch.Tensor) -> float:
     return float(values.mean().nan_to_num(torch.inf))
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+def main(args: list[str]) -> None:
+    if args[:1] != ["check"] or not args[1:]:
+        raise UserError("usage: python lora.py check MODEL [key=value ...]")
+    policy = Policy.open(load_config([f"model={args[1]}", *args[2:]]), "", "init")
+    judge = judge_of(policy)
+    found = sampling(judge) | training(judge)
+    print(visible("\n".join(card.lines_of(policy, found, bytes_a_token(judge)))))
+
+
+def bytes_a_token(judge: Judge) -> float:
+    """Of keys and values, in 16 bits: what the engine holds, or transformers' own cache."""
+    ids = judge.talks[0]
+    table = judge.policy.model.get_input_embeddings().weight
+    with torch.no_grad():
+        kept = judge.policy.model(input_ids=torch.tensor([ids], device=table.device), use_cache=True)
+    layers = getattr(kept.get("past_key_values", kept.get("cache")), "layers", [])
+    parts = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return sum(2 * value.numel() for value in parts) / len(ids)

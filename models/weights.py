@@ -185,7 +185,10 @@ def most_tokens(config: Any, context: int) -> int:
     """How long a conversation its positions allow; dynamic NTK stretches what the model was trained on."""
     rope = getattr(config, "rope_parameters", None) or {}
     stretched = rope.get("factor", 1.0) if "dynamic" in str(rope.get("rope_type")) else 1.0
-    return int(getattr(config, "max_position_embeddings", context) * stretched)
+    most = getattr(config, "max_position_embeddings", context)
+    most = int(most * stretched) if most > 0 else context                        # -1: no limit
+    # beyond this window Doge drops the weakest keys: which of equal ones, as those of equal words are, is left open
+    return min(most, getattr(config, "keep_window_size", context))
 
 
 def fix_rope(model: Any, context: int) -> None:

@@ -1,16 +1,19 @@
 """The check at load: what the engine and packed rows compute, against the model's own forward."""
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lora
 import packing
 import ranks
 from config import UserError
-from conftest import family, shake
+from conftest import ROOT, family, shake
 from lora import add_lora, load_model
-from models.check import check
+from models import card
+from models.check import check, main
 from run import Policy
 from tools.families import tiny_model
 
@@ -171,3 +174,30 @@ def test_the_check_is_part_of_every_load(settings, monkeypatch):
     monkeypatch.setattr("models.check.check", asked.append)
     policy = Policy.open(settings("model=tiny"), "", "init")
     assert asked == [policy]
+
+
+def test_the_command_prints_figures_coverage_turns_and_what_fits(monkeypatch, capsys):
+    """python lora.py check tiny"""
+    monkeypatch.chdir(ROOT)
+    main(["check", "tiny", "context=512"])
+    told = capsys.readouterr().out
+    for said in ("tiny: LlamaForCausalLM, float32 on ", "sampled by the forking engine, trained in packed rows", "in log-probability",
+                 "in gradient", "LoRA: 100 % of the linear layers", "a reply ends with '<|end|>'", "thoughts: ",
+                 "cache: 2,048 bytes a token in 16 bits", "context=512", "4 bits", "80"):
+        assert said in told
+    for args, line in ((["check"], "usage: python lora.py check MODEL"), (["chekc", "tiny"], "usage: "),
+                       (["check", "/nowhere"], "model: /nowhere is no folder"), (["check", "tiny", "slotz=3"], "did you mean 'slots'")):
+        with pytest.raises(UserError, match=line):
+            main(args)
+
+
+def test_what_fits_is_what_a_7b_is_known_to_take(settings):
+    """Qwen2.5-7B: 5.55 GB in nf4 with 16-bit embedding and head; LoRA of rank 16 with Adam 0.65 GB."""
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                                             num_attention_heads=28, num_key_value_heads=4))
+    policy = SimpleNamespace(model=model, cfg=settings("lora_rank=16", "context=1024", "snapshot_mb=1024", "slots=48"))
+    sizes = card.sizes_of(policy, 57344)
+    assert sizes.four == pytest.approx(5.55e9, rel=0.02) and sizes.adapter == pytest.approx(0.65e9, rel=0.02)
+    fits = [card.conversations_on(gb, sizes.four, sizes, policy) for gb in card.CARDS]
+    assert fits[0] == "-" and 150 < int(fits[2]) < 250 and card.conversations_on(16, sizes.sixteen, sizes, policy) == "-"

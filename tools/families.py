@@ -1,19 +1,35 @@
-"""Every family of causal LMs that transformers lists, as a small random model.
+"""Every family of causal LMs that transformers lists, as a small random model: which way is it sampled and trained, and how
+far is that from the model's own forward?
 
-    from tools.families import FAMILIES, tiny_config, tiny_model
+    python -m tools.families               # all of them, and the table of docs/models.md again; five minutes
+    python -m tools.families gemma3 lfm2   # these, to the terminal
 
-A family's default config is shrunk by the names of its keys: a few layers that cover every kind of layer it mixes, widths of
-some tens, windows and chunks of eight tokens, so that a short conversation goes beyond them, and whatever scales or caps
-(logits, embeddings, residuals) is set so that leaving it out shows.
+Each is saved, loaded as a user's checkpoint is, checked as at every load, given an adapter with weights that matter, and
+compared once more, beyond its windows. A family's default config is shrunk by the names of its keys: a few layers that cover
+every kind of layer it mixes, widths of some tens, windows and chunks of eight tokens, so that a short conversation goes beyond
+them, and whatever scales or caps (logits, embeddings, residuals) is set so that leaving it out shows.
 """
+import contextlib
+import io
 import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import lora
+from config import ROOT, Config, UserError, guarded, load_config, visible
+from run import Policy
 
 # what a family has besides its default and is met in practice: keys over the shrunk config
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,9 +102,11 @@ NOT_OURS = {"id2label", "label2id", "transformers_version", "architectures", "to
 # by the name of a key, the first that matches it: what an integer (above zero) becomes
 SIZES: list[tuple[str, int]] = [
     (r"vocab_size|ngram_vocab_size_base|byte_group_vocab", WORDS),
+    (r"original_max_position|floor_scale|log_scaling_n_floor|mem_len", 8),
+    (r"compressed_attention", 4),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_\w+_positions|context_length|model_max_length", 512),
+    (r"keep_window_size", 512),
     (r"sliding_window$|sliding_window_size|window_size|window_len|attention_chunk_size|local_attention$", 8),
-    (r"^keep_window_size|floor_scale|log_scaling_n_floor|original_max_position|mem_len", 8),
     (r"index_n_heads|indexer_n_heads", 16),
     (r"index_topk|indexer_budget", 4),
     (r"index_block_size|block_size", 4),
@@ -182,6 +200,8 @@ def picked_layers(values: dict[str, Any], depth: int) -> list[int]:
 
 def small(key: str, value: Any) -> Any:
     """By the key's name; what is off stays off."""
+    if isinstance(value, dict):                        # RoPE's parameters, of all layers or of each kind
+        return {name: small(str(name), one) for name, one in value.items()}
     if re.search(r"token_id|token_index|_idx$|_index$", key):
         return 0 if isinstance(value, int) and value >= WORDS else value
     for pattern, scale in SCALES:
@@ -207,3 +227,109 @@ def roughen(model: nn.Module) -> None:
     for parameter in model.parameters():
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else 100
         parameter.add_(torch.randn_like(parameter) / fan_in ** 0.5)
+
+
+# ------------------------------------------------------------------------------------------------------- the sweep
+LENGTHS = (60, 50, 30)                                 # tokens of the conversations: beyond every window
+EXACT = 1e-3                                           # a larger difference would be another model
+DOCS, MARKS = ROOT / "docs" / "models.md", ("<!-- families -->", "<!-- /families -->")
+HEAD = "| family | sampled | trained | 4 bits | differs by at most |\n|---|---|---|---|---|"
+
+
+@dataclass
+class Row:
+    """What a family comes to."""
+    name: str
+    refused: str = ""                                  # why; the rest is empty then
+    sampled: str = ""
+    trained: str = ""
+    four: str = ""                                     # do 4 bits load: yes, no
+    apart: float = 0.0                                 # largest difference in log-probability, or of a gradient in parts
+
+    def cells(self) -> str:
+        if self.refused:
+            return f"| {self.name} | refused: {self.refused} | | | |"
+        return f"| {self.name} | {self.sampled} | {self.trained} | {self.four} | {self.apart:.0e} |"
+
+
+def measured(name: str, four: bool) -> Row:
+    """Raises whatever is not UserError: a crash."""
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
+        folder = Path(place) / "model"
+        save(name, folder)
+        cfg = load_config([str(ROOT / "config.yaml"), "preset=smoke", "context=64", f"model={folder}", "load_in_4bit=false"])
+        try:
+            policy = Policy.open(cfg, "", "init")
+        except UserError as error:
+            return Row(name, refused=reason(str(error), str(folder)))
+        shake(policy)
+        judge = lora.checks().judge_of(policy, LENGTHS)
+        found = lora.checks().sampling(judge) | lora.checks().training(judge)
+        return Row(name, "", *way_of(policy.model), "" if not four else "yes" if loads_in_4_bits(cfg) else "no",
+                   max(float(values.max()) for values in found.values()))
+
+
+def save(name: str, folder: Path) -> None:
+    """As a checkpoint, with a tokenizer that fits. What transformers cannot build (here) has its text part's weights under
+    their names in the whole, or none."""
+    try:
+        tiny_model(name).save_pretrained(folder)
+    except (ImportError, AttributeError):
+        config = tiny_config(name)
+        config.save_pretrained(folder)
+        if "text_config" in config.sub_configs:
+            torch.manual_seed(0)
+            text = AutoModelForCausalLM.from_config(config.text_config)
+            roughen(text)
+            save_file({re.sub("^model[.]", "model.language_model.", key): value.contiguous()
+                       for key, value in text.state_dict().items() if key != "lm_head.weight"},
+                      folder / "model.safetensors", metadata={"format": "pt"})
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ROOT / "models" / "tiny" / file, folder)
+
+
+def reason(text: str, folder: str) -> str:
+    """Of a refusal, without the file's name and what to do."""
+    return text.replace(folder, "").removeprefix("model: ").rpartition("; ")[0].strip(" :") or text
+
+
+@torch.no_grad()
+def shake(policy: Policy) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def way_of(model: Any) -> tuple[str, str]:
+    slow = "general" + ("" if model.pads else ", by length") + ("" if model.caches else ", nothing cached")
+    return "forking" if model.forks else slow, "packed" if model.packs else "general"
+
+
+def loads_in_4_bits(cfg: Config) -> bool:
+    try:
+        Policy.open(cfg.but(load_in_4bit=True), "", "init")
+        return True
+    except UserError:
+        return False
+
+
+def main(args: list[str]) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if unknown := set(args) - set(FAMILIES):
+        raise UserError(f"{sorted(unknown)[0]}: no family of causal language models that transformers "
+                        f"{transformers.__version__} lists")
+    lines = [HEAD]
+    for name in args or FAMILIES:
+        lines.append(measured(name, True).cells())
+        print(visible(lines[-1]), flush=True)
+    if not args:
+        text = DOCS.read_text(encoding="utf-8")
+        before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
+        made = f"(`python -m tools.families`, transformers {transformers.__version__})"
+        DOCS.write_text("\n".join([before + MARKS[0], made, "", *lines, MARKS[1] + after]), encoding="utf-8")
+        print(visible(f"{DOCS}: {len(FAMILIES)} families of transformers {transformers.__version__}"))
+
+
+if __name__ == "__main__":
+    guarded(main, __doc__ if set(sys.argv[1:]) & {"-h", "--help"} else "")
