@@ -28,10 +28,11 @@ class Shown:
     """One task's demonstration, as a token tree; weights (1, 0) mark actions, (0, 1) reflections."""
     def __init__(self, env: Env, chat: Chat):
         self.env, self.chat, self.segments = env, chat, []
+        self.cut = chat.cut(chat.reply("x"))           # the template ends a reply otherwise than the model does
 
     def turn(self, t: int, obs: str, reply: str, parent: int | None, weight: float, e: str = "") -> int:
         text = TURN.format(t=t, obs=obs) + (HINT.format(e=e) if e else "")
-        head = self.chat.first(self.env.rules, text) if t == 1 else self.chat.next(text)
+        head = self.chat.first(self.env.rules, text) if t == 1 else self.chat.next(text, self.cut)
         return self.add(head, reply, parent, (weight, 0.0))
 
     def add(self, head: list[int], reply: str, parent: int | None, weight: tuple[float, float]) -> int:
@@ -66,7 +67,7 @@ class Shown:
             refused += [(len(path), obs)] if not outcome.valid or reply == other else []
         tau, told = refused[-1] if refused and not outcome.success else (0, "")
         e = " ".join(told.split())[:LONGEST]
-        head = self.chat.next(TURN.format(t=len(path) + 1, obs=obs) + REFLECT)
+        head = self.chat.next(TURN.format(t=len(path) + 1, obs=obs) + REFLECT, self.cut)
         obs = wait_for(self.env, "reset", task)
         for _, reply in path[:max(0, tau - 1)]:
             obs = wait_for(self.env, "step", ask(self.env, "action", reply)).obs

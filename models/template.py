@@ -32,6 +32,7 @@ ODD = ' "1" <2> & {3}\n\n4'                              # does it change what a
 STRIPS: tuple[Callable[[str], str], ...] = (str, str.rstrip, str.lstrip, str.strip)
 FLAGS = (("/think", "/no_think"), ("detailed thinking on", "detailed thinking off"))     # said in the system message
 THOUGHT = re.compile(r"[<\[][^<>\[\]\s]{0,16}(think|thought|reason)[^<>\[\]\s]{0,16}[>\]]|<\|channel\|>", re.I)
+UNCLOSED = re.compile(r"[<\[][^<>\[\]\s]*$")           # a tag that both begin to write
 OPENED = re.compile(r"<([\w:]*think[\w:]*)>\s*$")
 Render = Callable[..., str | None]
 Way = tuple[dict[str, Any], str]                         # variables of the template; what is said in the system message
@@ -213,15 +214,22 @@ def read_pieces(render: Render, messages: list[dict], way: Way, name: str) -> Te
                             f"them?), so a conversation cannot grow by what is appended; give the folder another "
                             f"chat_template.jinja")
     strips = how_it_strips(render, messages, way, name)
-    shared = len(os.path.commonprefix([said, user_to_reply]))
-    asked = user_to_reply[shared:]
-    opened = OPENED.search(asked)
-    opening = said[shared:]
-    if opened:
-        opening = ("" if asked.endswith("\n") else "\n") + f"</{opened[1]}>\n\n"
+    shared = len(UNCLOSED.sub("", os.path.commonprefix([said, user_to_reply])))
+    asked, shown = user_to_reply[shared:], said[shared:]
     return Template(messages[0]["role"] == "system", head, system_to_user, user_to_reply, reply_to_user, asked,
-                    said[shared:], opening, way, isinstance(messages[0]["content"], list),
+                    shown, opening_of(asked, shown), way, isinstance(messages[0]["content"], list),
                     strip=strips[1], strip_system=strips[0])
+
+
+def opening_of(asked: str, shown: str) -> str:
+    """What a reply without a thought says first, behind a prompt that ends with `asked`."""
+    opened = OPENED.search(asked)
+    if not opened:
+        return "" if asked.endswith(shown) else shown
+    end = f"</{opened[1]}>"
+    if end in shown:
+        return end + shown.partition(end)[2]
+    return ("" if asked.endswith("\n") else "\n") + f"{end}\n\n"
 
 
 def how_it_strips(render: Render, messages: list[dict], way: Way, name: str) -> list[Callable[[str], str]]:

@@ -7,6 +7,7 @@ import tempfile
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from conftest import ROOT, needs_package
 from config import UserError
 from engine import Chat
+from methods import warm_start
 from models.template import clock_at, describe, eos_of
 from run import Policy, RunFolder
 from tools import report
@@ -302,6 +304,24 @@ def test_a_run_keeps_its_date_and_what_builds_on_it_takes_it_over(settings, tmp_
     path.write_text(json.dumps(told | dict(today="yesterday")))
     with pytest.raises(UserError, match="run.json: its date is 'yesterday'"):
         report.today(cfg)
+
+
+def test_a_warm_start_says_the_header_that_ends_a_reply_in_the_template():
+    shown = warm_start.Shown(SimpleNamespace(rules=RULES), Chat(tokenizer_with(AXOLOTL + "metharme", in_bytes())))
+    shown.turn(2, "dark.", "go attic", shown.turn(1, "a hall.", "go hall", None, 1.0), 1.0)
+    first, second = (shown.chat.tokenizer.decode(segment.ids) for segment in shown.segments)
+    assert first.endswith("<|model|>go hall</s>") and second.startswith("<|user|>step 2")
+
+
+@pytest.mark.parametrize("shown, asked, opening", [
+    ("</think>", "<think>", "</think>"), ("</think>", "<think></think>", ""), ("<think></think>", "<think>", "</think>"),
+    ("<|START_RESPONSE|>", "<|START_THINKING|><|END_THINKING|>", "<|START_RESPONSE|>"), ("", "<think>", "\n</think>\n\n")])
+def test_tags_that_begin_alike_before_a_reply_are_not_cut_in_two(shown, asked, opening):
+    source = ("{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}SHOWN{% endif %}{{ m.content }}<|end|>"
+              "{% endfor %}{% if add_generation_prompt %}<|assistant|>ASKED{% endif %}")
+    chat = Chat(dressed(in_bytes(), source.replace("SHOWN", shown).replace("ASKED", asked), "<|end|>"))
+    told = chat.tokenizer.decode(chat.first(RULES, ONE) + chat.reply("go attic"))
+    assert told.endswith(f"<|assistant|>{asked}{opening}go attic<|end|>")
 
 
 # ------------------------------------------------------------------------------------------- other kinds of templates
