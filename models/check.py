@@ -301,7 +301,8 @@ def mean(values: torch.Tensor) -> float:
 def main(args: list[str]) -> None:
     if args[:1] != ["check"] or not args[1:]:
         raise UserError("usage: python lora.py check MODEL [key=value ...]")
-    policy = Policy.open(load_config([f"model={args[1]}", *args[2:]]), "", "init")
+    cfg = load_config([f"model={args[1]}", *args[2:]])
+    policy = Policy.open(cfg, cfg.init or cfg.adapter, "init" if cfg.init else "adapter")
     judge = judge_of(policy)
     found = sampling(judge) | training(judge)
     print(visible("\n".join(card.lines_of(policy, found, bytes_a_token(judge)))))

@@ -3,6 +3,7 @@ own loader, which hands each tensor to a quantizer. The one here needs no accele
 adapts and the stacked experts of a mixture, tensor by tensor. A checkpoint that is in bitsandbytes' 4 bits stays as it
 is. Of a model that sees or hears the text part is loaded, under the names that it has in the whole.
 """
+import logging
 import math
 import sys
 import traceback
@@ -30,6 +31,7 @@ from config import UserError, installed, visible
 from lora import LINEAR, layers_of, linear_layers, widths
 from models.weights import check_tensors, checkpoint_files, sample_of, variant_of
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # it advises to install what only speeds a CPU up
 METHOD = "bitsandbytes without accelerate"             # transformers finds Plan and FourBit by it
 EVERY = "LoRA: 100 % of the linear layers"
 SMALL = 16                                             # a stack of matrices with a side below this is no experts'

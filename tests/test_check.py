@@ -186,7 +186,9 @@ def test_the_command_prints_figures_coverage_turns_and_what_fits(monkeypatch, ca
                  "cache: 2,048 bytes a token in 16 bits", "context=512", "4 bits", "80"):
         assert said in told
     for args, line in ((["check"], "usage: python lora.py check MODEL"), (["chekc", "tiny"], "usage: "),
-                       (["check", "/nowhere"], "model: /nowhere is no folder"), (["check", "tiny", "slotz=3"], "did you mean 'slots'")):
+                       (["check", "/nowhere"], "model: /nowhere is no folder"), (["check", "tiny", "slotz=3"], "did you mean 'slots'"),
+                       (["check", "tiny", "init=/nowhere"], "init: /nowhere has no adapter"),
+                       (["check", "tiny", "adapter=/nowhere"], "adapter: /nowhere has no adapter")):
         with pytest.raises(UserError, match=line):
             main(args)
 

@@ -1,5 +1,6 @@
 """What a checkpoint becomes (models/loading.py), against transformers' own loading, and which layers are reached."""
 import json
+import logging
 import shutil
 
 import bitsandbytes as bnb
@@ -292,3 +293,8 @@ def test_a_layer_that_no_token_of_a_row_came_by_has_no_gradient_to_share():
 def test_a_layer_of_gpt_2_is_as_wide_as_its_weight_turned():
     model = tiny_model("gpt2")
     assert all(widths(layer) == tuple(layer.weight.shape) for _, _, layer in linear_layers(model))
+
+
+def test_what_bitsandbytes_advises_to_install_for_speed_is_not_said():
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
