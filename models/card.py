@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lora import LINEAR, layers_of, linear_layers, widths
+from lora import LINEAR, layers_of, linear_layers, lora_layers, lora_parameters, widths
 from models.loading import reached
 from models.template import describe
 
@@ -36,7 +36,9 @@ def sizes_of(policy: Any, token: float) -> Sizes:
     every = sum(value.quant_state.shape.numel() if type(value).__name__ == "Params4bit" else value.numel()
                 for value in model.parameters())
     four += sum(value.numel() for value in layers_of(model).parameters() if value.dim() == 3)            # experts
-    adapter = 16 * cfg.lora_rank * sum(sum(widths(layer)) for _, _, layer in linear_layers(model))
+    numbers = sum(value.numel() for value in lora_parameters(model)) or cfg.lora_rank * sum(
+        sum(widths(layer)) for _, _, layer in linear_layers(model))
+    adapter = 16 * numbers
     states = 2 * (8 * text.hidden_size + 3 * (getattr(text, "intermediate_size", 0) or 4 * text.hidden_size))
     most = PREFILL * states + 8 * cfg.slots * text.vocab_size
     return Sizes(FOUR * four + 2 * (every - four), 2 * every, adapter, most, token)
@@ -57,11 +59,12 @@ def lines_of(policy: Any, found: dict[str, torch.Tensor], token: float) -> list[
     said = ", ".join(f"{float(values.mean()):.1e} in {name}" for name, values in found.items())
     way = "the forking engine" if model.forks else "the general way (transformers' generate)"
     rows = "packed rows" if model.packs else "the general way (one path a row)"
+    covered = f"LoRA: the adapter's {len(lora_layers(model))} layers" if lora_layers(model) else reached(model)
     short = f"{first.dtype}".removeprefix("torch.")
     lines = [f"{cfg.model}: {type(model).__name__}, {short} on {first.device.type}", f"sampled by {way}, trained in {rows}",
-             f"differs from the model's own forward by {said}, in the mean", reached(model), *describe(policy.chat.template),
+             f"differs from the model's own forward by {said}, in the mean", covered, *describe(policy.chat.template),
              f"cache: {token:,.0f} bytes a token in 16 bits", f"conversations of context={cfg.context} side by side on a card "
-             f"({ESTIMATE}):", f"{'GB':>12}" + "".join(f"{card:>8}" for card in CARDS)]
+             f"({ESTIMATE}):", f"{'GB':>12}" + "".join(f"{card:>10}" for card in CARDS)]
     for name, weights in (("4 bits", sizes.four), ("16 bits", sizes.sixteen)):
-        lines.append(f"{name:>12}" + "".join(f"{conversations_on(card, weights, sizes, policy):>8}" for card in CARDS))
+        lines.append(f"{name:>12}" + "".join(f"{conversations_on(card, weights, sizes, policy):>10}" for card in CARDS))
     return lines

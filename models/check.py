@@ -309,11 +309,16 @@ def main(args: list[str]) -> None:
 
 
 def bytes_a_token(judge: Judge) -> float:
-    """Of keys and values, in 16 bits: what the engine holds, or transformers' own cache."""
-    ids = judge.talks[0]
+    """Of keys and values, in 16 bits, none of them forgotten behind a window: so the engine holds them. States that do
+    not grow are shared among context= tokens."""
+    ids, context = judge.talks[0], judge.policy.cfg.context
     table = judge.policy.model.get_input_embeddings().weight
     with torch.no_grad():
         kept = judge.policy.model(input_ids=torch.tensor([ids], device=table.device), use_cache=True)
-    layers = getattr(kept.get("past_key_values", kept.get("cache")), "layers", [])
-    parts = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return sum(2 * value.numel() for value in parts) / len(ids)
+    total = 0.0
+    for layer in getattr(kept.get("past_key_values", kept.get("cache")), "layers", []):
+        for name, parts in vars(layer).items():
+            for value in parts.values() if isinstance(parts, dict) else [parts]:             # states come in dicts
+                if isinstance(value, torch.Tensor) and value.numel() > 1:
+                    total += 2 * value.numel() / (value.shape[-2] if name in ("keys", "values") else context)
+    return total

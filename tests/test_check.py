@@ -11,9 +11,9 @@ import packing
 import ranks
 from config import UserError
 from conftest import ROOT, family, shake
-from lora import add_lora, load_model
+from lora import add_lora, load_model, lora_layers
 from models import card
-from models.check import check, main
+from models.check import bytes_a_token, check, main
 from run import Policy
 from tools.families import tiny_model
 
@@ -191,6 +191,27 @@ def test_the_command_prints_figures_coverage_turns_and_what_fits(monkeypatch, ca
                        (["check", "tiny", "adapter=/nowhere"], "adapter: /nowhere has no adapter")):
         with pytest.raises(UserError, match=line):
             main(args)
+
+
+@pytest.mark.parametrize("name, size", [("gemma3_text", lambda text: 4 * text.num_hidden_layers * text.num_key_value_heads *
+                                                                      text.head_dim),
+                                        ("mamba", None)])
+def test_a_token_s_bytes_forget_nothing_behind_a_window_and_states_are_shared_among_all(name, size):
+    model = tiny_model(name)
+    judge = SimpleNamespace(talks=[list(range(10, 34))], policy=SimpleNamespace(model=model, cfg=SimpleNamespace(context=64)))
+    taken = bytes_a_token(judge)
+    assert taken == size(model.config) if size else taken > 0
+    judge.policy.cfg.context = 128
+    assert bytes_a_token(judge) == (taken if size else pytest.approx(taken / 2))
+
+
+def test_what_the_command_says_of_an_adapter_is_that_adapter_s(settings):
+    policy = Policy.open(settings("model=tiny", "lora_rank=2"), "", "init")
+    told = card.sizes_of(policy, 8).adapter
+    assert "LoRA: 100 % of the linear layers" in card.lines_of(policy, {}, 8)
+    policy.parameters()
+    assert card.sizes_of(policy, 8).adapter == told
+    assert f"LoRA: the adapter's {len(lora_layers(policy.model))} layers" in card.lines_of(policy, {}, 8)
 
 
 def test_what_fits_is_what_a_7b_is_known_to_take(settings):
