@@ -15,6 +15,7 @@ from typing import Any, Generator, Iterator
 
 import torch
 
+import forward
 import lora
 from config import Config, UserError
 
@@ -166,7 +167,7 @@ class Engine:
         self.model, self.decoder = model, model.get_decoder()
         table = model.get_input_embeddings().weight
         self.device, self.dtype = table.device, table.dtype
-        self.cache_name = "cache" if "cache" in lora.takes(self.decoder) else "past_key_values"     # of old
+        self.cache_name = "cache" if "cache" in forward.takes(self.decoder) else "past_key_values"     # of old
         self.stop, self.slots, self.context, self.temperature = stop, cfg.slots, cfg.context, cfg.temperature
         self.budget = cfg.snapshot_mb * 2**20
         self.cache = SlotCache(cfg.slots, cfg.context)
@@ -320,7 +321,7 @@ class Engine:
                 picked = hidden if len(part) == len(batch) else hidden[[batch.index(row) for row in part]]
                 jobs = [self.live[row] for row in part]
                 self.sampled += len(part)
-                for job, token in zip(jobs, self._sample(lora.logits(self.model, picked), jobs)):
+                for job, token in zip(jobs, self._sample(forward.logits(self.model, picked), jobs)):
                     job.ids.append(token)
                     job.u = None
 
@@ -348,8 +349,8 @@ class Engine:
         span, position = int((starts + sizes).max()), position.to(self.device)
         self.cache.aim(batch, at.to(self.device), span)
         keys = torch.arange(span, device=self.device)
-        seen = lora.Seen(keys <= position[..., None], position, keys[None])
-        out = lora.hidden(self.model, ids.to(self.device), seen, use_cache=True, **{self.cache_name: self.cache})
+        seen = forward.Seen(keys <= position[..., None], position, keys[None])
+        out = forward.hidden(self.model, ids.to(self.device), seen, use_cache=True, **{self.cache_name: self.cache})
         return out[torch.arange(len(batch)), sizes - 1]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:
@@ -372,7 +373,7 @@ class Engine:
     def _alone(self, ids: list[int]) -> torch.Tensor:
         """The logits (1, V) behind a conversation by itself, nothing cached."""
         hidden = self.decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False).last_hidden_state
-        return lora.logits(self.model, hidden[:, -1])
+        return forward.logits(self.model, hidden[:, -1])
 
     def _race(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As _draw, by another rule: token i arrives at a time drawn from Exp(p_i), the first one wins (Gumbel-max).

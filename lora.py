@@ -1,7 +1,6 @@
 """The weights: loading a causal LM of transformers, in 4 bits where a GPU is, and LoRA adapters in PEFT's layout.
 
     load_model                   (model, tokenizer), from a local folder or a hub name
-    logits                       the model's own head, with all that it does behind lm_head
     add_lora, adapter_off        an adapter on every linear layer; switched off, the model is the base exactly
     save_adapter, load_adapter   adapter_model.safetensors and adapter_config.json; peft and vLLM load them as are
 
@@ -13,10 +12,9 @@ import json
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import huggingface_hub
 import torch
@@ -24,8 +22,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AttentionMaskInterface, AutoConfig, AutoTokenizer
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers import AutoConfig, AutoTokenizer
 
 import ranks
 from config import ROOT, UserError, guarded
@@ -134,69 +131,6 @@ def finite(model: Any) -> bool:
     table = model.get_input_embeddings().weight
     logits = model(input_ids=torch.tensor([[0, 1]], device=table.device)).logits
     return all(bool(value.isfinite().all()) for value in [logits, table, *lora_parameters(model)])
-
-
-@dataclass(eq=False)
-class Seen:
-    """What each token of a forward sees. It goes over in place of an attention mask, and transformers has each kind of
-    layer's own mask made of it (masks_of): so windows, wherever a family has them, are counted in these positions."""
-    mask: torch.Tensor                  # (B, T, S) bool: token t sees key s
-    positions: torch.Tensor             # (B, T) of the tokens
-    keys: torch.Tensor                  # (B, S) positions of the keys
-    ndim = 4                            # transformers asks: two dimensions would be padding
-    shape = property(lambda self: self.mask.shape)
-
-
-def masks_of(plain: Callable) -> Callable:
-    """Transformers' function `plain`, which makes the mask of a kind of layer out of its rule, taught to take a Seen."""
-    def make(*args, mask_function, attention_mask=None, **kwargs):
-        seen = attention_mask
-        if not isinstance(seen, Seen):
-            return plain(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
-        mask = seen.mask[:, None]                                                                 # (B, 1, T, S)
-        if mask_function is not causal_mask_function:
-            row = torch.arange(len(mask), device=mask.device)[:, None, None, None]
-            mask = mask & mask_function(row, 0, seen.positions[:, None, :, None], seen.keys[:, None, None])
-        # eager attention adds it to scores; so do we where none is kept: each layer would turn booleans into this anew
-        if plain is sdpa_mask and torch.is_grad_enabled():
-            return mask
-        return torch.zeros(mask.shape, dtype=kwargs["dtype"], device=mask.device).masked_fill_(~mask, -torch.inf)
-    return make
-
-
-# for every model; of masks that are no Seen nothing changes
-AttentionMaskInterface.register("sdpa", masks_of(sdpa_mask))
-AttentionMaskInterface.register("eager", masks_of(eager_mask))
-
-
-def takes(module: nn.Module) -> set[str]:
-    """The names of what its forward takes."""
-    return set(inspect.signature(type(module).forward).parameters)
-
-
-def hidden(model: Any, ids: torch.Tensor, seen: Seen, **more) -> torch.Tensor:
-    """The decoder's states (B, T, D) of tokens (B, T), none of which depends on more than it sees."""
-    return model.get_decoder()(input_ids=ids, position_ids=seen.positions, attention_mask=seen,
-                               **more).last_hidden_state
-
-
-class Decoded(dict):
-    """What a decoder returns: its last_hidden_state, and nothing of all else that may be asked for."""
-    def __missing__(self, _):                            # [0]
-        return self["last_hidden_state"]
-    __getattr__ = dict.get
-
-
-def logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """The decoder's hidden states (N, D) -> (N, V). Heads scale, cap or transform on the way, each family in its own
-    manner: so this is the model's own forward, in which the decoder's part is done already."""
-    decoder = model.get_decoder()
-    decoder.forward = lambda *_, **__: Decoded(last_hidden_state=hidden[None])
-    try:
-        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device),
-                     use_cache=False).logits[0]
-    finally:
-        del decoder.forward
 
 
 def layers_of(model: Any) -> nn.Module:

@@ -14,7 +14,8 @@ from transformers.masking_utils import sdpa_mask
 
 from config import UserError
 from leafe import Tree
-from lora import Seen, general, hidden, logits, masks_of
+from forward import Seen, hidden, logits, masks_of
+from lora import general
 
 Weights = dict[int, tuple]              # turn -> what each of its action's tokens weighs: a number for each loss
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import forward
 import lora
 import packing
 import ranks
@@ -263,7 +264,7 @@ def check_layers(model: Any) -> None:
     decoder = model.get_decoder()
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["recurrent"] * model._is_stateful)
     why = (f"has {', '.join(sorted(layers - LAYERS))} layers" if layers - LAYERS else
-           "counts positions itself" if "position_ids" not in lora.takes(decoder) else
+           "counts positions itself" if "position_ids" not in forward.takes(decoder) else
            "keeps masks of its own" if any(buffer.ndim == 4 for buffer in decoder.buffers()) else "")
     if why:
         raise NotImplementedError(f"{type(model).__name__} {why}")

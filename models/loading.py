@@ -47,7 +47,7 @@ def load(name: str, config: Any, four: bool, dtype: torch.dtype, device: str) ->
     nn.Module.to(model, device)
     model.base_weights = met.samples or {sample_of(value) for value in model.parameters()}
     if ranks.rank() == 0 and (what := reached(model)) != EVERY:
-        print(f"note: {visible(name)}: {what}", file=sys.stderr)
+        print(visible(f"note: {name}: {what}"), file=sys.stderr)
     return model
 
 

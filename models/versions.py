@@ -6,7 +6,7 @@ from types import TracebackType
 
 from packaging.requirements import Requirement
 
-from config import ROOT, fail
+from config import ROOT, fail, visible
 
 
 def check() -> None:
@@ -24,4 +24,4 @@ def told(kind: type[BaseException], error: BaseException, trace: TracebackType |
     own = name and ((ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file())
     if own or not isinstance(error, ImportError):
         return sys.__excepthook__(kind, error, trace)
-    print(f"error: {' '.join(str(error).split())[:300]}; pip install -r requirements.txt", file=sys.stderr)
+    print(visible(f"error: {' '.join(str(error).split())[:300]}; pip install -r requirements.txt"), file=sys.stderr)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import forward
 import lora
 import packing
 import ranks
@@ -73,15 +74,15 @@ FAULTS = {                                             # in the fast way alone: 
 
 def plant(fault: str, monkeypatch) -> None:
     """Let the fast way go wrong, in the engine and in packing."""
-    right, head = lora.hidden, lora.logits
+    right, head = forward.hidden, forward.logits
 
     def hidden(model, ids, seen, **more):
         if fault == "positions shifted behind a fork":
-            seen = lora.Seen(*[value if n != 1 else value + (value >= 9) for n, value in enumerate(vars(seen).values())])
+            seen = forward.Seen(*[value if n != 1 else value + (value >= 9) for n, value in enumerate(vars(seen).values())])
             return right(model, ids, seen, **more)
         with FAULTS[fault](model):
             return right(model, ids, seen, **more)
-    for module in (lora, packing):
+    for module in (forward, packing):
         if fault == "logits that are not scaled":
             monkeypatch.setattr(module, "logits", lambda model, states: 1.15 * head(model, states))
         else:
@@ -123,7 +124,7 @@ def test_a_fault_of_the_fast_way_is_found_and_the_general_way_taken(fault, dtype
 def test_an_exception_of_the_fast_way_is_named_and_the_general_way_taken(policy, capsys, monkeypatch):
     def hidden(*_, **__):
         raise IndexError("list index out of range")
-    monkeypatch.setattr(lora, "hidden", hidden)                   # the engine's; packed rows go on as they are
+    monkeypatch.setattr(forward, "hidden", hidden)                   # the engine's; packed rows go on as they are
     check(policy)
     assert way_of(policy.model) == (False, True, True, True)
     assert "sampled another way" in (told := capsys.readouterr().err) and "IndexError: list index out of range" in told

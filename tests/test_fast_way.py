@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-import lora
+import forward
 from engine import Ask, Engine, Job
 from models.check import check_layers
 from packing import Segment, pack, packed_nll
@@ -30,7 +30,7 @@ def some(n, rng):
 def test_logits_are_those_of_the_model_whatever_its_head_does(name):
     model, ids = tiny_model(name), torch.arange(3, 15).view(2, 6)
     right = model(input_ids=ids).logits
-    found = lora.logits(model, model.get_decoder()(input_ids=ids).last_hidden_state.flatten(0, 1))
+    found = forward.logits(model, model.get_decoder()(input_ids=ids).last_hidden_state.flatten(0, 1))
     assert torch.equal(found, right.flatten(0, 1))
 
 

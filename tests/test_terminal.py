@@ -191,9 +191,9 @@ def test_a_whole_run_in_a_hostile_world_is_tame_on_both_streams_and_makes_its_pa
 PLAIN = {
     "config.py": ["STOPPED", "in_mid_line.get(sys.stderr, False) + visible(",
                   "error: this copy of the project has no {wing}/"],
-    "engine.py": ["note: the model's vocabulary lacks words that are said here, like {text[start:end].strip(' ')!r}",
-                  "out of memory: going on with slots={self.slots}"],
+    "engine.py": ["out of memory: going on with slots={self.slots}"],
     "methods/warm_start.py": ["warm start: SFT on {len(fitting)} solved training episodes"],
+    "models/template.py": ["note: the model's vocabulary lacks words that are said here, like {text[start:end].strip(' ')!r}"],
     "scale/serving.py": ["engine: {self.retold} of {self.told} messages"],
     "tools/play.py": ["envs.__doc__"],
     "tools/show.py": ["text if plain else"],
