@@ -31,6 +31,7 @@ from packing import Segment
 from run import Policy
 
 SIZES = (24, 19, 7)                     # tokens: of the longer conversation, of one that forks from it, of a shorter one
+REPLY = 6                               # tokens at the end of each: what a cached state loses shows after some
 FLOOR = 1e-4                            # may differ in any format, in the mean, of a log-probability; of a gradient in parts
 # what is measured on SmolLM2 and the embedded model in bf16 and nf4 lies half-way between honest and wrong
 SAMPLED, PACKED = 1.25, 1.0             # times the median of what rounding anew does; honest: at most 0.5, 0.1
@@ -251,7 +252,7 @@ def sampled(policy: Policy, talks: list[list[int]]) -> list[tuple[int, int, torc
     queue = deque([alone])
     for ended in engine.run(queue):
         if ended is alone:
-            queue.extend(job(n, len(ids) - 2, 2) for n, ids in enumerate(talks))
+            queue.extend(job(n, max(1, len(ids) - REPLY), min(REPLY, len(ids) - 1)) for n, ids in enumerate(talks))
     return found
 
 
@@ -261,8 +262,7 @@ def one_reply(context: list[int], size: int) -> Episode:
 
 def check_layers(model: Any) -> None:
     """NotImplementedError where tokens are mixed in a way, or places are counted from something, that is no Seen's."""
-    decoder = model.get_decoder()
-    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["recurrent"] * model._is_stateful)
+    decoder, layers = model.get_decoder(), kinds_of(model)
     why = (f"has {', '.join(sorted(layers - LAYERS))} layers" if layers - LAYERS else
            "counts positions itself" if "position_ids" not in forward.takes(decoder) else
            "keeps masks of its own" if any(buffer.ndim == 4 for buffer in decoder.buffers()) else "")
@@ -270,9 +270,16 @@ def check_layers(model: Any) -> None:
         raise NotImplementedError(f"{type(model).__name__} {why}")
 
 
+def kinds_of(model: Any) -> set[str]:
+    return set(getattr(model.config.get_text_config(), "layer_types", None) or ["recurrent"] * model._is_stateful)
+
+
 def sampling(judge: Judge) -> Differences:
-    if judge.policy.model.forks:
-        check_layers(judge.policy.model)
+    model = judge.policy.model
+    if model.forks:
+        check_layers(model)
+    elif model.pads and "chunked_attention" in kinds_of(model):      # in thousands of tokens: more than are tried here
+        raise NotImplementedError(f"{type(model).__name__} counts its chunks from the padding on")
     return {"log-probability": torch.stack([drift(logp, judge.own.logp[n][at].to(logp))
                                             for n, at, logp in sampled(judge.policy, judge.talks)])}
 

@@ -206,5 +206,8 @@ def fix_rope(model: Any, context: int) -> None:
             table = getattr(rotary, f"{layers}_inv_freq" if layers else "inv_freq")
             if context > trained:
                 table.copy_(ROPE_INIT_FUNCTIONS[kind](rotary.config, table.device, context, layers)[0])
+            for scale in {"short_mscale"} & own.keys():  # PhiMoE chooses this by length, too
+                own[scale] = own["long_mscale" if context > own["original_max_position_embeddings"] else scale]
+                own["long_mscale"] = own[scale]
             kinds[layers] = "fixed"                      # transformers looks for the two names at each forward
         rotary.rope_type = kinds if isinstance(rotary.rope_type, dict) else kinds[None]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, PhimoeConfig
 
 from config import UserError
 from conftest import ROOT, family, shake
@@ -466,6 +466,19 @@ def test_rope_that_depends_on_length_is_that_of_the_context_whatever_a_batch_hol
     most = 512 if rope is NTK else 128
     with pytest.raises(UserError, match=f"context: {most + 1} is more than the {most} tokens of"):
         load_model(str(tmp_path), False, most + 1)
+
+
+def test_phimoe_s_scale_that_depends_on_length_is_that_of_the_context_too(tiny, tmp_path):
+    torch.manual_seed(0)
+    config = PhimoeConfig(vocab_size=470, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                          intermediate_size=48, num_local_experts=2, max_position_embeddings=128, initializer_range=0.3,
+                          rope_parameters=LONG | dict(short_mscale=1.1, long_mscale=1.6, factor=2.0))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny[1].tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), False, 100)
+    ids = torch.randint(5, 400, (2, 100))
+    alone = model(input_ids=ids[:1, :20]).logits[0]
+    assert torch.allclose(alone, model(input_ids=ids).logits[0, :20], atol=1e-4)
 
 
 def test_lora_wraps_all_seven_projections_of_every_layer(own_tiny):
