@@ -189,13 +189,18 @@ def split_at_marks(text: str | None, marks: list[str]) -> list[str] | None:
 
 
 def fitting_layout(render: Render, source: str, thinking: bool, name: str) -> tuple[list[dict], Way]:
-    """The first layout that the template renders whole and in order, and how `thinking` reaches it."""
+    """The first layout that the template renders whole and in order, and how `thinking` reaches it; of those that it
+    renders, one in which it does: Granite 3.3 heeds its variable where it has no other system message."""
+    fits = []
     for messages in layouts():
         way = way_to_think(render, messages, source, thinking)
         if split_at_marks(render(messages, way or ({}, "")), MARKS):
+            fits.append((messages, way))
+        if fits and (way or not thinking):
             break
-    else:
+    if not fits:
         raise UserError(f"model: the chat template of {name} loses or reorders messages")
+    messages, way = next((fit for fit in fits if fit[1]), fits[0])
     if way is None and thinking and not THOUGHT.search(source):
         raise UserError(f"thinking: the chat template of {name} has no variable for it, and no thought of its own; say "
                         f"thinking=false, or react=true to ask for a thought in words")
@@ -390,10 +395,13 @@ def where_a_thought_goes(found: Template, source: str) -> str:
         return "the template knows no thoughts"
     switches = [*(f"{name}={value}" for name, value in found.way[0].items()), *filter(None, found.way[1:])]
     said = [f"thinking is set by {switches[0]}" if switches else "nothing switches thinking"]
+    last = re.search(r"[<\[][^<>\[\]\s]+[>\]]\s*$", found.user_to_reply)
     if OPENED.search(found.user_to_reply):
         said.append("the prompt opens a thought, the model closes it")
+    elif THOUGHT.search(found.asked) or last and (found.asked or closes(last[0].strip())):
+        said.append(f"the prompt has an empty one, {(found.asked or last[0])!r}")
     elif found.asked:
-        said.append(f"the prompt has an empty one, {found.asked!r}")
+        said.append(f"the prompt begins the reply with {found.asked!r}")
     else:
         said.append("a thought is part of the reply")
     return "; ".join([*said, "earlier thoughts stay where they were said"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
 import torch
+import transformers
 from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -35,6 +36,11 @@ def reading(key: str, file: Path, fix: str = "copy or download it again") -> Ite
             found = "the file is empty"
         if head.startswith(b"version https://git-lfs"):
             found, fix = "this is a pointer of git LFS, not the file", "run `git lfs pull`"
+        if isinstance(error, ImportError):
+            fix = "install what it names"
+        if unknown := re.search(r"has model type `(.*?)` but Transformers does not recognize", found):
+            found = f"transformers {transformers.__version__} has no model type {unknown[1]}"
+            fix = "pip install -U transformers if a newer one has it; code that lies beside a model is not run"
         raise UserError(f"{key}{file}: {' '.join(found.split())[:300]}; {fix}") from None
 
 

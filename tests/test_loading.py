@@ -16,6 +16,7 @@ from config import UserError
 from conftest import ROOT, family, shake
 from lora import add_lora, linear_layers, load_adapter, load_model, lora_layers, lora_parameters, save_adapter, widths
 from models.loading import stacks_of
+from models.weights import reading
 from tools.families import roughen, tiny_model
 
 IDS = torch.randint(6, 400, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -298,3 +299,12 @@ def test_a_layer_of_gpt_2_is_as_wide_as_its_weight_turned():
 def test_what_bitsandbytes_advises_to_install_for_speed_is_not_said():
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize("raised, told", [
+    (ImportError("it needs mistral-common"), "ImportError: it needs mistral-common; install what it names"),
+    (ValueError("The checkpoint you are trying to load has model type `new` but Transformers does not recognize this architecture."),
+     "has no model type new; pip install -U transformers")])
+def test_what_transformers_cannot_read_is_not_to_be_copied_again(raised, told, tmp_path):
+    with pytest.raises(UserError, match=f"^model: .*{told}"), reading("model: ", tmp_path):
+        raise raised

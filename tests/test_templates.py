@@ -264,6 +264,24 @@ def test_thinking_reaches_the_variable_that_the_template_has(name, on, off):
     assert "thinking is set by" in said or "nothing switches thinking" in said and name == "deepseek r1"
 
 
+def test_a_variable_that_counts_without_a_system_message_alone_is_reached():
+    source = ("{% if messages[0].role == 'system' %}{{ messages[0].content }}{% elif thinking %}Use <think></think>.{% endif %}"
+              "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+              "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    thinks, plain = (Chat(dressed(in_bytes(), source, "<|end|>"), thinking) for thinking in (True, False))
+    assert plain.system_role and not thinks.system_role and thinks.template.way == ({"thinking": True}, "")
+    assert thinks.tokenizer.decode(thinks.first(RULES, ONE)).startswith(f"Use <think></think>.<|user|>{RULES}\n\n{ONE}")
+
+
+@pytest.mark.parametrize("asked, said", [
+    ("<think>\n", "the prompt opens a thought"), ("<think></think>", "the prompt has an empty one, '<think></think>'"),
+    ("Steps:\n", "the prompt begins the reply with 'Steps:"), ("", "a thought is part of the reply")])
+def test_where_a_thought_goes_is_what_the_prompt_s_end_says(asked, said):
+    source = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
+              "{% if add_generation_prompt %}<|assistant|>ASKED{% endif %}").replace("ASKED", asked)
+    assert said in Chat(dressed(in_bytes(), source, "<|end|>")).template.thought
+
+
 def test_a_thought_that_control_tokens_set_apart_is_no_part_of_the_answer():
     chat = Chat(tokenizer_with(TRL + "gptoss", in_bytes()), True)
     reply = chat.ids("<|channel|>analysis<|message|>go where?<|end|><|start|>assistant<|channel|>final<|message|>go attic<|return|>")
