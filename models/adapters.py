@@ -155,6 +155,9 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
             idle.add(layer.split(".")[0])
             continue
         if layer not in linear:
+            if layer in {bare(own) for own, module in model.named_modules() if type(module).__name__ in LINEAR}:
+                raise ValueError(f"it has {tensor}, a layer whose weight the model multiplies by itself, past any adapter: "
+                                 f"{MERGE}")
             experts = f"; experts in one stack are not adapted here: {MERGE}" if "experts" in layer.split(".") else ""
             raise ValueError(f"it has {tensor}, which this model has not as a linear layer{experts}")
         if side in found.setdefault(layer, {}):

@@ -12,7 +12,7 @@ from config import UserError
 from conftest import family
 from lora import (LoRA, add_lora, load_adapter, load_model, lora_layers, lora_parameters, save_adapter,
                   weights_version)
-from models.adapters import IDLE, MUST
+from models.adapters import IDLE, MUST, placed
 from models.weights import check_checkpoint
 from run import Policy
 from tools.families import tiny_model
@@ -381,3 +381,9 @@ def test_an_adapter_of_many_ranks_is_saved_with_one_for_those_who_know_no_patter
         save_adapter(model, tmp_path / f"{alike}", "llama", alike)
     for name in (CONFIG, WEIGHTS):                                             # nothing is changed where nothing need be
         assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes()
+
+
+def test_an_adapter_of_a_layer_that_a_module_multiplies_by_itself_is_told_as_that():
+    tensors = {"base_model.model.model.layers.0.mamba.dt_proj.lora_A.weight": torch.zeros(4, 8)}
+    with pytest.raises(ValueError, match="dt_proj.*, a layer whose weight the model multiplies by itself, .*have peft merge"):
+        placed(tiny_model("jamba"), dict(r=4, lora_alpha=4, target_modules="all-linear"), tensors)
