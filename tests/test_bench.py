@@ -9,6 +9,7 @@ import programs
 from config import UserError, load_config
 from conftest import ROOT, SHAPE
 from tools import bench
+from tools.families import tiny_model
 
 SMALL = LlamaConfig(**SHAPE | dict(initializer_range=0.05, num_hidden_layers=1))
 
@@ -107,3 +108,10 @@ def test_bad_input_is_one_line(args, said):
 def test_its_own_defaults_are_known_keys():
     for what, more in bench.DEFAULTS.items():
         assert load_config([str(ROOT / "config.yaml"), *more]), what
+
+
+def test_a_model_of_the_general_way_is_one_line(monkeypatch, settings, tiny):
+    model = tiny_model("lfm2")
+    monkeypatch.setattr(bench, "policy", lambda *_: (model, tiny[1]))
+    with pytest.raises(UserError, match="goes the general way, which is not measured here"):
+        bench.training(settings(), {})

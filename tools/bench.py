@@ -36,7 +36,7 @@ from config import ROOT, SHIPPED, Config, UserError, guarded, load_config, neare
 from engine import Chat, Job
 from envs import ROOMS, Env, Outcome
 from leafe import Attempt, Branch, Tree, Turn, episode, explore, read_trees, targets
-from lora import add_lora, load_model, lora_layers, lora_parameters
+from lora import add_lora, checks, load_model, lora_layers, lora_parameters
 from packing import Segment, length, pack, packed_nll, rows_of, segments
 from run import Jsonl, Policy, Run, RunFolder, pick_tasks, read_jsonl, write_aside
 from tools.report import stage1_figures
@@ -122,6 +122,16 @@ def policy(name: str, load_in_4bit: bool | None, context: int) -> tuple[Any, Cha
         Path(folder, "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
         model, tokenizer = load_model(folder, load_in_4bit, context)
     return model, Chat(tokenizer)
+
+
+def checked(cfg: Config) -> tuple[Any, Chat]:
+    """As `policy`; of a user's own model, only where the fast way is its way."""
+    model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
+    if cfg.model not in SHAPES and "forks" not in vars(model):
+        checks().check(Policy(model, chat, cfg))
+    if not (getattr(model, "forks", True) and getattr(model, "packs", True)):
+        raise UserError(f"model: {cfg.model} goes the general way, which is not measured here; choose another model")
+    return model, chat
 
 
 # ------------------------------------------------------------------------------------------------------- rollouts
@@ -213,7 +223,7 @@ def forking(run: Run, counted: list, play: Callable, attempts: list[Attempt]) ->
 
 def rollout(cfg: Config, own: dict) -> dict:
     """Contenders a to d on cfg.model."""
-    model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
+    model, chat = checked(cfg)
     model = model.float() if own.get("wide") else model
     count = own["episodes"] or (512 if cfg.model == "tiny" else 32)
 
@@ -324,7 +334,7 @@ def padded_nll(model, batch: tuple) -> torch.Tensor:
 def training(cfg: Config, own: dict) -> dict:
     """The gradient of L_cf + beta L_reh on a Quest exploration's own D_cf and D_reh (trees=, or explored here), the
     data laid out in three ways."""
-    model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
+    model, chat = checked(cfg)
     tasks = pick_tasks(cfg, "train")
     if cfg.trees:
         trees = read_trees(read_jsonl(Path(cfg.trees) / "trees.jsonl"), 1, tasks)
@@ -379,7 +389,7 @@ def training(cfg: Config, own: dict) -> dict:
 
 def memory(cfg: Config, own: dict) -> dict:
     """d against the number of tasks, samples, turns and rollbacks on rollbacks; then 100,000 stored turns."""
-    model, chat = policy(cfg.model, cfg.load_in_4bit, cfg.context)
+    model, chat = checked(cfg)
     table = []
     sizes = [(what, times * first) for what, first in (("tasks", 32), ("samples", 4), ("turns", 4), ("depth", 2))
              for times in (1, 2, 4)]
@@ -467,7 +477,7 @@ def gpu(cfg: Config, own: dict, slots: tuple = (1, 32, 128), rows: tuple = (4096
 
 def step(cfg: Config, tokens: int) -> dict:
     """One SFT step, gradient checkpointing on: a row of `tokens` tokens, a fifth of which bear loss."""
-    model, _ = policy(cfg.model, cfg.load_in_4bit, cfg.context)
+    model, _ = checked(cfg)
     if not lora_layers(model):
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     ids = random.Random(0).choices(range(400), k=tokens)
