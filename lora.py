@@ -78,7 +78,7 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)       # nor ask whether to
         text = config.get_text_config()
         if (most := files().most_tokens(text, context)) < context:
-            raise UserError(f"context: {context} is more than the {most} tokens of {name}")
+            raise UserError(f"context: {context} is more than the {most} tokens of {name}; lower context=")
         if getattr(text, "attn_logit_softcapping", None):                # which sdpa leaves out
             config._attn_implementation = "eager"
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

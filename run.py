@@ -24,8 +24,8 @@ import ranks
 from config import Config, Dumper, UserError, kept_config, read_text, visible
 from engine import Chat, Engine
 from envs import Env, ask, closing, env_class, make_env
-from lora import (adapter_off, add_lora, checks, find_model, general, load_adapter, load_model, lora_layers, lora_parameters,
-                  save_adapter)
+from lora import (adapter_off, adapters, add_lora, checks, find_model, general, load_adapter, load_model, lora_layers,
+                  lora_parameters, save_adapter)
 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true
@@ -46,6 +46,8 @@ class Policy:
     @staticmethod
     def open(cfg: Config, adapter: str, key: str) -> "Policy":
         """`key`: where the user named the adapter that it begins with, init or adapter."""
+        if adapter:
+            adapters().read_config(f"{key}: ", Path(adapter))          # before minutes go into loading a large model
         model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
         policy = Policy(model, Chat(tokenizer, cfg.thinking, report_file().today(cfg)), cfg)
         if adapter:

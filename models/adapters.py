@@ -67,8 +67,8 @@ qalora_group_size runtime_config loftq_config eva_config corda_config lora_ga_co
 
 
 # ----------------------------------------------------------------------------------------------------- its files
-def read_adapter(key: str, folder: Path) -> tuple[dict, Tensors, str]:
-    """(config, tensors, digest of its base or ""). Raises UserError for what is not whole or not understood."""
+def read_config(key: str, folder: Path) -> dict:
+    """adapter_config.json; its weights lie beside it. Raises UserError for what is not there or not understood."""
     file, parts = folder / "adapter_config.json", weight_files(key, folder)
     if not file.is_file() or not parts:
         below = next((f"; {found.parent} has both" for found in sorted(folder.glob("*/adapter_config.json"))), "")
@@ -86,11 +86,17 @@ def read_adapter(key: str, folder: Path) -> tuple[dict, Tensors, str]:
         if config[name] and config[name] != "none":
             value = f"{config[name]!r:.80}"
             raise UserError(f"{key}{file}: uses {name}={value}; plain LoRA is what is read here; {MERGE}")
+    return config
+
+
+def read_adapter(key: str, folder: Path) -> tuple[dict, Tensors, str]:
+    """(config, tensors, digest of its base or ""). Raises UserError for what is not whole or not understood."""
+    config = read_config(key, folder)
     if config.get("lora_dropout") and key.startswith("init") and ranks.rank() == 0:
         print(visible(f"note: {key}{folder} was trained with lora_dropout={config['lora_dropout']}; here it is trained "
                       f"on without"), file=sys.stderr)
     tensors: Tensors = {}
-    for part in parts:
+    for part in weight_files(key, folder):
         with reading(key, part, ANEW):
             tensors |= read_tensors(part)
     base = folder / "base.json"

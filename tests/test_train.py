@@ -538,8 +538,10 @@ def test_two_ranks_whose_training_diverges_end_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("key, training", [("init", True), ("adapter", False)])
-def test_an_adapter_that_is_not_there_is_blamed_on_the_key_that_names_it(key, training, settings, tmp_path):
+def test_an_adapter_that_is_not_there_is_blamed_on_the_key_that_names_it_before_the_model_is_loaded(
+        key, training, settings, tmp_path, monkeypatch):
     cfg = settings(f"{key}={tmp_path}/nowhere")
+    monkeypatch.setattr("run.load_model", None)
     with pytest.raises(UserError, match=f"^{key}: {tmp_path}/nowhere has no adapter_config.json"):
         open_run(cfg, getattr(cfg, key), training)
 
