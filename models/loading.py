@@ -202,13 +202,16 @@ class FourBit(Bnb4BitHfQuantizer):
         elif self.plan.four:
             names = {id(module): name for name, module in model.named_modules()}
             for parent, own, layer in linear_layers(model):
+                if not is_whole(widths(layer)[0], self.plan.device):
+                    continue
                 key = f"{names[id(layer)]}.weight"
                 self.taken.add(key)
                 if type(layer).__name__ == "Conv1D":
                     self.transposed.add(key)
                 setattr(parent, own, linear_4bit(layer, None, "meta"))
             for module in layers_of(model).modules():
-                self.taken |= {f"{names[id(module)]}.{own}" for own in stacks_of(module)}
+                self.taken |= {f"{names[id(module)]}.{own}" for own in stacks_of(module)
+                               if is_whole(getattr(module, own).shape[-1], self.plan.device)}
 
     def param_needs_quantization(self, model: Any, param_name: str, **told: Any) -> bool:
         """Or has been: then it may have another shape than the model says."""
@@ -244,6 +247,9 @@ class FourBit(Bnb4BitHfQuantizer):
                                  f"16 bits (load_in_4bit=true makes 4 bits of it)")
             if shape != expected.shape:
                 self.met.mismatched.append((key, tuple(shape), tuple(expected.shape)))
+            if state and not is_whole(state.shape[-1], self.plan.device):
+                raise ValueError(f"{key} is in 4 bits in rows of {state.shape[-1]}, which bitsandbytes unpacks wrongly on a "
+                                 f"CPU where it is no multiple of 64; take the model's original in 16 bits")
             if not state and value.is_floating_point() and value.dtype != torch.float32:
                 value.data = value.data.to(expected.dtype)         # a renamed one beside 4-bit ones keeps its own
             self.met.samples.add(sample_of(value))
@@ -289,6 +295,12 @@ def leave_out_towers(model: Any) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------------- 4 bits
 def bitsandbytes(part: str = "") -> Any:
     return installed(f"bitsandbytes{part}", "bitsandbytes", "load_in_4bit: 4 bits")
+
+
+def is_whole(width: int, device: str) -> bool:
+    """Whether bitsandbytes takes a row of so many weights back from 4 bits as they were: packed in blocks of 64 that go on
+    from row to row, they are unpacked on a CPU as if each row began a block."""
+    return width % 64 == 0 or device != "cpu"
 
 
 def params_4bit(weight: torch.Tensor, device: str) -> Any:

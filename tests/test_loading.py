@@ -74,13 +74,16 @@ def test_the_linear_layers_are_those_of_peft_s_all_linear_but_routers_and_what_i
     assert all(name.endswith(tuple(routers)) for name in theirs - ours)
 
 
+WIDE = dict(hidden_size=64, head_dim=16)                # rows of blocks of 64 weights
+
+
 @pytest.mark.parametrize("name, reached", [
-    ("phi3", "note: {}: 4 bits: 40 % of the weights; LoRA: 100 % of the linear layers\n"),
-    ("gpt2", "note: {}: 4 bits: 43 % of the weights; LoRA: 100 % of the linear layers\n"),
-    ("qwen3_moe", "note: {}: 4 bits: 54 % of the weights; LoRA: 33 % of the linear layers\n"),
-    ("gpt_oss", "note: {}: 4 bits: 63 % of the weights; LoRA: 11 % of the linear layers\n")])
+    ("phi3", "note: {}: 4 bits: 48 % of the weights; LoRA: 100 % of the linear layers\n"),
+    ("gpt2", "note: {}: 4 bits: 60 % of the weights; LoRA: 100 % of the linear layers\n"),
+    ("qwen3_moe", "note: {}: 4 bits: 58 % of the weights; LoRA: 43 % of the linear layers\n"),
+    ("gpt_oss", "note: {}: 4 bits: 66 % of the weights; LoRA: 20 % of the linear layers\n")])
 def test_in_4_bits_a_model_and_its_gradients_are_those_of_its_dequantised_weights(name, reached, tmp_path, capsys):
-    folder = saved(tiny_model(name), tmp_path)
+    folder = saved(tiny_model(name, **(dict(n_embd=64) if name == "gpt2" else WIDE)), tmp_path)
     whole, _ = load_model(str(folder), False, 64)
     capsys.readouterr()
     four, _ = load_model(str(folder), True, 64)
@@ -99,7 +102,7 @@ def test_in_4_bits_a_model_and_its_gradients_are_those_of_its_dequantised_weight
 
 
 def test_experts_in_4_bits_are_dequantised_once_a_pass_and_not_kept_for_the_backward_pass(tmp_path, monkeypatch):
-    model, _ = load_model(str(saved(tiny_model("qwen3_moe"), tmp_path)), True, 64)
+    model, _ = load_model(str(saved(tiny_model("qwen3_moe", **WIDE), tmp_path)), True, 64)
     add_lora(model, 4, 8, seed=0)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
@@ -174,7 +177,7 @@ def test_a_mixture_s_adapter_from_peft_is_of_a_copy_of_its_base_and_of_no_other(
 
 
 def test_experts_that_a_checkpoint_has_in_4_bits_one_by_one_are_one_line(tmp_path):
-    folder = saved(tiny_model("qwen3_moe"), tmp_path)
+    folder = saved(tiny_model("qwen3_moe", **WIDE), tmp_path)
     in_4_bits(folder, "nf4", True)
     with pytest.raises(UserError, match="^model: .*experts.* is in 4 bits, which is not read here of experts; take the"):
         load_model(str(folder), None, 64)
@@ -191,6 +194,17 @@ def test_a_checkpoint_quantised_in_another_way_is_one_line(found, told, tmp_path
     for four in (True, False):
         with pytest.raises(UserError, match=f"^model: .*{told}.*(take its original in 16 bits|copy)"):
             load_model(str(tmp_path / "copy"), four, 64)
+
+
+def test_rows_that_bitsandbytes_would_unpack_wrongly_on_a_cpu_stay_as_they_are(tmp_path):
+    whole = family("llama", num_attention_heads=3, num_key_value_heads=1, hidden_size=48, intermediate_size=128)
+    folder = saved(whole, tmp_path)
+    four, _ = load_model(str(folder), True, 64)
+    kinds = {name.split(".")[-1]: type(layer).__name__ for name, layer in four.named_modules() if "proj" in name}
+    assert kinds == {name: "Linear4bit" if name == "down_proj" else "Linear" for name in kinds} and len(kinds) == 7
+    in_4_bits(folder, "nf4", True)
+    with pytest.raises(UserError, match="^model: .* is in 4 bits in rows of 48, which bitsandbytes unpacks wrongly on a CPU"):
+        load_model(str(folder), None, 64)
 
 
 # forms of checkpoints
@@ -213,7 +227,7 @@ def with_another_head(folder):
     ({}, pickled), (dict(variant="fp16"), None), (dict(variant="fp16", max_shard_size="60KB"), None),
     ({}, without_prefix), ({}, with_another_head)], ids=["bin", "variant", "shards", "prefix", "tied with a head"])
 def test_a_checkpoint_is_read_as_from_pretrained_reads_it_in_full_and_in_4_bits(how, change, tmp_path):
-    whole = family("llama")
+    whole = family("llama", hidden_size=64)
     folder = saved(whole, tmp_path, **how)
     if change:
         change(folder)

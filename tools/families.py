@@ -215,10 +215,14 @@ def small(key: str, value: Any) -> Any:
     return next((size for pattern, size in SIZES if re.search(pattern, key)), value)
 
 
-def tiny_model(name: str) -> Any:
-    """Seeded, fp32, evaluation mode. Every weight gets noise by its fan-in, whatever the family's own start is."""
+def tiny_model(name: str, **sizes: int) -> Any:
+    """Seeded, fp32, evaluation mode. Every weight gets noise by its fan-in, whatever the family's own start is. `sizes`: of
+    its config, where others are wanted."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(name))
+    config = tiny_config(name)
+    for key, value in sizes.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_config(config)
     roughen(model)
     return model.eval().requires_grad_(False)
 
