@@ -135,8 +135,9 @@ def chosen(judge: Judge, ways: list[dict[str, bool]], test: Callable) -> tuple[i
             raise
         except Exception as error:                       # whatever a model does that is not known here
             said = short(error)
+        finally:
+            model.set_attn_implementation(before)        # packed rows set their own
         first = first or said
-        model.set_attn_implementation(before)            # packed rows set their own
     return len(ways), first
 
 

@@ -30,10 +30,13 @@ def needs(package: str, program: str = ""):
 
 @pytest.fixture(scope="module")
 def science():
-    """Two instances, so that replays are read on another than the first reading."""
+    """Two instances, so that replays are read on another than the first reading. Its search for a solution, which no run
+    asks for, may need more memory than a world is given."""
     needs("scienceworld", "java")
     from worlds.scienceworld import ScienceWorld
+    os.environ["JDK_JAVA_OPTIONS"] = "-Xmx768m"            # the last one counts
     worlds = ScienceWorld("easy"), ScienceWorld("easy")
+    del os.environ["JDK_JAVA_OPTIONS"]
     yield worlds
     for world in worlds:
         world.close()
