@@ -14,8 +14,8 @@ CARDS = (8, 16, 24, 48, 80)             # GB
 KEPT_FREE = 0.08                        # of a card: the context of CUDA, and what fragments
 PREFILL = 16384                         # tokens that the engine feeds at once, at most
 FOUR = 0.52                             # bytes a weight in nf4, its scales among them
-ESTIMATE = ("an estimate: weights, an adapter with gradients and Adam, snapshot_mb=, a prefill of 16,384 tokens; "
-            "8 % stay free")
+ESTIMATE = (f"an estimate: weights, an adapter with gradients and Adam, snapshot_mb=, a prefill of {PREFILL:,} tokens; "
+            f"{100 * KEPT_FREE:.0f} % stay free")
 
 
 @dataclass

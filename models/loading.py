@@ -208,7 +208,7 @@ class FourBit(Bnb4BitHfQuantizer):
                 self.taken.add(key)
                 if type(layer).__name__ == "Conv1D":
                     self.transposed.add(key)
-                setattr(parent, own, linear_4bit(layer, None, "meta"))
+                setattr(parent, own, linear_4bit(layer))
             for module in layers_of(model).modules():
                 self.taken |= {f"{names[id(module)]}.{own}" for own in stacks_of(module)
                                if is_whole(getattr(module, own).shape[-1], self.plan.device)}
@@ -309,15 +309,12 @@ def params_4bit(weight: torch.Tensor, device: str) -> Any:
     return whole.to(device)                              # this packs it
 
 
-def linear_4bit(layer: Any, weight: torch.Tensor | None, device: str) -> nn.Module:
-    """bitsandbytes' 4-bit product of `weight`, None: still to come, with that layer's bias."""
+def linear_4bit(layer: Any) -> nn.Module:
+    """bitsandbytes' 4-bit product in a layer's place, with its bias. Its weight is still to come."""
     dtype = layer.weight.dtype
     with torch.device("meta"):
         four = bitsandbytes().nn.Linear4bit(*widths(layer), bias=False, compute_dtype=dtype, quant_type="nf4")
-    if weight is None:
-        four.weight.data = four.weight.data.to(dtype)
-    else:
-        four.weight = params_4bit(weight, device)
+    four.weight.data = four.weight.data.to(dtype)
     four.support_avx512bf16_for_cpu = False              # else a CPU that can repacks them at each switch, rounding
     four.bias = layer.bias
     return four

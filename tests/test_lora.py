@@ -15,7 +15,7 @@ from config import UserError
 from conftest import ROOT, family, shake
 from lora import (LoRA, adapter_off, add_lora, linear_layers, load_adapter, load_model,
                   lora_layers, lora_parameters, save_adapter, weights_version)
-from models.loading import linear_4bit
+from models.loading import linear_4bit, params_4bit
 from packing import Segment, pack, packed_nll
 from run import Policy
 
@@ -98,7 +98,9 @@ def test_a_checkpoint_loaded_straight_into_4_bit_equals_one_quantised_whole(name
         (tmp_path / file).write_text((ROOT / "models/tiny" / file).read_text())
     straight, _ = load_model(str(tmp_path), True, 768)
     for parent, own, linear in linear_layers(whole):
-        setattr(parent, own, linear_4bit(linear, linear.weight.data, "cpu"))
+        four = linear_4bit(linear)
+        four.weight = params_4bit(linear.weight.data, "cpu")
+        setattr(parent, own, four)
     ids = torch.randint(6, 400, (2, 40))
     assert torch.equal(straight(input_ids=ids).logits, whole(input_ids=ids).logits)
     assert not any(parameter.requires_grad for parameter in straight.parameters())
