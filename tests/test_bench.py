@@ -95,9 +95,18 @@ def test_the_script_for_a_gpu_runs_from_end_to_end_on_small_shapes(settings, mon
     assert found["step_64"]["seconds"] > 0 and found["nf4_2_slots"]["sampled"] > 0
 
 
+def test_a_growing_cache_is_measured_against_what_it_holds():
+    shape = LlamaConfig(**SHAPE | dict(num_hidden_layers=8))
+    found = bench.growing(shape, 768, rows=16)
+    assert found["rows"] == 16 and found["held_mb"] == pytest.approx(8 * found["layer_mb"])
+    assert found["layer_mb"] == pytest.approx(2 * 16 * 2 * 769 * 12 * 4 / 2**20)             # k, v; heads, capacity, D
+    assert 0 <= found["peak_mb"]
+
+
 @pytest.mark.parametrize("args, said", [
     (["rolout"], "did you mean 'rollout'"), (["gpu"], "there is no GPU here"), (["contenders=x"], "some of abcd"),
-    (["episodes=many"], "episodes is 'many', but must be a whole number"), (["slot=3"], "there is no key 'slot'")])
+    (["episodes=many"], "episodes is 'many', but must be a whole number"), (["slot=3"], "there is no key 'slot'"),
+    (["repetition=3"], "did you mean 'repetitions'"), (["repetitions=0"], "must be 1 or more")])
 def test_bad_input_is_one_line(args, said):
     if args == ["gpu"] and torch.cuda.is_available():
         pytest.skip("there is one")
@@ -107,7 +116,8 @@ def test_bad_input_is_one_line(args, said):
 
 def test_its_own_defaults_are_known_keys():
     for what, more in bench.DEFAULTS.items():
-        assert load_config([str(ROOT / "config.yaml"), *more]), what
+        own_keys, rest = bench.parted(more)
+        assert set(own_keys) == set(bench.OWN) and load_config([str(ROOT / "config.yaml"), *rest]), what
 
 
 def test_a_model_of_the_general_way_is_one_line(monkeypatch, settings, tiny):

@@ -1,20 +1,17 @@
-"""Speed, side by side with what one would otherwise pick: every figure is measured here, in one process, in turns.
+"""Speed, side by side with what one would otherwise pick: every figure is measured here, in turns.
 
     python -m tools.bench                          rollout and train, on models/tiny and on the shape of a 135M model
     python -m tools.bench rollout model=135m       the same episodes by four ways of sampling
     python -m tools.bench train                    the same D_cf and D_reh by three ways of laying them out
-    python -m tools.bench memory                   time and memory against tasks, samples, turns; 100,000 stored turns
+    python -m tools.bench memory                   time and memory against tasks, samples, turns; 100,000 stored turns;
+                                                   the cache as it grows
     python -m tools.bench gpu                      for a GPU: equality in fp32 and nf4, then the shape of a 7B model
 
 episodes=, repetitions= and contenders= (abcd) are its own keys; any other is config.yaml's: model=, load_in_4bit=,
 slots=. model= may be a shape with random weights, 135m or 7b. Before a contender is timed, its (greedy) outputs are
 compared with a's. Medians of the repetitions; a table on the screen, the same as JSON in out=.
 """
-import ctypes
-import gc
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -32,14 +29,15 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig,
                           LlamaConfig, Qwen2Config)
 
-from config import ROOT, SHIPPED, Config, UserError, guarded, load_config, nearest, visible
+from config import ROOT, SHIPPED, Config, UserError, guarded, load_config, nearest, owners_of, shipped, visible
 from engine import Chat, Job
-from envs import ROOMS, Env, Outcome
-from leafe import Attempt, Branch, Tree, Turn, episode, explore, read_trees, targets
+from leafe import Attempt, Branch, Tree, episode, explore, read_trees, targets
 from lora import add_lora, checks, load_model, lora_layers, lora_parameters
 from packing import Segment, length, pack, packed_nll, rows_of, segments
-from run import Jsonl, Policy, Run, RunFolder, pick_tasks, read_jsonl, write_aside
-from tools.report import stage1_figures
+from run import Policy, Run, RunFolder, pick_tasks, read_jsonl, write_aside
+from tools.bench_memory import conversations, growing, stored
+from tools.bench_worlds import Talk, words
+from tools.machine import machine, peak, seconds
 from train import loss_weights, recomputing
 
 OWN = dict(episodes=0, repetitions=3, contenders="")             # 0, "": what suits the model
@@ -51,51 +49,7 @@ SHAPES = {                             # random weights: speed does not depend o
                       num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768,
                       tie_word_embeddings=False, initializer_range=0.05)}
 
-# --------------------------------------------------------------------------------------------------- the machine
-
-
-def machine() -> dict[str, Any]:
-    """Its name, and what it can do at most: bytes a second read from memory, operations a second of a product."""
-    cuda = torch.cuda.is_available()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    device = torch.device("cuda" if cuda else "cpu")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    big, square = torch.ones(2**27, device=device), torch.randn(4096 if cuda else 1536, 4096 if cuda else 1536,
-                                                                 device=device, dtype=dtype)
-    read = min(seconds(lambda: big.sum()) for _ in range(5))
-    product = min(seconds(lambda: square @ square) for _ in range(5))
-    return dict(processor=names[0] if names else platform.machine(), cores=os.cpu_count(),
-                threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if cuda else None,
-                torch=torch.__version__, gb_a_second=round(big.nbytes / read / 1e9, 1),
-                gflop_a_second=round(2 * len(square)**3 / product / 1e9, 1))
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def peak(work: Callable[[], Any]) -> float:
-    """Memory that `work` needs at most beyond what is there before, in MB: of the GPU, or else of this process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-    def line(name: str) -> int:
-        return next(int(row.split()[1]) for row in open("/proc/self/status") if row.startswith(name))
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)                           # what work before it freed is not there to be used
-    Path("/proc/self/clear_refs").write_text("5")              # the high-water mark starts anew
-    before = line("VmRSS")
-    work()
-    return max(0.0, line("VmHWM") - before) / 2**10            # the kernel counts both in lumps
+# --------------------------------------------------------------------------------------------------- the policy
 
 
 @lru_cache(maxsize=1)
@@ -135,28 +89,6 @@ def checked(cfg: Config) -> tuple[Any, Chat]:
 
 
 # ------------------------------------------------------------------------------------------------------- rollouts
-
-class Talk(Env):
-    """Conversations of a known shape, 8 to 16 turns: rules and a task that all samples share, then observations
-    that differ from sample to sample, whatever the action was. A task is "task/sample"."""
-    max_turns = 16
-
-    def __init__(self, turns: int = 16):
-        self.rules, self.longest = words("rules", 120), turns
-
-    def reset(self, task: str) -> str:
-        self.task, self.t = task, 0
-        self.turns = random.Random(task).randint(self.longest // 2, self.longest)
-        return words(task.partition("/")[0], 40)
-
-    def step(self, action: str) -> Outcome:
-        self.t += 1
-        return Outcome(words(f"{self.task}/{self.t}", 12), 0.0, self.t == self.turns)
-
-
-def words(seed: str, count: int) -> str:
-    return " ".join(random.Random(seed).choices(ROOMS, k=count))
-
 
 def lockstep(answer: Callable, play: Callable, attempts: list[Attempt]) -> list[Branch]:
     """Every episode asks, all are answered, and so on: how one samples without an engine that knows of episodes."""
@@ -388,7 +320,7 @@ def training(cfg: Config, own: dict) -> dict:
 # --------------------------------------------------------------------------------------------------------- memory
 
 def memory(cfg: Config, own: dict) -> dict:
-    """d against the number of tasks, samples, turns and rollbacks on rollbacks; then 100,000 stored turns."""
+    """d against the number of tasks, samples, turns and rollbacks on rollbacks; 100,000 stored turns; the cache."""
     model, chat = checked(cfg)
     table = []
     sizes = [(what, times * first) for what, first in (("tasks", 32), ("samples", 4), ("turns", 4), ("depth", 2))
@@ -396,62 +328,7 @@ def memory(cfg: Config, own: dict) -> dict:
     for what, size in tqdm(sizes, unit="size", leave=False):
         shape = dict(tasks=32, samples=4, turns=8, depth=0) | {what: size}
         table.append(dict(of=what, size=size, **conversations(model, chat, cfg, **shape)))
-    return dict(table=table, stored=stored(cfg, chat, 100_000))
-
-
-def conversations(model, chat: Chat, cfg: Config, tasks: int, samples: int, turns: int, depth: int) -> dict:
-    """Plain rollouts, and a chain of `depth` branches on each task's first one, each at the middle of the last."""
-    run = Run(cfg, Policy(model, chat, cfg), folder=None)
-    engine, pasts, kept, ended, peaks = run.policy.engine(), {}, [0], [0], []
-
-    def job(task: str, name: str, past: list[Turn]) -> Job:
-        pasts[task] = past
-        attempt = Attempt(task, name, past, words(name, 8) if past else "")
-        return Job(episode(run, Talk(turns), attempt, reflect=False), random.Random(0), task.partition("/")[0], snapshot=depth > 0 and task.endswith("/0"))
-    queue = deque(job(f"{n}/{i}", "0", []) for n in range(tasks) for i in range(samples))
-
-    def work() -> None:
-        for done in engine.run(queue):
-            branch, path = done.result, pasts[done.result.task][:-1] + done.result.turns
-            ended[0] += len(branch.turns)
-            kept[0] = max(kept[0], sum(one.nbytes for family in engine.kept.values() for one in family))
-            if branch.name.count(".") < depth and branch.task.endswith("/0"):
-                queue.append(job(branch.task, branch.name + ".0", path[:len(path) // 2 + 1]))
-            elif branch.task.endswith("/0"):
-                engine.drop(done.family)
-    took = seconds(lambda: peaks.append(peak(work)))
-    return dict(turns=ended[0], seconds=took, milliseconds_a_turn=1000 * took / ended[0], peak_mb=peaks[0],
-                snapshots_mb=kept[0] / 2**20)
-
-
-def stored(cfg: Config, chat: Chat, turns: int) -> dict:
-    """Write, read and pack `turns` made-up turns: 10 branches of 10 turns a tree, each at turn 5 of the first."""
-    with tempfile.TemporaryDirectory() as folder:
-        store, ids = Jsonl(Path(folder, "trees.jsonl")), chat.ids(words("some", 20))
-        for n in range(turns // 100):
-            for b in range(10):
-                made = [Turn(words(f"{t}", 20), ids, f"go {t}", [*ids[:4], chat.end], None, "it is", 1.0, True)
-                        for t in range(10)]
-                branch = Branch(f"task-{n:05}", f"0.{b - 1}" if b else "0", 5 if b else 1, "it is" if b else "", made,
-                                "", [], "success", 10, 4 if b else 0, 50, b, 0 if b else None)
-                store.append(branch.record(1))
-                store.records.clear()
-        store.close()
-        found: dict[str, float] = {}
-
-        def step(name: str, work: Callable[[], Any]) -> Any:
-            kept: list[Any] = []
-            began = time.perf_counter()
-            found[f"{name}_mb"] = peak(lambda: kept.append(work()))
-            found[f"{name}_s"] = time.perf_counter() - began
-            return kept[0]
-        tasks = [f"task-{n:05}" for n in range(turns // 100)]
-        trees = step("load", lambda: read_trees(read_jsonl(store.path), 1, tasks))
-        pairs = step("targets", lambda: targets(trees, cfg, chat.stop))
-        weights = loss_weights(trees, pairs, cfg.beta)
-        step("pack", lambda: [pack(group) for group in rows_of(trees, weights, cfg.row_tokens)])
-        step("report", lambda: stage1_figures(trees, pairs))
-    return dict(turns=turns, pairs=len(pairs.D_cf) + len(pairs.D_reh), **found)
+    return dict(table=table, stored=stored(cfg, chat, 100_000), cache=growing(SHAPES["135m"], cfg.context))
 
 
 # ------------------------------------------------------------------------------------------------------------ GPU
@@ -502,7 +379,9 @@ def show(what: str, found: dict) -> str:
         lines = ["".join(f"{key:>20}" for key in keys)]
         lines += ["".join(f"{v:20.1f}" if isinstance(v, float) else f"{v:>20}" for v in row.values())
                   for row in found["table"]]
-        return "\n".join([*lines, f"stored turns: {json.dumps(found['stored'])}"])
+        return "\n".join([*lines, f"stored turns: {json.dumps(found['stored'])}",
+                          "a cache of {rows} rows: {held_mb:.0f} MB, at most {peak_mb:.0f} MB while it grew, one layer "
+                          "{layer_mb:.0f} MB".format(**found["cache"])])
     if what == "gpu":
         return json.dumps(found, indent=1)
     rows = found["contenders"]
@@ -532,20 +411,32 @@ DEFAULTS = dict(rollout=["temperature=0"], train=["train_tasks=64"], memory=["sl
                 gpu=["model=7b", "temperature=0", "slots=32", "lora_rank=16", "snapshot_mb=8192"])
 
 
-def main(args: list[str]) -> None:
-    what = [arg for arg in args if "=" not in arg]
-    if len(what) > 1 or set(what) - set(JOBS):
-        raise UserError(f"usage: python -m tools.bench [{'|'.join(JOBS)}] [key=value ...]{nearest(what[-1], JOBS)}")
+def parted(args: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Its own keys, and what is config.yaml's."""
     own: dict[str, Any] = dict(OWN)
     rest = []
     for arg in args:
-        key, equals, value = arg.partition("=")
-        if key in OWN:
-            if key != "contenders" and not value.isdigit():
-                raise UserError(f"the command line: {key} is {value!r}, but must be a whole number")
-            own[key] = value if key == "contenders" else int(value)
-        elif equals:
+        key, _, value = arg.partition("=")
+        if key not in OWN:
             rest.append(arg)
+            if key != "preset" and key not in shipped() and not owners_of(key):
+                raise UserError(f"the command line: there is no key {key!r}{nearest(key, [*OWN, *shipped()])}")
+        elif isinstance(OWN[key], int) and not value.isdigit():
+            raise UserError(f"the command line: {key} is {value!r}, but must be a whole number")
+        else:
+            own[key] = int(value) if isinstance(OWN[key], int) else value
+    return own, rest
+
+
+def main(args: list[str]) -> None:
+    what = [arg for arg in args if "=" not in arg]
+    if len(what) > 1 or set(what) - set(JOBS):
+        raise UserError(f"usage: python -m tools.bench [{'|'.join(JOBS)}] [key=value ...], also its own keys "
+                        f"{', '.join(OWN)}{nearest(what[-1], JOBS)}")
+    given = [arg for arg in args if "=" in arg]
+    own, _ = parted(given)
+    if not own["repetitions"]:
+        raise UserError("repetitions: must be 1 or more")
     if what == ["gpu"] and not torch.cuda.is_available():
         raise UserError("tools.bench gpu: there is no GPU here")
     if set(own["contenders"]) - set("abcd"):
@@ -553,7 +444,8 @@ def main(args: list[str]) -> None:
     here = machine()
     print(visible(", ".join(f"{key} {value}" for key, value in here.items() if value)))
     for name, more in [(what[0], [])] if what else [("rollout", []), ("rollout", ["model=135m"]), ("train", [])]:
-        cfg = load_config([str(SHIPPED), "out=out/bench", *DEFAULTS[name], *more, *rest])
+        own, rest = parted([*DEFAULTS[name], *more, *given])
+        cfg = load_config([str(SHIPPED), "out=out/bench", *rest])
         print(visible(f"\n{name}, model={cfg.model}"))
         found = JOBS[name](cfg, own)
         print(visible(show(name, found)))

@@ -23,19 +23,29 @@ from tools.examine import texts
 TASKS, TURNS = 20, 25                                    # of a measurement
 
 
-def memory() -> int:
-    """Resident bytes of this process and those below it."""
-    parents, resident = {}, {}
+def below(pid: int) -> list[int]:
+    """A process and those below it."""
+    parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:                                  # it ended meanwhile
             continue
-        parents[int(folder.name)], resident[int(folder.name)] = int(fields[1]), int(fields[21])
-    own = [os.getpid()]
-    for pid in own:
-        own += [child for child, parent in parents.items() if parent == pid]
-    return sum(resident[pid] for pid in own) * os.sysconf("SC_PAGE_SIZE")
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+def memory() -> int:
+    """Resident bytes of this process and those below it."""
+    pages = 0
+    for pid in below(os.getpid()):
+        try:
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        except OSError:
+            continue
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
