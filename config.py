@@ -63,7 +63,7 @@ CHECKS: list[Check] = [
             "steps batch_tokens row_tokens checkpoint_every resamples warm_steps", 1, 1_000_000),
     *within("lora_rank rounds roots attempts", 1, 4096),
     *within("samples", 1, 100_000),
-    *within("workers horizon", 1, 4096, ", or null (see config.yaml)"),
+    *within("processes workers horizon", 1, 4096, ", or null (see config.yaml)"),
     *within("seed", 0, 10**18),
     *within("snapshot_mb max_depth warmup warm_start engine_patience engine_timeout env_timeout", 0, 1_000_000),
     *within("temperature reflect_temperature", 0, 100),
@@ -382,6 +382,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)         # the way
 STOPPED = "\nstopped; nothing is lost: the same command goes on from here"
 gone: set[TextIO] = set()
 in_mid_line: dict[TextIO, bool] = {}                   # where a progress bar stands
+word = 0                                               # of several processes (ranks.word); 0: this is the only one
+
+
+def tells() -> bool:
+    """Whether it is for this process to tell how the run ended: of several, the first that asks."""
+    try:
+        return not word or os.read(word, 1) != b""
+    except BlockingIOError:
+        return False
 
 
 def lasting(stream: TextIO, write: Callable, *args: Any) -> Any:
@@ -397,7 +406,13 @@ def lasting(stream: TextIO, write: Callable, *args: Any) -> Any:
 
 
 def fail(text: str) -> None:
-    sys.exit("\n" * in_mid_line.get(sys.stderr, False) + visible(f"error: {text}"))
+    line = "\n" * in_mid_line.get(sys.stderr, False) + visible(f"error: {text}")
+    sys.exit(line if tells() else 1)
+
+
+def uncaught(*error: Any) -> None:                     # a fault of ours
+    if tells():
+        print(visible("".join(traceback.format_exception(*error))), file=sys.stderr)
 
 
 def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
@@ -412,7 +427,7 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)           # see stopped
     gc.freeze()                                        # what is imported stays: see gc.disable below
     gc.enable()
-    sys.excepthook = lambda *error: print(visible("".join(traceback.format_exception(*error))), file=sys.stderr)
+    sys.excepthook = uncaught
     try:
         if usage and (not args or set(args) & {"-h", "--help"}):
             print(visible(usage_of(args, usage)))
@@ -422,8 +437,8 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         if gone:
             sys.exit(141)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)):        # what all ranks have found rank 0 tells, and ends them
-            time.sleep(10)
+        if int(os.environ.get("LOCAL_RANK", 0)):        # what all ranks have found rank 0 tells, and they end
+            time.sleep(1 if word else 10)
         fail(str(error))
     except ModuleNotFoundError as error:                # a fork may have left a wing out
         if (error.name or "").partition(".")[0] not in ("methods", "worlds", "models", "scale", "tools"):
@@ -431,7 +446,8 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         wing, dot, file = error.name.partition(".")
         fail(f"this copy of the project has no {wing}/{file + '.py' * bool(dot)}")
     except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
+        if tells():
+            print(STOPPED, file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if not error.filename and error.errno not in FULL:

@@ -138,10 +138,10 @@ def main(args: list[str]) -> None:
     elif args[0] in ("table", "compare"):
         raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
     else:
-        ranks.join()
         cfg = load_config(args)
         refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=",
                warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
+        ranks.start(cfg.processes)
         run = open_run(cfg, cfg.adapter, training=False)
         report_file().settle(run)
         sample(run, report_file().policy_name(cfg))

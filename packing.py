@@ -170,7 +170,9 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     seen = Seen(mask.to(device), positions.to(device), positions.to(device))
     states = hidden(model, ids.to(device), seen, use_cache=False,
                     **(dict(sizes=rows[0].sizes) if alone else {}))                               # (B, T, D)
-    picked = torch.cat([states[b, row.sources.to(device)] for b, row in enumerate(rows)])        # (N, D)
+    # by `embedding`, for its gradient: children of one token add to it in order, however many threads there are
+    picked = torch.cat([nn.functional.embedding(row.sources.to(device), states[b])
+                        for b, row in enumerate(rows)])                                          # (N, D)
     labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
     return torch.cat([-nn.functional.cross_entropy(logits(model, picked[part]).float(), labels[part],
                                                    reduction="none")

@@ -1,34 +1,128 @@
-"""Several processes on one machine, each with a GPU (or some cores) of its own:
-
-    torchrun --nproc_per_node=2 train.py config.yaml
+"""Several processes on one machine, each with a core or a GPU of its own: `processes=`, or torchrun.
 
 Each rank explores and samples its share of tasks and samples, and takes its share of a batch's rows; gradients are added
 up over ranks, so that all take the optimiser step that one process would. Rank 0 writes the run's folder and talks; what
 the others sample lies in *.part files until it takes them over. A process that is the only one notices nothing of this.
 """
+import ctypes
 import datetime
+import math
 import os
+import signal
 import sys
-from typing import Any, Sequence
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
 
+import config
 from config import UserError
 
+GRACE = 3.0                                            # seconds that a rank has to end by itself
 
-def join() -> None:
-    """Meet the other ranks, if torchrun started this one."""
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        if torch.cuda.is_available():
-            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-                raise UserError(f"torchrun: --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} is more than the "
-                                f"{torch.cuda.device_count()} GPUs here")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(both, timeout=datetime.timedelta(days=7))    # one rank may explore longer than others
-        if rank():
-            sys.stdout = open(os.devnull, "w")
+
+def cores() -> int:
+    """Those that this program may use: by its affinity, and by a container's quota."""
+    count = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):                # no cgroup 2, or no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    return count
+
+
+def start(processes: int | None) -> None:
+    """Meet the other ranks: those that torchrun started, or `processes` that are forked here (None: on GPUs one a GPU,
+    else one a core). Returns in every rank; the process that forked them waits for them, and ends as they do."""
+    gpus = torch.cuda.device_count()
+    if dist.is_torchelastic_launched():
+        local, rank = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+        if gpus and local > gpus:
+            raise UserError(f"torchrun: --nproc_per_node={local} is more than the {gpus} GPUs here")
+        return meet(rank)
+    count = processes or gpus or cores()
+    if gpus and count > gpus:
+        raise UserError(f"processes: {count} are more than the {gpus} GPUs here")
+    if count > 1:
+        fork(count)
+
+
+def fork(count: int) -> None:
+    """Before anything has begun a thread, or touched a GPU. What is imported lies in memory once."""
+    sys.stdout.flush()
+    parent, config.word = os.getpid(), word()
+    where = f"/proc/{parent}/fd/{os.memfd_create('ranks')}"        # a file that is gone with the last of them
+    children: dict[int, int] = {}
+    for rank in range(count):
+        if pid := os.fork():
+            children[pid] = rank
+            continue
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)        # PR_SET_PDEATHSIG: none outlives it
+        if os.getppid() != parent:
+            os._exit(1)
+        signal.signal(signal.SIGINT, lambda *_: None)              # Ctrl-C is for the parent, which says SIGTERM
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        torch.set_num_threads(max(1, cores() // count))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return meet(rank, store=dist.FileStore(where, count), rank=rank, world_size=count)
+    watch(children)
+
+
+def word() -> int:
+    """One byte in a pipe: the first to read it tells how the run ended, whatever the others find then."""
+    read, write = os.pipe2(os.O_NONBLOCK)
+    os.write(write, b".")
+    return read
+
+
+def watch(children: dict[int, int]) -> NoReturn:
+    """Wait for the ranks (pid -> rank). When one fails, or at Ctrl-C, the others end, too."""
+    code, count = 0, len(children)
+    try:
+        while children and not code:
+            pid, status = os.wait()
+            rank, code = children.pop(pid), os.waitstatus_to_exitcode(status)
+    except KeyboardInterrupt:
+        config.word = 0 if config.tells() else config.word         # they say nothing any more; this process does
+        end(children)
+        raise
+    end(children)
+    if code < 0:
+        raise UserError(f"process {rank + 1} of {count} was ended by {signal.Signals(-code).name} (out of memory? then "
+                        f"lower processes= or slots=); nothing is lost: the same command goes on from here")
+    sys.exit(code)
+
+
+def end(children: dict[int, int]) -> None:
+    """Let them close what they have open, but not for long."""
+    for pid in children:
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    while children:
+        pid, _ = os.waitpid(-1, os.WNOHANG)
+        children.pop(pid, None)
+        if not pid and time.monotonic() > deadline:                # one waits for another, deep in a library
+            for left in children:
+                os.kill(left, signal.SIGKILL)
+        time.sleep(0.01 * (not pid))
+
+
+def meet(local: int, **how: Any) -> None:
+    """Join the group, as the rank `local` of this machine."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                            timeout=datetime.timedelta(days=7), **how)     # one rank may explore longer than others
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def part(count: int) -> int:
+    """A rank's part of what all of them share."""
+    return -(-count // world())
 
 
 def rank() -> int:

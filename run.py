@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ContextManager, Iterator, TextIO
 
+import torch
 import yaml
 from torch import nn
 
@@ -30,8 +31,8 @@ from lora import (adapter_off, adapters, add_lora, checks, find_model, general, 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true
 PLAYBOOK = "\nwhat earlier episodes taught:\n"   # behind the rules, then a lesson a line (methods/ace.py)
-NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "env_timeout", "slots", "workers",
-                       "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds",
+NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "env_timeout", "processes", "slots",
+                       "workers", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds",
                        "test_tasks", "samples", "split", "adapter", "playbook"}
 
 
@@ -59,9 +60,12 @@ class Policy:
         """What samples from the policy as it is now: the forking engine, the general one where the model cannot fork, or
         a server (cfg.engine), whose door this is."""
         cfg = self.cfg
-        slots = min(cfg.slots, cfg.workers or os.cpu_count()) if env_class(cfg.env).apart else cfg.slots
+        if not torch.cuda.is_available():              # one memory for all ranks
+            cfg = cfg.but(slots=ranks.part(cfg.slots), snapshot_mb=ranks.part(cfg.snapshot_mb))
+        if env_class(cfg.env).apart:
+            cfg = cfg.but(slots=min(cfg.slots, ranks.part(cfg.workers or ranks.cores())))
         kind = Engine if getattr(self.model, "forks", True) else general().General
-        engine = kind(self.model, self.chat.stop, cfg.but(slots=slots))
+        engine = kind(self.model, self.chat.stop, cfg)
         if not cfg.engine:
             return engine
         from scale.serving import Server

@@ -280,8 +280,8 @@ def whole_run(cfg: Config) -> None:
 
 
 def main(args: list[str]) -> None:
-    ranks.join()
     cfg = load_config(args)
+    ranks.start(cfg.processes)
     method = method_file(cfg.method)
     if hasattr(method, "several_runs"):                # compare: every method, each a run of its own
         method.several_runs(cfg, args)
