@@ -1,14 +1,20 @@
 """tools/bench.py: what it compares is equal, what it prints is what it measured. No time is asserted."""
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 import programs
+import ranks
 from config import UserError, load_config
 from conftest import ROOT, SHAPE
-from tools import bench
+from tools import bench, bench_runs, measure
 from tools.families import tiny_model
 
 SMALL = LlamaConfig(**SHAPE | dict(initializer_range=0.05, num_hidden_layers=1))
@@ -103,10 +109,123 @@ def test_a_growing_cache_is_measured_against_what_it_holds():
     assert 0 <= found["peak_mb"]
 
 
+TRAIN = """
+import json, sys, time
+from pathlib import Path
+import yaml
+cfg = yaml.safe_load(open(sys.argv[1]))
+out = Path(cfg["out"])
+if cfg["seed"] == 1:
+    sys.exit("error: seed: no")
+(out / "adapter").mkdir(parents=True)
+(out / "adapter_1").mkdir()
+for name, line in [("run.json", {}), ("metrics.jsonl", dict(round=0, policy="base")),
+                   ("metrics.jsonl", dict(round=1, trees=8)), ("metrics.jsonl", dict(round=1, step=1)),
+                   ("adapter_1/adapter_config.json", {}), ("metrics.jsonl", dict(round=1, policy="leafe"))]:
+    with open(out / name, "a") as file:
+        file.write(json.dumps(line) + "\\n")
+    time.sleep(0.1)
+lines = ["a\\n", "b\\n"][::-1 if cfg["processes"] else 1]
+(out / "samples.jsonl").write_text("".join(lines))
+(out / "trees.jsonl").write_text("c\\n" + "d\\n" * bool(cfg["processes"]))
+(out / "passk.json").write_text("".join(lines))
+"""
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """A train.py that takes no time: its trees, and the order of its lines, depend on processes=."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(bench_runs, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_runs, "POLL", 0.02)
+
+
+def test_runs_in_turns_are_told_with_stages_memory_and_what_differs(settings, made_up, tmp_path):
+    (tmp_path / "run" / "run" / "null-1").mkdir(parents=True)             # of before: it is not gone on with
+    found = bench_runs.whole_runs(settings(), own(processes="null,2"))
+    base, two = found["contenders"]
+    assert base["same"] == [{"trees.jsonl": True, "samples.jsonl": True, "passk.json": True}] * 2
+    assert two["same"] == [{"trees.jsonl": False, "samples.jsonl": True, "passk.json": False}] * 2
+    stages = ["start", "sample base", "explore", "train", "sample leafe", "rest"]
+    assert all(list(spent) == stages and min(spent.values()) >= 0 for row in (base, two) for spent in row["stages"])
+    assert all(sum(spent.values()) >= 0.6 for spent in base["stages"])                        # of its sleep
+    assert all(mb > 1 for row in (base, two) for mb in row["peak_mb"])
+    shown = bench.show("run", found)
+    assert "null  run 2: trees.jsonl same" in shown and "2  run 1: trees.jsonl differs, samples.jsonl same" in shown
+
+
+def test_a_run_that_fails_is_one_line(settings, made_up):
+    with pytest.raises(UserError, match=r"run/null-1\.log: seed: no"):
+        bench_runs.whole_runs(settings("seed=1"), own(processes="null,2"))
+
+
+def alive(pid):
+    try:
+        return "State:\tZ" not in open(f"/proc/{pid}/status").read()
+    except OSError:
+        return False
+
+
+def test_busy_neighbours_end_with_what_they_were_beside():
+    before = set(measure.below(os.getpid()))
+    with pytest.raises(ZeroDivisionError), bench_runs.busy(2):
+        loops = set(measure.below(os.getpid())) - before
+        1 / 0
+    assert len(loops) == 2 and not loops & set(measure.below(os.getpid()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_busy_neighbours_end_when_the_program_is_stopped_or_killed(number):
+    words = ("import signal, time; from tools.bench_runs import busy; signal.signal(2, signal.default_int_handler)\n"
+             "with busy(2):\n print('there', flush=True); time.sleep(99)")
+    with subprocess.Popen([sys.executable, "-c", words], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.readline() == b"there\n"
+        loops = measure.below(process.pid)[1:]
+        assert len(loops) == 2 and all(map(alive, loops))
+        process.send_signal(number)
+        process.wait(20)
+    deadline = time.monotonic() + 20
+    while any(map(alive, loops)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, loops))
+
+
+@pytest.mark.slow
+def test_exploration_is_timed_alone_and_beside_neighbours(settings, tmp_path):
+    done = programs.run(["-m", "tools.bench", "neighbours", "preset=smoke", "tasks=2", "attempts=2", "loops=1",
+                         "processes=null,1", f"out={tmp_path}"], timeout=500)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "neighbours-tiny.json").read_text())["contenders"]
+    assert [(row["processes"], row["loops"]) for row in rows] == [("null", 0), ("null", 1), ("1", 0), ("1", 1)]
+    assert all(len(row["seconds"]) == 1 and row["seconds"][0] > 0 for row in rows)
+    assert rows[1]["fair"] == (1 + ranks.cores()) / ranks.cores() and "fair share" in done.stdout
+    for n in ("null-0-1", "1-1-1"):
+        assert len({json.loads(line)["task"] for line in open(tmp_path / "neighbours" / n / "trees.jsonl")}) == 2
+
+
+def test_model_and_worlds_that_run_apart_are_told_how_long_they_wait(settings):
+    import engine
+    plain = engine.wait
+    cfg = settings(f"env={bench_runs.BUSY}", "data=1", "action_tokens=2", "horizon=2")
+    found = bench_runs.waiting(cfg, own(episodes=4))
+    rows = found["contenders"]
+    assert [row["workers"] for row in rows] == sorted({1, ranks.cores(), 2 * ranks.cores()})
+    assert all(row["turns"] == 8 and row["seconds"] > 0 for row in rows)
+    assert all(0 < row[share] < 1 for row in rows for share in ("model_waits", "worlds_wait"))
+    assert engine.wait is plain and "model waits" in bench.show("waiting", found)
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,,2", "two", "1,-2"])
+def test_contenders_that_are_no_numbers_of_processes_are_one_line(text):
+    with pytest.raises(UserError, match="must be numbers of processes or null, like 1,2"):
+        bench_runs.contenders(text)
+
+
 @pytest.mark.parametrize("args, said", [
     (["rolout"], "did you mean 'rollout'"), (["gpu"], "there is no GPU here"), (["contenders=x"], "some of abcd"),
     (["episodes=many"], "episodes is 'many', but must be a whole number"), (["slot=3"], "there is no key 'slot'"),
-    (["repetition=3"], "did you mean 'repetitions'"), (["repetitions=0"], "must be 1 or more")])
+    (["task=3"], "there is no key 'task'; did you mean 'tasks'"), (["repetitions=0"], "must be 1 or more")])
 def test_bad_input_is_one_line(args, said):
     if args == ["gpu"] and torch.cuda.is_available():
         pytest.skip("there is one")

@@ -6,10 +6,15 @@
     python -m tools.bench memory                   time and memory against tasks, samples, turns; 100,000 stored turns;
                                                    the cache as it grows
     python -m tools.bench gpu                      for a GPU: equality in fp32 and nf4, then the shape of a 7B model
+    python -m tools.bench run preset=smoke         whole runs as one process and as two: time, memory, results
+    python -m tools.bench neighbours tasks=48      exploration beside busy programs, which take the cores from it
+    python -m tools.bench waiting world_ms=50      model and worlds in processes of their own, that wait for each other
 
-episodes=, repetitions= and contenders= (abcd) are its own keys; any other is config.yaml's: model=, load_in_4bit=,
-slots=. model= may be a shape with random weights, 135m or 7b. Before a contender is timed, its (greedy) outputs are
-compared with a's. Medians of the repetitions; a table on the screen, the same as JSON in out=.
+Its own keys are episodes=, repetitions= and contenders= (abcd); of run and neighbours processes= (1,2: the first is
+the base; null is one a core); of neighbours tasks= and loops= (2,4: so many busy programs); of waiting world_ms=. Any
+other is config.yaml's: model=, load_in_4bit=, slots=. model= may be a shape with random weights, 135m or 7b, but for
+whole programs. Before a contender of rollout or train is timed, its (greedy) outputs are compared with a's. Medians of
+the repetitions; a table on the screen, the same as JSON in out=.
 """
 import json
 import random
@@ -35,12 +40,14 @@ from leafe import Attempt, Branch, Tree, episode, explore, read_trees, targets
 from lora import add_lora, checks, load_model, lora_layers, lora_parameters
 from packing import Segment, length, pack, packed_nll, rows_of, segments
 from run import Policy, Run, RunFolder, pick_tasks, read_jsonl, write_aside
+from tools import bench_runs
 from tools.bench_memory import conversations, growing, stored
 from tools.bench_worlds import Talk, words
 from tools.machine import machine, peak, seconds
 from train import loss_weights, recomputing
 
-OWN = dict(episodes=0, repetitions=3, contenders="")             # 0, "": what suits the model
+OWN = dict(episodes=0, repetitions=3, contenders="",             # 0, "": what suits the model
+           processes="1,2", tasks=48, loops="2,4", world_ms=50)
 SHAPES = {                             # random weights: speed does not depend on what they are
     "135m": LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
@@ -374,6 +381,8 @@ def step(cfg: Config, tokens: int) -> dict:
 
 def show(what: str, found: dict) -> str:
     """Contenders: medians, and how many times as fast the last one is. Memory, GPU: every figure as it is."""
+    if what in WHOLE:
+        return WHOLE[what][1](found)
     if what == "memory":
         keys = list(found["table"][0])
         lines = ["".join(f"{key:>20}" for key in keys)]
@@ -406,9 +415,12 @@ def show(what: str, found: dict) -> str:
     return "\n".join(lines)
 
 
-JOBS = dict(rollout=rollout, train=training, memory=memory, gpu=gpu)
+WHOLE = dict(run=(bench_runs.whole_runs, bench_runs.show_runs), waiting=(bench_runs.waiting, bench_runs.show_waiting),
+             neighbours=(bench_runs.neighbours, bench_runs.show_neighbours))
+JOBS = dict(rollout=rollout, train=training, memory=memory, gpu=gpu, **{name: job for name, (job, _) in WHOLE.items()})
 DEFAULTS = dict(rollout=["temperature=0"], train=["train_tasks=64"], memory=["slots=128"],
-                gpu=["model=7b", "temperature=0", "slots=32", "lora_rank=16", "snapshot_mb=8192"])
+                gpu=["model=7b", "temperature=0", "slots=32", "lora_rank=16", "snapshot_mb=8192"],
+                run=["repetitions=2"], neighbours=["repetitions=1", "processes=null,1"], waiting=[])
 
 
 def parted(args: list[str]) -> tuple[dict[str, Any], list[str]]:

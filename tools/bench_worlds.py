@@ -1,6 +1,11 @@
-"""The world of the benchmark: conversations of a known shape."""
-import random
+"""The benchmark's own worlds: Talk, whose conversations have a known shape, and Busy, whose steps take a known time.
 
+    python envs.py tools/bench_worlds.py:Busy data=50
+"""
+import random
+import time
+
+from config import UserError
 from envs import ROOMS, Env, Outcome
 
 
@@ -24,3 +29,30 @@ class Talk(Env):
 
 def words(seed: str, count: int) -> str:
     return " ".join(random.Random(seed).choices(ROOMS, k=count))
+
+
+class Busy(Env):
+    """It computes at every step, in a process of its own. `data`: milliseconds of a processor's time."""
+    rules, max_turns, apart = "go.", 8, True
+
+    def __init__(self, data: str = "50"):
+        if not data.isdigit():
+            raise UserError(f"data: {data!r} must be milliseconds a step, a whole number")
+        self.ms = int(data)
+
+    def tasks(self, split: str) -> list[str]:
+        return [f"{split}-{n}" for n in range(1000)]
+
+    def reset(self, task: str) -> str:
+        self.left = self.max_turns
+        return "you see a room."
+
+    def step(self, action: str) -> Outcome:
+        until = time.process_time() + self.ms / 1000
+        while time.process_time() < until:
+            pass
+        self.left -= 1
+        return Outcome("you see a room.", 0.0, self.left == 0)
+
+    def actions(self) -> list[str]:
+        return ["go"]
