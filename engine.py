@@ -105,35 +105,34 @@ class Snapshot:
 
 class SlotCache:
     """A cache as transformers' decoders see it: they call update(), and ask for sizes. Row i of each
-    layer's (slots, H, capacity + 1, D) belongs to one conversation, left-aligned. Padding is written to the
-    last column, which no mask ever shows. There are as many rows as were live at once so far, at most `slots`."""
-    def __init__(self, slots: int, capacity: int):
-        self.slots, self.capacity, self.held = slots, capacity, 0
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+    layer's (slots, H, capacity, D) belongs to one conversation, left-aligned. There are as many rows as were live at
+    once so far, at most `slots`."""
+    def __init__(self, slots: int, capacity: int, ragged: bool = True):
+        self.slots, self.capacity, self.ragged, self.held = slots, capacity, ragged, 0
+        self.layers: list[list[torch.Tensor]] = []       # keys and values of each
 
     def hold(self, rows: int) -> None:
         if rows > self.held:
             self.held = min(self.slots, max(rows, 2 * self.held))
-            more = [[old.new_zeros(self.held - len(old), *old.shape[1:]) for old in layer] for layer in self.layers]
-            self.layers = [(torch.cat([k, new_k]), torch.cat([v, new_v]))
-                           for (k, v), (new_k, new_v) in zip(self.layers, more)]
+            for layer in self.layers:                    # one after the other: no second cache beside the first
+                for n, old in enumerate(layer):
+                    layer[n] = old.new_zeros(self.held, *old.shape[1:])
+                    layer[n][:len(old)] = old
 
-    def aim(self, rows: list[int], at: torch.Tensor, span: int) -> None:
-        """Where the next forward writes, at (B, T) of rows (B,), and what it sees: columns 0..span-1."""
-        self.picked, self.rows, self.at, self.span = rows, torch.tensor(rows, device=at.device), at, span
-        self.whole = rows == list(range(len(rows)))
+    def aim(self, rows: torch.Tensor, at: torch.Tensor, span: int) -> None:
+        """Where the next forward's tokens go: columns at (B, T), below `span`, of rows (B, T)."""
+        self.rows, self.at, self.span = rows, at, span
 
     def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.layers):                    # (B, H, T, D); latent keys and values differ in H and D
-            empty = [x.new_zeros(self.held, x.shape[1], self.capacity + 1, x.shape[3]) for x in (k, v)]
-            self.layers.append((empty[0], empty[1]))
-        seen = []
+            self.layers.append([x.new_zeros(self.held, x.shape[1], self.capacity, x.shape[3]) for x in (k, v)])
         for kept, new in zip(self.layers[layer], (k, v)):
-            kept[self.rows[:, None], :, self.at] = new.transpose(1, 2)
-            # rows 0..B-1 are a view; other groups (only ever a prefill) are copied, by cat: faster than by an index
-            seen.append(kept[:len(self.rows), :, :self.span] if self.whole else
-                        torch.cat([kept[row:row + 1, :, :self.span] for row in self.picked]))
-        return seen[0], seen[1]
+            kept[self.rows, :, self.at] = new.transpose(1, 2)
+        if self.ragged:                                  # these stay where they are: forward.attend looks there
+            k.kept = self.layers[layer]                  # type: ignore[attr-defined]
+            return k, v
+        k, v = (torch.cat([kept[row:row + 1, :, :self.span] for row in self.rows[:, 0]]) for kept in self.layers[layer])
+        return k, v
 
     def get_mask_sizes(self, *_) -> tuple[int, int]:
         return self.span, 0
@@ -168,15 +167,15 @@ class Engine:
         table = model.get_input_embeddings().weight
         self.device, self.dtype = table.device, table.dtype
         self.cache_name = "cache" if "cache" in forward.takes(self.decoder) else "past_key_values"     # of old
+        self.ragged = getattr(model, "ragged", True)     # False: its attention is its own, and takes batches alone
         self.stop, self.slots, self.context, self.temperature = stop, cfg.slots, cfg.context, cfg.temperature
         self.budget = cfg.snapshot_mb * 2**20
-        self.cache = SlotCache(cfg.slots, cfg.context)
+        self.cache = SlotCache(cfg.slots, cfg.context, self.ragged)
         self.live: list[Job] = []
         self.parked: deque[Job] = deque()                # begun, and without a row since memory ran out
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
         self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
         self.limit_tokens = 16384                        # of one prefill, padding included: bounds its memory
-        self.most = 0.75                                 # of the rows; where it lies changes speed alone
         self.close = 1e-4                                # far above fp32's rounding, below a token's share
         self.many_tokens = 8192                          # of a vocabulary: draws by _race, not _draw
 
@@ -203,13 +202,10 @@ class Engine:
         # worlds that were at work and have answered: their episodes go on
         answered = [row for row, job in enumerate(self.live) if job.waits_for and job.waits_for.done()]
         yield from self._advance(answered)
-        tail = {row: len(job.ids) - job.cached for row, job in enumerate(self.live) if not job.waits_for}
-        if not tail:                                     # all episodes have ended, or wait for their worlds
+        rows = [row for row, job in enumerate(self.live) if not job.waits_for]
+        if not rows:                                     # all episodes have ended, or wait for their worlds
             wait([job.waits_for for job in self.live], return_when=FIRST_COMPLETED)
             return
-        # a ragged prefill costs more than a decode step: let it wait until most of the rows want one
-        long = sum(n > 1 for n in tail.values()) >= self.most * len(tail)
-        rows = [row for row, n in tail.items() if (n > 1) == long]
         # append: feed what these rows have not in their cache yet, and sample one token for each
         self._forward(rows)
         # replies that are whole go to their episodes, which act in their worlds and ask anew, or end
@@ -223,7 +219,7 @@ class Engine:
         self.slots = max(1, min(self.slots, len(self.live)) // 2)
         print(f"out of memory: going on with slots={self.slots}", file=sys.stderr)
         self.drop()
-        self.cache = SlotCache(self.slots, self.context)
+        self.cache = SlotCache(self.slots, self.context, self.ragged)
         torch.cuda.empty_cache()
         for job in self.live:
             job.cached = 0
@@ -305,53 +301,50 @@ class Engine:
         return True
 
     def _forward(self, rows: list[int], upto: int | None = None) -> None:
-        """Feed the uncached tail of each row, in groups of bounded size, and append one sampled token to each; with
-        `upto` = -1 all but its last token, and sample nothing. Where few rows are not fed, and in a decode step,
-        they get a dummy token behind their end: masked, then overwritten; cheaper than to gather the others."""
+        """Feed the uncached tail of each row, and append one sampled token to each; with `upto` = -1 all but its last
+        token, and sample nothing."""
         tails = {row: self.live[row].ids[self.live[row].cached:upto] for row in rows}
-        decode = all(len(tail) == 1 for tail in tails.values()) and upto is None
-        for part in [rows] if decode else self._groups(tails):
-            every = decode or len(part) >= self.most * len(self.live)
-            batch = list(range(len(self.live))) if every else part
-            hidden = self._hidden(batch, [tails.get(row, [0]) for row in batch])
-            for row in part:
-                self.live[row].cached += len(tails[row])
+        for part in self._groups(tails, alike=not self.ragged):
+            hidden = self._hidden({row: tails[row] for row in part})
+            jobs = [self.live[row] for row in part]
+            for row, job in zip(part, jobs):
+                job.cached += len(tails[row])
                 self.fed += len(tails[row])
             if upto is None:
-                picked = hidden if len(part) == len(batch) else hidden[[batch.index(row) for row in part]]
-                jobs = [self.live[row] for row in part]
                 self.sampled += len(part)
-                for job, token in zip(jobs, self._sample(forward.logits(self.model, picked), jobs)):
+                for job, token in zip(jobs, self._sample(forward.logits(self.model, hidden), jobs)):
                     job.ids.append(token)
                     job.u = None
 
-    def _groups(self, tails: dict[int, list[int]]) -> list[list[int]]:
-        """Rows in groups of tails of like length, so that little is padding, and of bounded size."""
+    def _groups(self, tails: dict[int, list[int]], alike: bool = False) -> list[list[int]]:
+        """Rows in groups of bounded size, of tails of like length (a GPU pads to the longest), or of the same one."""
         groups: list[list[int]] = []
         for row in sorted(tails, key=lambda row: len(tails[row])):
-            size = len(tails[row])
-            if (not groups or size > max(32, 2 * len(tails[groups[-1][0]]))
-                    or size * len(groups[-1]) > self.limit_tokens):
+            size, shortest = len(tails[row]), len(tails[groups[-1][0]]) if groups else 0
+            most = shortest if alike else max(32, 2 * shortest)
+            if not groups or size > most or size * len(groups[-1]) > self.limit_tokens:
                 groups.append([])
             groups[-1].append(row)
         return [sorted(group) for group in groups]
 
-    def _hidden(self, batch: list[int], tails: list[list[int]]) -> torch.Tensor:
-        """Hidden state (B, D) behind the last token of each tail; writes keys and values."""
-        longest = max(map(len, tails))
-        starts = torch.tensor([self.live[row].cached for row in batch])
-        sizes = torch.tensor([len(tail) for tail in tails])
-        ids = torch.tensor([tail + [0] * (longest - len(tail)) for tail in tails])              # (B, T)
-        offset = torch.arange(longest)
-        # padding stands where its row's last token does: positions beyond could change the tables of all
-        position = starts[:, None] + offset.clamp(max=sizes[:, None] - 1)                        # (B, T)
-        at = torch.where(offset < sizes[:, None], position, self.context)
-        span, position = int((starts + sizes).max()), position.to(self.device)
-        self.cache.aim(batch, at.to(self.device), span)
+    def _hidden(self, tails: dict[int, list[int]]) -> torch.Tensor:
+        """Hidden state (B, D) behind the last token of each row's tail; writes keys and values. One after the other, the
+        tails are a row of T tokens: nothing is padded."""
+        parts: list[forward.Part] = []
+        for row, tail in tails.items():
+            cached, before = self.live[row].cached, parts[-1].tokens.stop if parts else 0
+            parts.append(forward.Part(slice(before, before + len(tail)), row, slice(0, cached + len(tail))))
+        ids = torch.tensor([[i for tail in tails.values() for i in tail]], device=self.device)              # (1, T)
+        rows = torch.tensor([[row for row, tail in tails.items() for _ in tail]], device=self.device)
+        at = torch.cat([torch.arange(part.keys.stop)[-len(tails[part.row]):] for part in parts])[None].to(self.device)
+        if not self.ragged:
+            ids, rows, at = (x.view(len(parts), -1) for x in (ids, rows, at))                               # (B, T)
+        span = max(part.keys.stop for part in parts)
         keys = torch.arange(span, device=self.device)
-        seen = forward.Seen(keys <= position[..., None], position, keys[None])
-        out = forward.hidden(self.model, ids.to(self.device), seen, use_cache=True, **{self.cache_name: self.cache})
-        return out[torch.arange(len(batch)), sizes - 1]
+        self.cache.aim(rows, at, span)
+        seen = forward.Seen(keys <= at[..., None], at, keys[None], parts if self.ragged else [])
+        out = forward.hidden(self.model, ids, seen, use_cache=True, **{self.cache_name: self.cache})
+        return out.flatten(0, 1)[[part.tokens.stop - 1 for part in parts]]
 
     def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:
         """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy. Batches of other

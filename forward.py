@@ -3,16 +3,28 @@ what it is to see, and logits are computed where they are wanted. No family is n
 rules, and the head is the model's own forward.
 
     Seen, hidden    what each token of a forward sees; the decoder's states under it
-    logits          what the model makes of them, with all that it does behind lm_head
+    attend          attention without the keys that none of these tokens sees
+    logits          what the model makes of the states, with all that it does behind lm_head
 """
 import inspect
-from dataclasses import dataclass
-from typing import Any, Callable
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionMaskInterface
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+
+
+class Part(NamedTuple):
+    """Tokens of a forward that see nothing beyond some keys of one row."""
+    tokens: slice
+    row: int
+    keys: slice
 
 
 @dataclass(eq=False)
@@ -22,6 +34,7 @@ class Seen:
     mask: torch.Tensor                  # (B, T, S) bool: token t sees key s
     positions: torch.Tensor             # (B, T) of the tokens
     keys: torch.Tensor                  # (B, S) positions of the keys
+    parts: list[Part] = field(default_factory=list)      # with B = 1: all of its tokens; empty: nothing is known of them
     ndim = 4                            # transformers asks: two dimensions would be padding
     shape = property(lambda self: self.mask.shape)
 
@@ -37,15 +50,67 @@ def masks_of(plain: Callable) -> Callable:
             row = torch.arange(len(mask), device=mask.device)[:, None, None, None]
             mask = mask & mask_function(row, 0, seen.positions[:, None, :, None], seen.keys[:, None, None])
         # eager attention adds it to scores; so do we where none is kept: each layer would turn booleans into this anew
-        if plain is sdpa_mask and torch.is_grad_enabled():
-            return mask
-        return torch.zeros(mask.shape, dtype=kwargs["dtype"], device=mask.device).masked_fill_(~mask, -torch.inf)
+        if plain is not sdpa_mask or not torch.is_grad_enabled():
+            mask = torch.zeros(mask.shape, dtype=kwargs["dtype"], device=mask.device).masked_fill_(~mask, -torch.inf)
+        mask.parts, mask.whole = seen.parts, mask_function is causal_mask_function       # it reaches `attend` as it is
+        return mask
     return make
+
+
+def attend(plain: Callable | None, module, query, key, value, attention_mask, **kwargs):
+    """Transformers' attention `plain` (None: its module's own, eager) of (B, H, T, D), and of (1, H, T, D) part by part,
+    where the mask has some: over the keys that it sees alone, of those that the cache keeps (engine.SlotCache), or of
+    these. Returns (B, T, H, D)."""
+    plain = plain or sys.modules[type(module).__module__].eager_attention_forward
+    parts = getattr(attention_mask, "parts", [])
+    if not parts:
+        return plain(module, query, key, value, attention_mask, **kwargs)
+    kept = getattr(key, "kept", None)
+    if kept and plain is sdpa_attention_forward and "position_bias" not in kwargs:
+        return (side_by_side if query.is_cuda else one_by_one)(query, kept, attention_mask, kwargs.get("scaling")), None
+    k, v = kept or (key, value)
+    return torch.cat([plain(module, query[:, :, tokens], k[row:row + 1, :, keys], v[row:row + 1, :, keys],
+                            attention_mask[..., tokens, keys], **kwargs)[0] for tokens, row, keys in parts], 1), None
+
+
+def grouped(query, key, value, mask, scale) -> torch.Tensor:
+    """Attention (B, H, T, D) where heads share keys (B, H / G, S, D): those of a group are asked as one, T G queries."""
+    (B, H, T, D), shared = query.shape, key.shape[1]
+    if mask is not None and H > shared:
+        mask = mask.repeat(1, 1, H // shared, 1)
+    query = query.reshape(B, shared, H // shared * T, D)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).reshape(B, H, T, -1)
+
+
+def one_by_one(query, kept, mask, scale) -> torch.Tensor:
+    """Each part alone, over as many keys as it has: what a CPU does best."""
+    found = []
+    for tokens, row, keys in mask.parts:
+        k, v = (x[row:row + 1, :, keys] for x in kept)
+        one = mask.whole and tokens.stop - tokens.start == 1                   # sees all of them
+        found.append(grouped(query[:, :, tokens], k, v, None if one else mask[..., tokens, keys], scale))
+    return torch.cat(found, 2).transpose(1, 2)
+
+
+def side_by_side(query, kept, mask, scale) -> torch.Tensor:
+    """All parts at once, padded to the longest: what a GPU does best."""
+    parts, device = mask.parts, query.device
+    row = torch.tensor([part.row for part in parts for _ in range(part.tokens.start, part.tokens.stop)], device=device)
+    at = torch.cat([torch.arange(part.tokens.stop - part.tokens.start) for part in parts]).to(device)         # (T,)
+    rows, longest = max(part.row for part in parts) + 1, int(at.max()) + 1
+    padded = query.new_zeros(rows, longest, query.shape[1], query.shape[3])
+    padded[row, at] = query[0].transpose(0, 1)
+    seen = mask.new_zeros(rows, 1, longest, mask.shape[-1])                    # padding sees all: no row is empty
+    seen[row, :, at] = mask[0].transpose(0, 1)
+    k, v = (x[:rows, :, :mask.shape[-1]] for x in kept)
+    return grouped(padded.transpose(1, 2), k, v, seen, scale).transpose(1, 2)[row, at][None]
 
 
 # for every model; of masks that are no Seen nothing changes
 AttentionMaskInterface.register("sdpa", masks_of(sdpa_mask))
 AttentionMaskInterface.register("eager", masks_of(eager_mask))
+AttentionInterface.register("sdpa", partial(attend, sdpa_attention_forward))
+AttentionInterface.register("eager", partial(attend, None))
 
 
 def takes(module: nn.Module) -> set[str]:

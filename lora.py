@@ -183,10 +183,11 @@ class LoRA(nn.Module):
         self.lora_A = nn.Parameter(first.to(device))
         self.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))
         self.lora_magnitude_vector: nn.Parameter | None = None         # (out,), DoRA's alone
+        self.looked, self.zero = (-1, -1), False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:      # (..., in) -> (..., out)
         y = self.base(x)
-        if not self.on:
+        if not self.on or not torch.is_grad_enabled() and self.idle():
             return y
         change = ((x.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * self.scale).to(y.dtype)
         if self.lora_magnitude_vector is None:
@@ -194,6 +195,13 @@ class LoRA(nn.Module):
         bias = y.new_zeros(1) if self.base.bias is None else self.base.bias
         longer = (self.lora_magnitude_vector / self.lengths()).to(y.dtype)
         return y + (longer - 1) * (y - bias) + longer * change
+
+    def idle(self) -> bool:
+        """Whether it changes nothing, B being zero: looked up once for each change of B."""
+        now = self.loads, self.lora_B._version
+        if self.looked != now:
+            self.looked, self.zero = now, self.lora_magnitude_vector is None and not self.lora_B.any()
+        return self.zero
 
     @torch.no_grad()
     def lengths(self) -> torch.Tensor:                       # (out,)

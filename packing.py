@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from config import UserError
 from leafe import Tree
-from forward import Seen, hidden, logits, masks_of
+from forward import Part, Seen, hidden, logits
 from lora import general
 
 Weights = dict[int, tuple]              # turn -> what each of its action's tokens weighs: a number for each loss
@@ -44,6 +41,12 @@ class Packed:
         """(T, T) bool: token j is an ancestor of i, or i itself; ancestors come before their descendants. Made when
         it is needed: kept for every row, it would be most of the memory."""
         return self.above[self.owner][:, self.owner].tril()
+
+    def parts(self) -> list[Part]:
+        """No token sees another tree: a row costs the squares of its trees' lengths and not that of its own."""
+        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        trees = [slice(end - size, end) for end, size in zip(ends, self.sizes)]
+        return [Part(tree, 0, tree) for tree in trees]
 
 
 @dataclass
@@ -134,22 +137,6 @@ def pack(trees: list[list[Segment]]) -> Packed:
                   weight[targets], list(map(length, trees)))
 
 
-def _by_tree(module, query, key, value, attention_mask, **kwargs):
-    """transformers' sdpa attention, in a packed row for each tree alone, (B, H, T, D) each: no token sees another
-    tree, so a row costs the squares of its trees' lengths and not that of its own."""
-    sizes = kwargs.pop("sizes", None)
-    if sizes is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    parts = [slice(end - size, end) for end, size in zip(ends, sizes)]
-    return torch.cat([sdpa_attention_forward(module, query[:, :, at], key[:, :, at], value[:, :, at],
-                                             attention_mask[..., at, at], **kwargs)[0] for at in parts], 1), None
-
-
-AttentionInterface.register("by_tree", _by_tree)
-AttentionMaskInterface.register("by_tree", masks_of(sdpa_mask))
-
-
 def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     """log pi(token | its ancestors) of the rows' targets, one row after the other: (N,), with gradient.
     Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor."""
@@ -164,12 +151,8 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
         # each token sees its ancestors and itself: as if its history stood before it alone
         n = len(row.ids)
         ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask()
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("by_tree")         # and stays: gradient checkpointing comes this way again
-    alone = len(rows) == 1 and model.config._attn_implementation == "by_tree"
-    seen = Seen(mask.to(device), positions.to(device), positions.to(device))
-    states = hidden(model, ids.to(device), seen, use_cache=False,
-                    **(dict(sizes=rows[0].sizes) if alone else {}))                               # (B, T, D)
+    seen = Seen(mask.to(device), positions.to(device), positions.to(device), rows[0].parts() if len(rows) == 1 else [])
+    states = hidden(model, ids.to(device), seen, use_cache=False)                                 # (B, T, D)
     # by `embedding`, for its gradient: children of one token add to it in order, however many threads there are
     picked = torch.cat([nn.functional.embedding(row.sources.to(device), states[b])
                         for b, row in enumerate(rows)])                                          # (N, D)

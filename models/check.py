@@ -36,9 +36,10 @@ FLOOR = 1e-4                            # may differ in any format, in the mean,
 # what is measured on SmolLM2 and the embedded model in bf16 and nf4 lies half-way between honest and wrong
 SAMPLED, PACKED = 1.25, 1.0             # times the median of what rounding anew does; honest: at most 0.5, 0.1
 GRADIENT = 0.1                          # in parts, in 16 bits; honest: at most 0.03, a shifted position 0.2
-SAMPLING: list[dict[str, bool]] = [     # ways, the fastest first; what scale/general.py knows of them
-    dict(forks=True, pads=True, caches=True), dict(forks=False, pads=True, caches=True),
-    dict(forks=False, pads=False, caches=True), dict(forks=False, pads=False, caches=False)]
+SAMPLING: list[dict[str, bool]] = [     # ways, the fastest first; engine.py knows of ragged, scale/general.py of the rest
+    dict(forks=True, ragged=True, pads=True, caches=True), dict(forks=True, ragged=False, pads=True, caches=True),
+    dict(forks=False, pads=True, caches=True), dict(forks=False, pads=False, caches=True),
+    dict(forks=False, pads=False, caches=False)]
 TRAINING: list[dict[str, bool]] = [dict(packs=True), dict(packs=False)]
 LAYERS = {"full_attention", "sliding_attention", "attention"}            # kinds that mix tokens by attention alone
 Differences = dict[str, torch.Tensor]   # from the model's own forward: a figure's name -> its values
@@ -92,7 +93,7 @@ def check(policy: Policy) -> None:
                                   f"{'; '.join(filter(None, why)) or 'so another rank found'}; choose another model")
     for way in (SAMPLING[taken[0]], TRAINING[taken[1]]):
         vars(model).update(way)
-    uses = [use for use, way in zip(("sampled", "trained"), taken) if way]
+    uses = [use for use, fast in (("sampled", model.forks), ("trained", model.packs)) if not fast]
     if uses and ranks.rank() == 0:
         print(visible(f"note: {name} is {' and '.join(uses)} another way than the fast one ({'; '.join(dict.fromkeys(filter(None, why))) or 'so another rank found'}): "
                       f"{lora.general().COST}"), file=sys.stderr)
@@ -122,7 +123,6 @@ def judge_of(policy: Policy, sizes: Sequence[int] = SIZES) -> Judge:
 def chosen(judge: Judge, ways: list[dict[str, bool]], test: Callable) -> tuple[int, str]:
     """(the first way that agrees, why it is not the fastest one)."""
     model, first = judge.policy.model, ""
-    before = model.config._attn_implementation
     for n, way in enumerate(ways):
         vars(model).update(way)
         try:
@@ -135,8 +135,6 @@ def chosen(judge: Judge, ways: list[dict[str, bool]], test: Callable) -> tuple[i
             raise
         except Exception as error:                       # whatever a model does that is not known here
             said = short(error)
-        finally:
-            model.set_attn_implementation(before)        # packed rows set their own
         first = first or said
     return len(ways), first
 

@@ -36,17 +36,9 @@ class General(Engine):
     def _forward(self, rows: list[int], upto: int | None = None) -> None:
         """Append to each row's conversation a whole reply; `upto`: feeding of shared prompts, not done here."""
         contexts = {row: self.live[row].ids for row in rows if upto is None}
-        for part in self._groups(contexts):
+        for part in self._groups(contexts, alike=not getattr(self.model, "pads", True)):
             self.fed += sum(len(contexts[row]) for row in part)
             self._generate([self.live[row] for row in part])
-
-    def _groups(self, tails: dict[int, list[int]]) -> list[list[int]]:
-        if getattr(self.model, "pads", True):
-            return super()._groups(tails)
-        alike: dict[int, dict[int, list[int]]] = {}      # length -> rows
-        for row, tail in tails.items():
-            alike.setdefault(len(tail), {})[row] = tail
-        return [part for same in alike.values() for part in super(General, self)._groups(same)]
 
     def _generate(self, jobs: list[Job]) -> None:
         longest = max(len(job.ids) for job in jobs)

@@ -102,11 +102,11 @@ def test_the_script_for_a_gpu_runs_from_end_to_end_on_small_shapes(settings, mon
 
 
 def test_a_growing_cache_is_measured_against_what_it_holds():
-    shape = LlamaConfig(**SHAPE | dict(num_hidden_layers=8))
+    shape = LlamaConfig(**SHAPE | dict(num_hidden_layers=8, hidden_size=1024))
     found = bench.growing(shape, 768, rows=16)
     assert found["rows"] == 16 and found["held_mb"] == pytest.approx(8 * found["layer_mb"])
-    assert found["layer_mb"] == pytest.approx(2 * 16 * 2 * 769 * 12 * 4 / 2**20)             # k, v; heads, capacity, D
-    assert 0 <= found["peak_mb"]
+    assert found["layer_mb"] == pytest.approx(2 * 16 * 2 * 768 * 256 * 4 / 2**20)            # k, v; heads, capacity, D
+    assert found["held_mb"] <= found["peak_mb"] + 8 and found["peak_mb"] < found["held_mb"] + found["layer_mb"] + 8
 
 
 TRAIN = """

@@ -182,7 +182,7 @@ def test_a_4_bit_layer_that_is_computed_wrongly_is_refused(policy, monkeypatch):
 def test_all_ranks_go_the_way_of_the_slowest(policy, capsys, monkeypatch):
     """Another rank found that the engine's fast way differs."""
     monkeypatch.setattr(ranks, "world", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda found, op: found.copy_(torch.tensor([2, 0])))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda found, op: found.copy_(torch.tensor([3, 0])))
     check(policy)
     assert way_of(policy.model) == (False, True, False, True) and "so another rank found" in capsys.readouterr().err
 

@@ -3,12 +3,14 @@ import random
 import warnings
 from collections import deque
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import AttentionInterface
 
-import packing
+import forward
 from config import UserError
 from conftest import family, run_of, shake
 from engine import Ask, Chat, Engine, Job
@@ -306,9 +308,10 @@ def test_packed_rows_in_fp32_are_within_1e_5_of_one_at_a_time(tiny):
 
 def test_the_trees_of_a_packed_row_attend_each_by_itself(tiny, monkeypatch):
     """What it costs, and not only what comes out, is the trees' own."""
-    plain, lengths = packing.sdpa_attention_forward, []
-    monkeypatch.setattr(packing, "sdpa_attention_forward", lambda module, query, *args, **more: (
+    plain, lengths = forward.sdpa_attention_forward, []
+    told = partial(forward.attend, lambda module, query, *args, **more: (
         lengths.append(query.shape[2]), plain(module, query, *args, **more))[1])
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", told)
     trees = [[Segment([7] * n, [1.0] * n, None)] for n in (5, 9, 3)]
     whole = packed_nll(tiny[0], [pack(trees)])[0].item()
     assert lengths == [5, 9, 3] * tiny[0].config.num_hidden_layers

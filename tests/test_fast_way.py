@@ -18,6 +18,7 @@ NEW = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
 WIDENED = ["afmoe", "deepseek_v3", "gemma2", "gemma3_text", "gpt_oss", "granite", "ministral", "mistral"] + NEW * [
     "cohere2", "gemma4_text, shared keys", "granitemoehybrid, attention", "minicpm3", "olmo3"]
 HEADS = ["biogpt", "cohere", "gemma2", "gemma3", "gpt2", "granite", "nanochat"] + NEW * ["falcon_h1", "hyperclovax"]
+OWN = {"afmoe", "deepseek_v3", "gemma4_text, shared keys", "minicpm3"}        # attention that takes batches alone
 MIXED = {"bamba": "layers", "bart": "counts positions itself", "gpt_neo": "keeps masks of its own",
          "llama4_text": "has chunked_attention layers", "mamba": "layers", "zamba2": "layers"}
 
@@ -45,9 +46,13 @@ def talk(seed):
         ids = ids + reply + some(rng.randrange(1, 9), rng)
 
 
-@pytest.mark.parametrize("name", WIDENED)
-def test_sampled_tokens_have_the_probabilities_of_the_conversation_alone(name, settings):
+@pytest.mark.parametrize("name, way", [
+    (name, way) for name in WIDENED for way in ("one by one", "side by side", "batches") if way == "batches" or name not in OWN])
+def test_sampled_tokens_have_the_probabilities_of_the_conversation_alone(name, way, settings, monkeypatch):
     model, drawn_from = tiny_model(name), []
+    model.ragged = way != "batches"
+    if way == "side by side":                          # as on a GPU
+        monkeypatch.setattr(forward, "one_by_one", forward.side_by_side)
     engine = Engine(model, {3}, settings("slots=3", "context=56", "snapshot_mb=16"))
     draw = engine._sample
 

@@ -54,6 +54,30 @@ def test_the_adapter_switched_off_is_the_base_exactly(own_tiny):
     assert not torch.equal(model(input_ids=ids).logits, plain) and weights_version(model) == version
 
 
+def test_an_adapter_that_changes_nothing_costs_no_product_when_sampling_and_learns_all_the_same(own_tiny):
+    model, _ = own_tiny
+    ids, products = torch.randint(6, 400, (1, 20)), []
+    add_lora(model, 4, 8, seed=0)
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            products.extend(args[1:2] if function is torch.Tensor.matmul else [])
+            return function(*args, **kwargs or {})
+
+    def count():
+        products.clear()
+        with Counted():
+            model(input_ids=ids)
+        return sum(any(part.data_ptr() == p.data_ptr() for p in lora_parameters(model)) for part in products)
+    with torch.inference_mode():
+        assert count() == 0
+    layers = len(lora_layers(model))
+    assert count() == 2 * layers                                  # a gradient is wanted: of B, at first
+    with torch.no_grad():
+        next(iter(lora_layers(model).values())).lora_B[0, 0] = 1.0
+        assert count() == 2
+
+
 def test_four_bit_trains_only_the_adapter_and_reloads_to_equal_logits(own_tiny, tmp_path):
     import bitsandbytes as bnb
     ids = torch.randint(6, 400, (1, 20))

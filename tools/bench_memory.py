@@ -80,9 +80,11 @@ def growing(shape: Any, context: int, rows: int = 64) -> dict:
     cache, size = SlotCache(rows, context), shape.hidden_size // shape.num_attention_heads
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+
     def work() -> None:
         cache.hold(1)
-        cache.aim([0], torch.tensor([[0]], device=device), 1)
+        cache.aim(zero, zero, 1)
         for layer in range(shape.num_hidden_layers):
             one = torch.zeros(1, shape.num_key_value_heads, 1, size, device=device)
             cache.update(one, one, layer)
