@@ -379,9 +379,10 @@ def usage_of(args: list[str], usage: str) -> str:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)         # the way is to be freed
-STOPPED = "\nstopped; nothing is lost: the same command goes on from here"
+STOPPED = "stopped; nothing is lost: the same command goes on from here"
 gone: set[TextIO] = set()
 in_mid_line: dict[TextIO, bool] = {}                   # where a progress bar stands
+errors: TextIO = sys.stderr                            # what sys.stderr is; of several processes, only in the first
 word = 0                                               # of several processes (ranks.word); 0: this is the only one
 
 
@@ -391,6 +392,11 @@ def tells() -> bool:
         return not word or os.read(word, 1) != b""
     except BlockingIOError:
         return False
+
+
+def tell(text: str) -> None:
+    if tells():
+        print(visible("\n" * in_mid_line.get(errors, word > 0) + text), file=errors)
 
 
 def lasting(stream: TextIO, write: Callable, *args: Any) -> Any:
@@ -405,18 +411,26 @@ def lasting(stream: TextIO, write: Callable, *args: Any) -> Any:
         return write(*args)
 
 
+def wait_to_be_ended(seconds: float) -> None:
+    """While others of several processes may tell better how the run ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
 def fail(text: str) -> None:
-    line = "\n" * in_mid_line.get(sys.stderr, False) + visible(f"error: {text}")
-    sys.exit(line if tells() else 1)
+    tell(f"error: {text}")
+    sys.exit(1)
 
 
 def uncaught(*error: Any) -> None:                     # a fault of ours
-    if tells():
-        print(visible("".join(traceback.format_exception(*error))), file=sys.stderr)
+    if word:                                           # or another process is gone
+        wait_to_be_ended(1)
+    tell("".join(traceback.format_exception(*error)).rstrip())
 
 
 def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
     """Run a script's main, or show `usage`, if given: the user's mistakes become one line, Ctrl-C loses nothing."""
+    global errors
     args = sys.argv[1:]
     for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
         stream: Any = getattr(sys, name) or open(os.devnull, mode)     # or a file of the run's gets its number
@@ -424,6 +438,7 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
             stream.reconfigure(errors="backslashreplace")
             stream.write, stream.flush = (partial(lasting, stream, write) for write in (stream.write, stream.flush))
         setattr(sys, name, stream)
+    errors = sys.stderr
     signal.signal(signal.SIGINT, signal.default_int_handler)           # see stopped
     gc.freeze()                                        # what is imported stays: see gc.disable below
     gc.enable()
@@ -437,8 +452,8 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         if gone:
             sys.exit(141)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)):        # what all ranks have found rank 0 tells, and they end
-            time.sleep(1 if word else 10)
+        if int(os.environ.get("LOCAL_RANK", 0)):        # what all ranks have found rank 0 tells
+            wait_to_be_ended(1 if word else 10)
         fail(str(error))
     except ModuleNotFoundError as error:                # a fork may have left a wing out
         if (error.name or "").partition(".")[0] not in ("methods", "worlds", "models", "scale", "tools"):
@@ -446,8 +461,9 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         wing, dot, file = error.name.partition(".")
         fail(f"this copy of the project has no {wing}/{file + '.py' * bool(dot)}")
     except KeyboardInterrupt:
-        if tells():
-            print(STOPPED, file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)                   # once is enough
+        in_mid_line[errors] = True                     # behind ^C
+        tell(STOPPED)
         sys.exit(130)
     except OSError as error:
         if not error.filename and error.errno not in FULL:
@@ -461,7 +477,7 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
 
 
 def stopped(*_: Any) -> None:                          # by Ctrl-C, before there is anything to lose
-    os.write(2, f"{STOPPED}\n".encode())
+    os.write(2, f"\n{STOPPED}\n".encode())
     os._exit(130)
 
 

@@ -53,10 +53,14 @@ def fork(count: int) -> None:
     """Before anything has begun a thread, or touched a GPU. What is imported lies in memory once."""
     sys.stdout.flush()
     parent, config.word = os.getpid(), word()
-    where = f"/proc/{parent}/fd/{os.memfd_create('ranks')}"        # a file that is gone with the last of them
+    meeting = os.memfd_create("ranks")                             # a file that is gone with the last of them
     children: dict[int, int] = {}
     for rank in range(count):
-        if pid := os.fork():
+        try:
+            pid = os.fork()
+        except OSError as error:                                   # those that there are end with this process
+            raise UserError(f"processes: this machine starts {rank}, not {count}: {error.strerror}") from None
+        if pid:
             children[pid] = rank
             continue
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)        # PR_SET_PDEATHSIG: none outlives it
@@ -65,14 +69,15 @@ def fork(count: int) -> None:
         signal.signal(signal.SIGINT, lambda *_: None)              # Ctrl-C is for the parent, which says SIGTERM
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         torch.set_num_threads(max(1, cores() // count))
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        return meet(rank, store=dist.FileStore(where, count), rank=rank, world_size=count)
+        os.environ |= {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+        store = dist.FileStore(f"/proc/self/fd/{meeting}", count)
+        return meet(rank, store=store, rank=rank, world_size=count)
     watch(children)
 
 
 def word() -> int:
     """One byte in a pipe: the first to read it tells how the run ended, whatever the others find then."""
-    read, write = os.pipe2(os.O_NONBLOCK)
+    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     os.write(write, b".")
     return read
 
@@ -83,16 +88,15 @@ def watch(children: dict[int, int]) -> NoReturn:
     try:
         while children and not code:
             pid, status = os.wait()
-            rank, code = children.pop(pid), os.waitstatus_to_exitcode(status)
-    except KeyboardInterrupt:
-        config.word = 0 if config.tells() else config.word         # they say nothing any more; this process does
+            if pid in children:                                    # the first process of a container has others, too
+                rank, code = children.pop(pid), os.waitstatus_to_exitcode(status)
+    finally:                                                       # at Ctrl-C, too
+        config.word = 0 if config.tells() else config.word         # the others say nothing any more; this process may
         end(children)
-        raise
-    end(children)
     if code < 0:
         raise UserError(f"process {rank + 1} of {count} was ended by {signal.Signals(-code).name} (out of memory? then "
                         f"lower processes= or slots=); nothing is lost: the same command goes on from here")
-    sys.exit(code)
+    raise SystemExit(code)
 
 
 def end(children: dict[int, int]) -> None:
@@ -114,10 +118,14 @@ def meet(local: int, **how: Any) -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                            timeout=datetime.timedelta(days=7), **how)     # one rank may explore longer than others
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(days=7), **how)     # one rank may explore longer than others
+    except RuntimeError as error:                                  # no loopback device
+        raise UserError(f"processes: they cannot talk to each other ({error}); processes=1 needs no network") from None
+    config.in_mid_line[config.errors] = rank() > 0                 # where a progress bar stands rank 0 alone knows
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def part(count: int) -> int:

@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 if "PYTEST_XDIST_WORKER" in os.environ:                # tests side by side: a core each, for their processes too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 
 import torch  # noqa: E402
 from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,  # noqa: E402

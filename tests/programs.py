@@ -5,6 +5,7 @@ and so does the last of the runs that were killed, since forked programs have th
 
     run(words, ...)      as subprocess.run([sys.executable, *words], capture_output=True, text=True, ...)
     start(words, ...)    as subprocess.Popen; communicate(), wait(), pid, returncode
+    started_by, alive    what a program has started, and whether that is still there
 """
 import atexit
 import gc
@@ -53,8 +54,10 @@ def serve(number: int) -> None:
 
 
 def become(job: dict, files: list[int]) -> None:
-    """What an interpreter does that was started with these words, there, with this environment and these streams."""
+    """What an interpreter does that was started with these words, there, with this environment and these streams, in
+    a process group of its own."""
     import torch
+    os.setpgid(0, 0)
     for number, file in enumerate(files):
         os.dup2(file, number)
     os.closerange(3, 1 << 10)
@@ -119,6 +122,20 @@ class start:
         for file in self.files[1:]:
             file.seek(0)
         return tuple((io.TextIOWrapper(file, "utf-8") if self.text else file).read() for file in self.files[1:])
+
+
+def started_by(pid):
+    """The processes that it started, and those that they did."""
+    told = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    own = [int(child) for child, parent in map(str.split, told.splitlines()) if int(parent) == pid]
+    return own + [pid for child in own for pid in started_by(child)]
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def run(words, timeout=600, **more):

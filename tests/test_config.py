@@ -103,7 +103,7 @@ def test_a_mistake_in_the_configuration_is_one_line_with_the_key_and_the_fix(arg
     (["evaluate_base=false"], "evaluate_base: method=compare sets it")])
 def test_what_a_comparison_sets_for_each_of_its_runs_is_refused(args, message):
     with pytest.raises(UserError, match=message):
-        train.main([str(SHIPPED), "method=compare", *args])
+        train.main([str(SHIPPED), "method=compare", "processes=1", *args])
 
 
 @pytest.mark.parametrize("text, message", [
@@ -367,7 +367,7 @@ def test_a_comparison_hands_on_what_a_file_sets_for_all_its_runs(tmp_path):
     assert load_config(arguments(smoke, [str(SHIPPED), "preset=smoke", "method=compare"], "grpo", 0)).grpo_group == 4
     write(tmp_path / "mine.yaml", method="compare", trees="out/other")
     with pytest.raises(UserError, match="trees: method=compare sets it"):
-        train.main(args)
+        train.main([*args, "processes=1"])
 
 
 # whatever lies in a file

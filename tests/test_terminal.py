@@ -189,8 +189,6 @@ def test_a_whole_run_in_a_hostile_world_is_tame_on_both_streams_and_makes_its_pa
 
 # what is printed without it and cannot be hostile: numbers, words shown by repr, what was made visible above
 PLAIN = {
-    "config.py": ["STOPPED", "in_mid_line.get(sys.stderr, False) + visible(",
-                  "error: this copy of the project has no {wing}/"],
     "engine.py": ["out of memory: going on with slots={self.slots}"],
     "methods/warm_start.py": ["warm start: SFT on {len(fitting)} solved training episodes"],
     "models/template.py": ["note: the model's vocabulary lacks words that are said here, like {text[start:end].strip(' ')!r}"],

@@ -43,13 +43,6 @@ def train_anew(out, *args, **kwargs):
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-def under_two_ranks(out, *args, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
-         "train.py", "config.yaml", "preset=smoke", f"out={out}", *args],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
-
-
 def results(out):
     """Everything that a run's end consists of, in an order that does not depend on the schedule."""
     lines = {name: sorted((out / name).read_text().splitlines()) for name in ("trees.jsonl", "samples.jsonl")}
@@ -213,53 +206,6 @@ def test_a_run_killed_at_six_random_moments_ends_as_if_it_had_not_been(whole, tm
     assert_same(expected, results(out))
     assert figures(out) == figures(whole[0])           # nothing is missing, nothing is there twice
     assert killed >= 3
-
-
-def started_by(pid):
-    """The processes that it started, and those that they did."""
-    told = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
-    own = [int(child) for child, parent in map(str.split, told.splitlines()) if int(parent) == pid]
-    return own + [pid for child in own for pid in started_by(child)]
-
-
-@pytest.mark.slow
-def test_two_ranks_end_as_one_process_does_and_killed_as_one_goes_on_alone(tmp_path):
-    env = dict(os.environ, OMP_NUM_THREADS="1")        # products are summed in an order that depends on threads
-    small = ["train_tasks=6", "test_tasks=4", "samples=4", "ks=[1]"]
-    one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
-    alone = train(one, *small, env=env)
-    assert alone.wait(timeout=300) == 0, alone.communicate()[1]
-    both = under_two_ranks(two, *small, env=env)
-    shown, errors = both.communicate(timeout=300)
-    assert both.returncode == 0, errors
-    assert_same(results(one), results(two))
-    assert shown.count("stage 1:") == 1 and not list(two.glob("*.part"))
-    assert (one / "sft.jsonl").read_text() == (two / "sft.jsonl").read_text()
-    dying, until = under_two_ranks(killed, *small, env=env), time.time() + 200
-    while not (killed / "trees.jsonl.1.part").exists() and time.time() < until:
-        time.sleep(0.02)
-    for pid in [dying.pid, *started_by(dying.pid)]:
-        os.kill(pid, signal.SIGKILL)
-    dying.communicate()
-    assert list(killed.glob("trees.jsonl.*.part")) and not (killed / "passk.json").exists()
-    alone = train(killed, *small, env=env)
-    assert alone.wait(timeout=300) == 0, alone.communicate()[1]
-    assert_same(results(one), results(killed))
-    assert figures(one) == figures(two) == figures(killed) and not list(killed.glob("*.part"))
-
-
-@pytest.mark.slow
-def test_two_ranks_with_three_losses_end_as_one_process_does(tmp_path):
-    (tmp_path / "three.py").write_text(THREE)
-    env, out = dict(os.environ, OMP_NUM_THREADS="1"), [tmp_path / "one", tmp_path / "two"]
-    args = [f"method={tmp_path}/three.py", "evaluate_base=false", "test_tasks=2", "samples=2", "ks=[1]", "steps=3"]
-    for process in (train(out[0], *args, env=env), under_two_ranks(out[1], *args, env=env)):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    assert_same(*map(results, out))
-    steps = [record for record in figures(out[0]) if "step" in record]
-    assert figures(out[0]) == figures(out[1]) and len(steps) == 3
-    assert all(record[name] > 0 for record in steps for name in ("L_allowed", "L_refused"))
 
 
 @pytest.mark.slow
@@ -523,18 +469,6 @@ def test_a_checkpoint_that_a_full_disk_cuts_short_leaves_the_one_before(own_tiny
     with pytest.raises(UserError, match="checkpoint.pt.new cannot be written; is the disk full.*nothing is lost"):
         fit(run, 1, ("a", "b"), three_tokens())
     assert torch.load(run.folder.path / "checkpoint.pt", weights_only=True)["state"]["step"] == 1
-
-
-@pytest.mark.slow
-def test_two_ranks_whose_training_diverges_end_with_one_line(tmp_path):
-    (tmp_path / "three.py").write_text(THREE)
-    process = under_two_ranks(tmp_path / "run", f"method={tmp_path}/three.py", "evaluate_base=false", "train_tasks=2",
-                              "steps=3", "lr=1e30", env=dict(os.environ, OMP_NUM_THREADS="1"))
-    _, errors = process.communicate(timeout=200)
-    lines = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert process.returncode == 1 and len(lines) == 1 and "training diverged in step" in lines[0], errors
-    assert errors.count("Traceback") == errors.count("ChildFailedError") // 2 == 1, errors             # torchrun's own
-    assert not (tmp_path / "run/checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("key, training", [("init", True), ("adapter", False)])
