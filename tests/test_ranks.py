@@ -144,7 +144,7 @@ def test_an_evaluation_by_more_processes_than_tasks_is_that_of_one(one, tmp_path
 
 @pytest.mark.slow
 def test_a_comparison_by_two_processes_is_that_of_one(tmp_path):
-    args = ["method=compare", "test_tasks=2", "samples=2", "steps=2"]
+    args = ["method=compare", "train_tasks=3", "test_tasks=2", "samples=2", "steps=2"]
     shown = [whole(train(tmp_path / f"{count}", f"processes={count}", *args))[0] for count in (1, 2)]
     assert table(shown[0]) == table(shown[1])
     runs = sorted(path.name for path in (tmp_path / "1").glob("*-0"))
