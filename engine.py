@@ -128,7 +128,7 @@ class SlotCache:
             self.layers.append([x.new_zeros(self.held, x.shape[1], self.capacity, x.shape[3]) for x in (k, v)])
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[self.rows, :, self.at] = new.transpose(1, 2)
-        if self.ragged:                                  # these stay where they are: forward.attend looks there
+        if self.ragged:                                  # these stay where they are: forward._attend looks there
             k.kept = self.layers[layer]                  # type: ignore[attr-defined]
             return k, v
         k, v = (torch.cat([kept[row:row + 1, :, :self.span] for row in self.rows[:, 0]]) for kept in self.layers[layer])

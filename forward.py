@@ -3,7 +3,7 @@ what it is to see, and logits are computed where they are wanted. No family is n
 rules, and the head is the model's own forward.
 
     Seen, hidden    what each token of a forward sees; the decoder's states under it
-    attend          attention without the keys that none of these tokens sees
+    _attend         attention without the keys that none of these tokens sees
     logits          what the model makes of the states, with all that it does behind lm_head
 """
 import inspect
@@ -52,12 +52,12 @@ def masks_of(plain: Callable) -> Callable:
         # eager attention adds it to scores; so do we where none is kept: each layer would turn booleans into this anew
         if plain is not sdpa_mask or not torch.is_grad_enabled():
             mask = torch.zeros(mask.shape, dtype=kwargs["dtype"], device=mask.device).masked_fill_(~mask, -torch.inf)
-        mask.parts, mask.whole = seen.parts, mask_function is causal_mask_function       # it reaches `attend` as it is
+        mask.parts, mask.whole = seen.parts, mask_function is causal_mask_function       # it reaches _attend as it is
         return mask
     return make
 
 
-def attend(plain: Callable | None, module, query, key, value, attention_mask, **kwargs):
+def _attend(plain: Callable | None, module, query, key, value, attention_mask, **kwargs):
     """Transformers' attention `plain` (None: its module's own, eager) of (B, H, T, D), and of (1, H, T, D) part by part,
     where the mask has some: over the keys that it sees alone, of those that the cache keeps (engine.SlotCache), or of
     these. Returns (B, T, H, D)."""
@@ -76,7 +76,9 @@ def attend(plain: Callable | None, module, query, key, value, attention_mask, **
 def grouped(query, key, value, mask, scale) -> torch.Tensor:
     """Attention (B, H, T, D) where heads share keys (B, H / G, S, D): those of a group are asked as one, T G queries."""
     (B, H, T, D), shared = query.shape, key.shape[1]
-    if mask is not None and H > shared:
+    if H == shared:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    if mask is not None:
         mask = mask.repeat(1, 1, H // shared, 1)
     query = query.reshape(B, shared, H // shared * T, D)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).reshape(B, H, T, -1)
@@ -84,33 +86,42 @@ def grouped(query, key, value, mask, scale) -> torch.Tensor:
 
 def one_by_one(query, kept, mask, scale) -> torch.Tensor:
     """Each part alone, over as many keys as it has: what a CPU does best."""
+    keys, values = (x.split(1) for x in kept)                                  # views, one a row
+    queries = query.split([part.tokens.stop - part.tokens.start for part in mask.parts], 2)
     found = []
-    for tokens, row, keys in mask.parts:
-        k, v = (x[row:row + 1, :, keys] for x in kept)
-        one = mask.whole and tokens.stop - tokens.start == 1                   # sees all of them
-        found.append(grouped(query[:, :, tokens], k, v, None if one else mask[..., tokens, keys], scale))
+    for q, (tokens, row, seen) in zip(queries, mask.parts):
+        all_of_them = mask.whole and q.shape[2] == 1                           # it sees: no mask
+        found.append(grouped(q, keys[row].narrow(2, 0, seen.stop), values[row].narrow(2, 0, seen.stop),
+                             None if all_of_them else mask[..., tokens, seen], scale))
     return torch.cat(found, 2).transpose(1, 2)
 
 
 def side_by_side(query, kept, mask, scale) -> torch.Tensor:
     """All parts at once, padded to the longest: what a GPU does best."""
-    parts, device = mask.parts, query.device
-    row = torch.tensor([part.row for part in parts for _ in range(part.tokens.start, part.tokens.stop)], device=device)
-    at = torch.cat([torch.arange(part.tokens.stop - part.tokens.start) for part in parts]).to(device)         # (T,)
-    rows, longest = max(part.row for part in parts) + 1, int(at.max()) + 1
-    padded = query.new_zeros(rows, longest, query.shape[1], query.shape[3])
-    padded[row, at] = query[0].transpose(0, 1)
-    seen = mask.new_zeros(rows, 1, longest, mask.shape[-1])                    # padding sees all: no row is empty
-    seen[row, :, at] = mask[0].transpose(0, 1)
-    k, v = (x[:rows, :, :mask.shape[-1]] for x in kept)
-    return grouped(padded.transpose(1, 2), k, v, seen, scale).transpose(1, 2)[row, at][None]
+    if not hasattr(mask, "padded"):
+        mask.padded = padded(mask)                                             # for all layers that share it
+    row, at, seen = mask.padded
+    queries = query.new_zeros(len(seen), seen.shape[2], query.shape[1], query.shape[3])
+    queries[row, at] = query[0].transpose(0, 1)
+    k, v = (x[:len(seen), :, :seen.shape[3]] for x in kept)
+    return grouped(queries.transpose(1, 2), k, v, seen, scale).transpose(1, 2)[row, at][None]
+
+
+def padded(mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each token: its row and its place among the row's (T,); and the mask (rows, 1, most of a row, S)."""
+    sizes = [part.tokens.stop - part.tokens.start for part in mask.parts]
+    row = torch.tensor([part.row for part, size in zip(mask.parts, sizes) for _ in range(size)], device=mask.device)
+    at = torch.tensor([n for size in sizes for n in range(size)], device=mask.device)
+    seen = mask.new_zeros(max(part.row for part in mask.parts) + 1, 1, max(sizes), mask.shape[-1])
+    seen[row, :, at] = mask[0].transpose(0, 1)                                 # padding sees all: no row is empty
+    return row, at, seen
 
 
 # for every model; of masks that are no Seen nothing changes
 AttentionMaskInterface.register("sdpa", masks_of(sdpa_mask))
 AttentionMaskInterface.register("eager", masks_of(eager_mask))
-AttentionInterface.register("sdpa", partial(attend, sdpa_attention_forward))
-AttentionInterface.register("eager", partial(attend, None))
+AttentionInterface.register("sdpa", partial(_attend, sdpa_attention_forward))
+AttentionInterface.register("eager", partial(_attend, None))
 
 
 def takes(module: nn.Module) -> set[str]:

@@ -309,7 +309,7 @@ def test_packed_rows_in_fp32_are_within_1e_5_of_one_at_a_time(tiny):
 def test_the_trees_of_a_packed_row_attend_each_by_itself(tiny, monkeypatch):
     """What it costs, and not only what comes out, is the trees' own."""
     plain, lengths = forward.sdpa_attention_forward, []
-    told = partial(forward.attend, lambda module, query, *args, **more: (
+    told = partial(forward._attend, lambda module, query, *args, **more: (
         lengths.append(query.shape[2]), plain(module, query, *args, **more))[1])
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", told)
     trees = [[Segment([7] * n, [1.0] * n, None)] for n in (5, 9, 3)]
