@@ -175,7 +175,7 @@ class Engine:
         self.parked: deque[Job] = deque()                # begun, and without a row since memory ran out
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
         self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
-        self.limit_tokens = 16384                        # of one prefill, padding included: bounds its memory
+        self.limit_tokens = 16384                        # of one forward, padding included: bounds its memory
         self.close = 1e-4                                # far above fp32's rounding, below a token's share
         self.many_tokens = 8192                          # of a vocabulary: draws by _race, not _draw
 

@@ -100,21 +100,25 @@ def side_by_side(query, kept, mask, scale) -> torch.Tensor:
     """All parts at once, padded to the longest: what a GPU does best."""
     if not hasattr(mask, "padded"):
         mask.padded = padded(mask)                                             # for all layers that share it
-    row, at, seen = mask.padded
+    rows, row, at, seen = mask.padded
     queries = query.new_zeros(len(seen), seen.shape[2], query.shape[1], query.shape[3])
     queries[row, at] = query[0].transpose(0, 1)
-    k, v = (x[:len(seen), :, :seen.shape[3]] for x in kept)
+    k, v = (x[rows, :, :seen.shape[3]] for x in kept)
     return grouped(queries.transpose(1, 2), k, v, seen, scale).transpose(1, 2)[row, at][None]
 
 
-def padded(mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each token: its row and its place among the row's (T,); and the mask (rows, 1, most of a row, S)."""
-    sizes = [part.tokens.stop - part.tokens.start for part in mask.parts]
-    row = torch.tensor([part.row for part, size in zip(mask.parts, sizes) for _ in range(size)], device=mask.device)
-    at = torch.tensor([n for size in sizes for n in range(size)], device=mask.device)
-    seen = mask.new_zeros(max(part.row for part in mask.parts) + 1, 1, max(sizes), mask.shape[-1])
+def padded(mask) -> tuple[slice | list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of the cache: a view of the first ones where most of them have a part, or else copies. Of each token: its
+    row among these, and its place among the row's (T,). And the mask (rows, 1, most of a row, S)."""
+    sizes = {part.row: part.tokens.stop - part.tokens.start for part in mask.parts}
+    count = max(sizes) + 1
+    rows = slice(0, count) if len(sizes) >= 0.75 * count else list(sizes)
+    numbers = list(sizes) if isinstance(rows, slice) else range(len(sizes))
+    row = torch.tensor([n for n, size in zip(numbers, sizes.values()) for _ in range(size)], device=mask.device)
+    at = torch.tensor([n for size in sizes.values() for n in range(size)], device=mask.device)
+    seen = mask.new_zeros(count if isinstance(rows, slice) else len(sizes), 1, max(sizes.values()), mask.shape[-1])
     seen[row, :, at] = mask[0].transpose(0, 1)                                 # padding sees all: no row is empty
-    return row, at, seen
+    return rows, row, at, seen
 
 
 # for every model; of masks that are no Seen nothing changes

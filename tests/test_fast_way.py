@@ -67,6 +67,21 @@ def test_sampled_tokens_have_the_probabilities_of_the_conversation_alone(name, w
         assert torch.allclose(logits.log_softmax(-1), alone.log_softmax(-1), atol=1e-4), len(ids)
 
 
+@pytest.mark.parametrize("rows, heads", [((0, 1, 3), 4), ((1, 4), 4), ((2, 0), 2)], ids=["most rows", "few", "shared keys"])
+def test_parts_side_by_side_are_what_they_are_one_by_one(rows, heads):
+    kept, parts = [torch.randn(6, heads, 20, 8) for _ in range(2)], []
+    for row, (size, end) in zip(rows, ((1, 9), (5, 20), (1, 1))):
+        begun = parts[-1].tokens.stop if parts else 0
+        parts.append(forward.Part(slice(begun, begun + size), row, slice(0, end)))
+    last = torch.cat([torch.arange(part.keys.stop)[part.tokens.start - part.tokens.stop:] for part in parts])
+    mask = torch.zeros(1, 1, len(last), 20).masked_fill_(torch.arange(20) > last[:, None], -torch.inf)
+    mask.parts, mask.whole = parts, True
+    query = torch.randn(1, 4, len(last), 8)
+    found = forward.side_by_side(query, kept, mask, None)
+    assert torch.allclose(found, forward.one_by_one(query, kept, mask, None), atol=1e-6)
+    assert isinstance(mask.padded[0], slice) == (len(rows) == 3)
+
+
 def tree(seed):
     """A trunk of 30 tokens and four branches; the second half of each segment bears loss."""
     rng, found = random.Random(seed), []
