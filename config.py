@@ -386,17 +386,8 @@ errors: TextIO = sys.stderr                            # what sys.stderr is; of 
 word = 0                                               # of several processes (ranks.word); 0: this is the only one
 
 
-def tells() -> bool:
-    """Whether it is for this process to tell how the run ended: of several, the first that asks."""
-    try:
-        return not word or os.read(word, 1) != b""
-    except BlockingIOError:
-        return False
-
-
-def tell(text: str) -> None:
-    if tells():
-        print(visible("\n" * in_mid_line.get(errors, word > 0) + text), file=errors)
+def mute(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def lasting(stream: TextIO, write: Callable, *args: Any) -> Any:
@@ -407,8 +398,23 @@ def lasting(stream: TextIO, write: Callable, *args: Any) -> Any:
         return write(*args)
     except OSError:
         gone.add(stream)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        mute(stream)
         return write(*args)
+
+
+def tells() -> bool:
+    """Whether it is for this process to tell how the run ended: of several, the first that asks."""
+    try:
+        return not word or os.read(word, 1) != b""
+    except BlockingIOError:
+        return False
+
+
+def tell(text: str) -> None:
+    """The last word on stderr: nothing follows, not even what a progress bar still has to say."""
+    if tells():
+        print(visible("\n" * in_mid_line.get(errors, word > 0) + text), file=errors)
+    mute(errors)
 
 
 def wait_to_be_ended(seconds: float) -> None:
@@ -461,7 +467,6 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         wing, dot, file = error.name.partition(".")
         fail(f"this copy of the project has no {wing}/{file + '.py' * bool(dot)}")
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)                   # once is enough
         in_mid_line[errors] = True                     # behind ^C
         tell(STOPPED)
         sys.exit(130)
@@ -474,6 +479,9 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):           # torch's own, CPU's or GPU's
             raise
         fail(f"out of memory; lower slots=, context=, row_tokens= or snapshot_mb= ({error})")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)                   # it ends already
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def stopped(*_: Any) -> None:                          # by Ctrl-C, before there is anything to lose

@@ -70,8 +70,7 @@ def fork(count: int) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         torch.set_num_threads(max(1, cores() // count))
         os.environ |= {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
-        store = dist.FileStore(f"/proc/self/fd/{meeting}", count)
-        return meet(rank, store=store, rank=rank, world_size=count)
+        return meet(rank, init_method=f"file:///proc/self/fd/{meeting}", rank=rank, world_size=count)
     watch(children)
 
 

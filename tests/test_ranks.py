@@ -282,6 +282,25 @@ def test_what_else_a_parent_has_started_may_end_before_them(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "whole\n", "")
 
 
+def test_a_machine_that_starts_no_more_processes_says_so_in_one_line(tmp_path):
+    patch = ("import os\nreal, calls = os.fork, []\ndef fork():\n    calls.append(1)\n"
+             "    if len(calls) == 2: raise BlockingIOError(11, 'Resource temporarily unavailable')\n    return real()\n"
+             "os.fork = fork\n")
+    (tmp_path / "script.py").write_text(patch + SCRIPT.replace("CODE", "wait()"))
+    done = programs.run([tmp_path / "script.py"], timeout=60)
+    assert done.returncode == 1 and one_error(done.stderr) == (
+        "error: processes: this machine starts 1, not 2: Resource temporarily unavailable\n")
+
+
+def test_without_a_network_of_its_own_a_machine_says_so_in_one_line(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.replace("CODE", "wait()"))
+    line = ["unshare", "-rn", sys.executable, tmp_path / "script.py"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    if done.stderr.startswith("unshare: "):
+        pytest.skip(done.stderr)
+    assert done.returncode == 1 and one_error(done.stderr).endswith("; processes=1 needs no network\n")
+
+
 def test_cores_are_those_of_the_affinity_and_of_a_container_s_quota(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     for quota, count in (("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), ("3200000 100000", 8)):
