@@ -240,6 +240,25 @@ def test_a_process_that_is_killed_is_one_line(kill, rank, tmp_path):
         "lost: the same command goes on from here\n")
 
 
+KILLED = '''
+import os, subprocess
+def train(run, round_):
+    if os.environ["LOCAL_RANK"] == "1":
+        parent = os.getppid()
+        subprocess.Popen(["sh", "-c", f"sleep 0.05; kill -CONT {parent}"])
+        os.kill(parent, 19)                            # it notices last
+        os.kill(os.getpid(), 9)
+    run.store("notes.jsonl")
+'''
+
+
+def test_a_method_is_not_blamed_for_a_process_that_was_killed(tmp_path):
+    (tmp_path / "mine.py").write_text(KILLED)
+    process = train(tmp_path / "run", "processes=2", "evaluate_base=false", f"method={tmp_path}/mine.py")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and one_error(errors).startswith("error: process 2 of 2 was ended by SIGKILL")
+
+
 @pytest.mark.parametrize("code, says", [
     ("if second: raise config.UserError('no')\n    wait()", "error: no\n"),
     ("if first: raise config.UserError('no')\n    wait()", "error: no\n"),
