@@ -86,17 +86,25 @@ def table(shown):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """A run of one process with two threads: (folder, stdout)."""
+    """A run of one process: (folder, stdout)."""
     out = tmp_path_factory.mktemp("one") / "run"
-    return out, whole(train(out, "processes=1", OMP_NUM_THREADS="2"))[0]
+    return out, whole(train(out, "processes=1"))[0]
 
 
-def test_two_processes_end_as_one_with_two_threads_does_and_say_it_once(one, tmp_path):
+def test_two_processes_end_as_one_does_and_say_it_once(one, tmp_path):
     shown, errors = whole(train(tmp_path / "run", "processes=2"))
     assert results(tmp_path / "run") == results(one[0])
     assert table(shown) == table(one[1]) and not list(tmp_path.glob("run/*.part"))
     bars = [line.partition(":")[0] for line in errors.replace("\r", "\n").splitlines() if " 0%|" in line]
     assert bars == ["Loading weights", "sample base", "explore, round 1", "train, round 1", "sample leafe"]
+
+
+@pytest.mark.slow
+def test_two_threads_of_one_process_end_as_two_processes_do(tmp_path):
+    args = ["train_tasks=2", "test_tasks=1", "samples=1", "steps=2", "evaluate_base=false"]
+    for count, threads in ((1, 2), (2, 1)):
+        whole(train(tmp_path / f"{count}", f"processes={count}", *args, OMP_NUM_THREADS=f"{threads}"))
+    assert results(tmp_path / "1") == results(tmp_path / "2")
 
 
 @pytest.mark.slow
