@@ -86,6 +86,7 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
         model = loading().load(path, config, four, dtype, device)
         files().fix_rope(model, context)
         files().check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+        loading().quicken(model)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 import ranks
 from config import UserError, installed, visible
 from lora import LINEAR, layers_of, linear_layers, widths
+from models.products import plain, quicken              # noqa: F401  (this is their door, lora.loading)
 from models.weights import check_tensors, checkpoint_files, sample_of, variant_of
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # it advises to install what only speeds a CPU up

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 
 from config import UserError
 from conftest import ROOT, family, shake
-from lora import (LoRA, adapter_off, add_lora, linear_layers, load_adapter, load_model,
+from lora import (LoRA, adapter_off, add_lora, linear_layers, load_adapter, load_model, loading,
                   lora_layers, lora_parameters, save_adapter, weights_version)
 from models.loading import linear_4bit, params_4bit
 from packing import Segment, pack, packed_nll
@@ -52,6 +52,32 @@ def test_the_adapter_switched_off_is_the_base_exactly(own_tiny):
     with adapter_off(model):
         assert torch.equal(model(input_ids=ids).logits, plain) and weights_version(model) != version
     assert not torch.equal(model(input_ids=ids).logits, plain) and weights_version(model) == version
+
+
+def test_products_of_sampling_are_torch_s_own_and_those_of_learning_are_left_to_it(own_tiny, monkeypatch):
+    model, asked = own_tiny[0], []
+    layers, ids = [m for m in model.modules() if type(m) is torch.nn.Linear], torch.randint(6, 400, (1, 200))
+    assert all("forward" in vars(layer) for layer in layers)
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: (asked.append(1), plain(*args))[1])
+    with torch.inference_mode():
+        quick = model(input_ids=ids).logits
+        assert not asked
+        model(input_ids=ids[:, :1])                                # small ones begin sooner that way
+        assert len(asked) == len(layers)
+        with loading().plain(model):
+            assert torch.allclose(model(input_ids=ids).logits, quick, atol=1e-4) and len(asked) == 2 * len(layers)
+    model(input_ids=ids)
+    assert len(asked) == 3 * len(layers) and all("forward" in vars(layer) for layer in layers)
+
+
+def test_a_torch_without_quick_products_uses_its_own(monkeypatch):
+    def without(*args):
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+    monkeypatch.setattr("models.products.linear", without)
+    layer = torch.nn.Linear(8, 8)
+    loading().quicken(layer)
+    assert "forward" not in vars(layer)
 
 
 def test_an_adapter_that_changes_nothing_costs_no_product_when_sampling_and_learns_all_the_same(own_tiny):

@@ -37,7 +37,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchin
 from config import ROOT, SHIPPED, Config, UserError, guarded, load_config, nearest, owners_of, shipped, visible
 from engine import Chat, Job
 from leafe import Attempt, Branch, Tree, episode, explore, read_trees, targets
-from lora import add_lora, checks, load_model, lora_layers, lora_parameters
+from lora import add_lora, checks, load_model, loading, lora_layers, lora_parameters
 from packing import Segment, length, pack, packed_nll, rows_of, segments
 from run import Policy, Run, RunFolder, pick_tasks, read_jsonl, write_aside
 from tools import bench_runs
@@ -112,6 +112,12 @@ def lockstep(answer: Callable, play: Callable, attempts: list[Attempt]) -> list[
     return ended
 
 
+def as_published(model, answer: Callable, asks: list) -> list[list[int]]:
+    """What one would otherwise pick has torch's own products (models/products.py)."""
+    with loading().plain(model):
+        return answer(asks)
+
+
 def whole(model, chat: Chat, asks: list) -> list[list[int]]:
     """a: generate for one conversation, its whole history fed again."""
     return [left_padded(model, chat, [ask])[0] for ask in asks]
@@ -177,11 +183,11 @@ def rollout(cfg: Config, own: dict) -> dict:
     for root in rng.sample(engine(play, roots), count - len(roots)):          # branches at a random tau
         past = root.turns[:rng.randint(2, len(root.turns))]
         attempts.append(Attempt(root.task, "0.0", past, words(root.task, 8)))
-    ways = dict(a=("generate, one episode at a time", partial(lockstep, partial(whole, model, chat))),
-                b=("generate, left-padded batches", partial(lockstep, partial(left_padded, model, chat))),
-                c=("generate_batch (continuous batching)",
-                   partial(lockstep, partial(paged, model, chat, cfg, count))),
-                d=("the forking engine", engine))
+    others = dict(a=("generate, one episode at a time", partial(whole, model, chat)),
+                  b=("generate, left-padded batches", partial(left_padded, model, chat)),
+                  c=("generate_batch (continuous batching)", partial(paged, model, chat, cfg, count)))
+    ways = {name: (what, partial(lockstep, partial(as_published, model, answer)))
+            for name, (what, answer) in others.items()} | dict(d=("the forking engine", engine))
     part = attempts[::8] if count >= 16 else attempts        # of a, which has no batches: the rest takes as long
     keys = {(attempt.task, attempt.name) for attempt in part}
 

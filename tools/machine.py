@@ -9,6 +9,7 @@ from typing import Any, Callable
 
 import torch
 
+from lora import loading
 from tools.measure import below
 
 
@@ -21,7 +22,10 @@ def machine() -> dict[str, Any]:
     big, square = torch.ones(2**27, device=device), torch.randn(4096 if cuda else 1536, 4096 if cuda else 1536,
                                                                  device=device, dtype=dtype)
     read = min(seconds(lambda: big.sum()) for _ in range(5))
-    product = min(seconds(lambda: square @ square) for _ in range(5))
+    layer = torch.nn.Linear(len(square), len(square), bias=False, device=device, dtype=dtype)
+    loading().quicken(layer)
+    with torch.no_grad():
+        product = min(seconds(work) for work in (lambda: square @ square, lambda: layer(square)) for _ in range(5))
     return dict(processor=names[0] if names else platform.machine(), cores=os.cpu_count(),
                 threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if cuda else None,
                 torch=torch.__version__, gb_a_second=round(big.nbytes / read / 1e9, 1),

@@ -1,0 +1,50 @@
+"""Products on a CPU, in fp32, while nothing is learned: by oneDNN, as torch.compile does them. Torch's own choice, MKL,
+uses half the width of an AMD processor's registers; there the engine is up to twice as fast this way (docs/speed.md).
+
+    quicken    a model's linear layers, if this machine's oneDNN agrees with torch
+    plain      inside, they are torch's own again: what others' code is timed with
+"""
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Iterator
+
+import torch
+from torch import nn
+
+WORTH = 2**20                            # multiplications, fewer of which MKL begins sooner
+
+
+def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:           # (..., in) -> (..., out)
+    if torch.is_grad_enabled() or x.numel() * layer.out_features < WORTH:
+        return nn.functional.linear(x, layer.weight, layer.bias)
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), layer.weight, layer.bias, "none", [], "")
+
+
+def quicken(model: Any) -> None:
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    layers = [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
+    if layers and agrees(layers[0]):
+        for layer in layers:
+            layer.forward = partial(linear, layer)                       # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def agrees(layer: nn.Linear) -> bool:
+    x = torch.linspace(-1, 1, 64 * layer.in_features).view(1, 64, -1)
+    x = x.expand(-(-WORTH // (x.numel() * layer.out_features)), -1, -1)
+    try:
+        return torch.allclose(linear(layer, x), nn.functional.linear(x, layer.weight, layer.bias), 1e-4, 1e-4)
+    except (AttributeError, RuntimeError):                               # a build of torch without it
+        return False
+
+
+@contextmanager
+def plain(model: Any) -> Iterator[None]:
+    quick = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" in vars(layer)]
+    for layer in quick:
+        del layer.forward
+    try:
+        yield
+    finally:
+        for layer in quick:
+            layer.forward = partial(linear, layer)                       # type: ignore[method-assign]
