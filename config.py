@@ -458,9 +458,11 @@ def guarded(main: Callable[[list[str]], None], usage: str = "") -> None:
         if gone:
             sys.exit(141)
     except UserError as error:
-        later = os.environ.get("LOCAL_RANK", "0") != "0"               # what all ranks have found rank 0 tells; what it
-        if later or word:                                              # found since another was killed, their parent
-            wait_to_be_ended(0.5 if not later else 1 if word else 10)
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:                                  # what all ranks have found rank 0 tells
+            wait_to_be_ended(1 if word else 10)
+        elif word:                                     # what it found since another was killed, their parent
+            wait_to_be_ended(0.5)
         fail(str(error))
     except ModuleNotFoundError as error:                # a fork may have left a wing out
         if (error.name or "").partition(".")[0] not in ("methods", "worlds", "models", "scale", "tools"):

@@ -50,7 +50,7 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
 
     missing = [(task, i) for task in run.test_tasks for i in range(cfg.samples) if (task, i) not in done]
     queue = deque(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task)
-                  for task, i in ranks.share(missing))
+                  for task, i in ranks.lot(missing))
     bar = tqdm(total=len(queue), desc=visible(f"sample {policy}", ""), unit="episode",
                disable=not queue or ranks.rank() > 0)
     successes = 0

@@ -295,7 +295,7 @@ def explore(run: Run, tasks: list[str], round_: int = 1, reflect: bool = True,
     growing = {task: grow(tree, cfg, lessons or {}) for task, tree in trees.items()}
     levels: dict[str, list[Attempt]] = {task: [] for task in tasks}      # the attempts that each tree waits for
     queue: deque[Job] = deque()
-    mine = ranks.share(tasks)
+    mine = ranks.lot(tasks)
     bar = tqdm(total=len(mine), desc=f"explore, round {round_}", unit="tree", disable=ranks.rank() > 0)
 
     def advance(task: str) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import datetime
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -68,7 +69,7 @@ def fork(count: int) -> None:
             os._exit(1)
         signal.signal(signal.SIGINT, lambda *_: None)              # Ctrl-C is for the parent, which says SIGTERM
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        torch.set_num_threads(max(1, cores() // count))
+        torch.set_num_threads(1)                                   # threads wait for each other, processes do not
         os.environ |= {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
         return meet(rank, init_method=f"file:///proc/self/fd/{meeting}", rank=rank, world_size=count)
     watch(children)
@@ -142,6 +143,12 @@ def world() -> int:
 
 def share(items: Sequence[Any]) -> list[Any]:
     return list(items)[rank()::world()]
+
+
+def lot(items: Sequence[Any]) -> list[Any]:
+    """A share drawn by lot, in their order: where every second item is a hard one, no rank gets them all."""
+    drawn = random.Random(len(items)).sample(range(len(items)), len(items))
+    return [items[i] for i in sorted(share(drawn))]
 
 
 def wait_for_all() -> None:
