@@ -12,12 +12,16 @@ import torch
 from torch import nn
 
 WORTH = 2**20                            # multiplications, fewer of which MKL begins sooner
+STEP, FEW = 64, 8                        # rows: oneDNN makes, and keeps, code for each number of rows that it meets
 
 
 def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:           # (..., in) -> (..., out)
     if torch.is_grad_enabled() or x.numel() * layer.out_features < WORTH:
         return nn.functional.linear(x, layer.weight, layer.bias)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), layer.weight, layer.bias, "none", [], "")
+    rows = x.reshape(-1, layer.in_features)                              # (M, in)
+    padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % (STEP if len(rows) > STEP else FEW)))
+    y = torch.ops.mkldnn._linear_pointwise(padded, layer.weight, layer.bias, "none", [], "")
+    return y[:len(rows)].view(*x.shape[:-1], layer.out_features)
 
 
 def quicken(model: Any) -> None:
