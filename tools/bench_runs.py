@@ -79,7 +79,8 @@ def busy(count: int) -> Iterator[None]:
     words = [sys.executable, "-c", LOOP, str(os.getpid())]
     with ExitStack() as stack:
         for _ in range(count):
-            loop = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)    # Ctrl-C is not for it
+            # Ctrl-C is not for it; yet of this session, for each session gets a share of the cores of its own
+            loop = subprocess.Popen(words, stderr=subprocess.DEVNULL, preexec_fn=os.setpgrp)
             stack.callback(loop.wait)
             stack.callback(loop.kill)
         yield
