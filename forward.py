@@ -14,7 +14,6 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
@@ -77,11 +76,11 @@ def grouped(query, key, value, mask, scale) -> torch.Tensor:
     """Attention (B, H, T, D) where heads share keys (B, H / G, S, D): those of a group are asked as one, T G queries."""
     (B, H, T, D), shared = query.shape, key.shape[1]
     if H == shared:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     if mask is not None:
         mask = mask.repeat(1, 1, H // shared, 1)
     query = query.reshape(B, shared, H // shared * T, D)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).reshape(B, H, T, -1)
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).reshape(B, H, T, -1)
 
 
 def one_by_one(query, kept, mask, scale) -> torch.Tensor:
