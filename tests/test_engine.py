@@ -1,6 +1,7 @@
 import copy
 import random
 import warnings
+import weakref
 from collections import deque
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from transformers import AttentionInterface
 import forward
 from config import UserError
 from conftest import family, run_of, shake
-from engine import Ask, Chat, Engine, Job
+from engine import Ask, Chat, Engine, Job, SlotCache
 from envs import Quest
 from leafe import TURN, Attempt, episode, targets
 from lora import add_lora, adapter_off, lora_parameters
@@ -196,6 +197,25 @@ def test_snapshot_memory_stays_within_its_budget(tiny, settings):
     engine = run.policy.engine()
     play_trees(engine, run, Quest().tasks("valid")[:6], [])
     assert 0 < sum(s.nbytes for kept in engine.kept.values() for s in kept) <= 4 * 2**20
+
+
+def test_a_cache_that_grows_holds_one_tensor_more_than_it_needs_at_most(monkeypatch):
+    cache, zero, made, most = SlotCache(8, 30), torch.zeros(1, 1, dtype=torch.long), [], [0]
+    new_zeros = torch.Tensor.new_zeros
+
+    def told(self, *shape):
+        made.append(weakref.ref(new := new_zeros(self, *shape)))
+        most[0] = max(most[0], sum(one().nbytes for one in made if one() is not None))
+        return new
+    monkeypatch.setattr(torch.Tensor, "new_zeros", told)
+    cache.hold(1)
+    cache.aim(zero, zero, 1)
+    for layer in range(5):
+        cache.update(torch.full((1, 2, 1, 4), 1.0), torch.full((1, 2, 1, 4), 2.0), layer)
+    cache.hold(8)
+    sizes = [x.nbytes for layer in cache.layers for x in layer]
+    assert sizes == [8 * 2 * 30 * 4 * 4] * 10 and most[0] == sum(sizes) + sizes[0] // 8
+    assert all(k[0, :, 0].eq(1).all() and v[0, :, 0].eq(2).all() and not k[1:].any() for k, v in cache.layers)
 
 
 def test_an_episode_that_outgrows_the_context_ends_and_is_counted(tiny, settings):
