@@ -337,3 +337,15 @@ def test_cores_are_those_of_the_affinity_and_of_a_container_s_quota(monkeypatch)
         assert ranks.cores() == count
     monkeypatch.undo()
     assert 1 <= ranks.cores() <= len(os.sched_getaffinity(0))
+
+
+def test_tasks_are_shared_by_lot_each_to_one_rank_in_their_order(monkeypatch):
+    tasks, shares = [f"train-{1 + i % 4}-{i:04}" for i in range(192)], []
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        shares.append(ranks.lot(tasks))
+    assert sorted(sum(shares, [])) == sorted(tasks) and len(shares[0]) == len(shares[1])
+    for mine in shares:
+        assert [tasks.index(task) for task in mine] == sorted(map(tasks.index, mine))
+        assert all(12 < sum(task.split("-")[1] == needs for task in mine) < 36 for needs in "1234")      # of 48 each
