@@ -338,6 +338,25 @@ def test_the_trees_of_a_packed_row_attend_each_by_itself(tiny, monkeypatch):
     assert whole == pytest.approx(sum(packed_nll(tiny[0], [pack([tree])])[0].item() for tree in trees), rel=1e-5)
 
 
+def test_the_gradient_of_a_row_has_the_same_bits_with_one_thread_and_with_two(own_tiny):
+    model, threads, found = own_tiny[0], torch.get_num_threads(), []
+    add_lora(model, 4, 8, seed=0)
+    shake(model, size=0.05)
+    rng = random.Random(0)
+    tree = [Segment([7] * 60, [0.0] * 60, None)]
+    tree += [Segment([rng.randrange(6, 400) for _ in range(3)], [1.0] * 3, rng.randrange(n // 20 + 1)) for n in range(200)]
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for _ in range(3):
+                packed_nll(model, [pack([tree])]).sum().backward()
+                found.append(torch.cat([p.grad.flatten() for p in lora_parameters(model)]))
+                model.zero_grad()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], one) for one in found)
+
+
 # chat tokens
 
 def test_chat_pieces_rebuild_what_the_template_renders(tiny):
