@@ -101,12 +101,24 @@ def test_the_script_for_a_gpu_runs_from_end_to_end_on_small_shapes(settings, mon
     assert found["step_64"]["seconds"] > 0 and found["nf4_2_slots"]["sampled"] > 0
 
 
-def test_a_growing_cache_is_measured_against_what_it_holds():
-    shape = LlamaConfig(**SHAPE | dict(num_hidden_layers=8, hidden_size=1024))
-    found = bench.growing(shape, 768, rows=16)
+GROWING = """
+import json, sys
+sys.path[0] = sys.argv[1]
+from transformers import LlamaConfig
+from tools import bench_memory
+print(json.dumps(bench_memory.growing(LlamaConfig(**json.loads(sys.argv[2])), 768, rows=16)))
+"""
+
+
+def test_a_growing_cache_is_measured_against_what_it_holds(tmp_path):
+    (tmp_path / "growing.py").write_text(GROWING)              # alone: here other tests have left memory in disorder
+    done = programs.run([str(tmp_path / "growing.py"), str(ROOT),
+                         json.dumps(SHAPE | dict(num_hidden_layers=8, hidden_size=1024))])
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout)
     assert found["rows"] == 16 and found["held_mb"] == pytest.approx(8 * found["layer_mb"])
     assert found["layer_mb"] == pytest.approx(2 * 16 * 2 * 768 * 256 * 4 / 2**20)            # k, v; heads, capacity, D
-    assert 0 < found["peak_mb"] < 1.5 * found["held_mb"]           # of a process that other tests have left in disorder
+    assert 0.5 * found["held_mb"] < found["peak_mb"] < 1.25 * found["held_mb"]               # two layers of eight more
 
 
 TRAIN = """
