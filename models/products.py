@@ -1,11 +1,13 @@
-"""Products on a CPU, in fp32, while nothing is learned: by oneDNN, as torch.compile does them. Torch's own choice, MKL,
-uses half the width of an AMD processor's registers; there the engine is up to twice as fast this way (docs/speed.md).
+"""Products on an AMD processor, in fp32, while nothing is learned: by oneDNN, as torch.compile does them. Torch's own
+choice, MKL, uses half the width of its registers; the engine is up to twice as fast this way (docs/speed.md). On Intel's
+MKL is the faster one at most sizes, and others were not measured: they keep torch's own.
 
-    quicken    a model's linear layers, if this machine's oneDNN agrees with torch
+    quicken    a model's linear layers, if the processor is AMD's and its oneDNN agrees with torch
     plain      inside, they are torch's own again: what others' code is timed with
 """
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Iterator
 
 import torch
@@ -24,7 +26,19 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:           # (...,
     return y[:len(rows)].view(*x.shape[:-1], layer.out_features)
 
 
+@lru_cache
+def processor() -> str:
+    """Its maker, as Linux names it; not a measurement, so that the same machine always takes the same way."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
 def quicken(model: Any) -> None:
+    if processor() != "AuthenticAMD":
+        return
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
     layers = [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
     if layers and agrees(layers[0]):

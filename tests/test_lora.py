@@ -56,6 +56,8 @@ def test_the_adapter_switched_off_is_the_base_exactly(own_tiny):
 
 def test_products_of_sampling_are_torch_s_own_and_those_of_learning_are_left_to_it(own_tiny, monkeypatch):
     model, asked = own_tiny[0], []
+    monkeypatch.setattr("models.products.processor", lambda: "AuthenticAMD")
+    loading().quicken(model)
     layers, ids = [m for m in model.modules() if type(m) is torch.nn.Linear], torch.randint(6, 400, (1, 200))
     assert all("forward" in vars(layer) for layer in layers)
     plain = torch.nn.functional.linear
@@ -74,10 +76,19 @@ def test_products_of_sampling_are_torch_s_own_and_those_of_learning_are_left_to_
 def test_a_torch_without_quick_products_uses_its_own(monkeypatch):
     def without(*args):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+    monkeypatch.setattr("models.products.processor", lambda: "AuthenticAMD")
     monkeypatch.setattr("models.products.linear", without)
     layer = torch.nn.Linear(8, 8)
     loading().quicken(layer)
     assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("maker, quick", [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)])
+def test_products_are_another_library_s_on_processors_that_it_was_measured_on(maker, quick, monkeypatch):
+    monkeypatch.setattr("models.products.processor", lambda: maker)
+    layer = torch.nn.Linear(64, 64)
+    loading().quicken(layer)
+    assert ("forward" in vars(layer)) == quick
 
 
 def test_an_adapter_that_changes_nothing_costs_no_product_when_sampling_and_learns_all_the_same(own_tiny):
