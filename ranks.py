@@ -34,6 +34,19 @@ def cores() -> int:
     return count
 
 
+def processor() -> str:
+    """Its maker, as Linux names it; not a measurement, so that the same machine always takes the same way."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+if processor() == "GenuineIntel":        # there MKL parts the sums of a product among threads: other bits for other numbers
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")       # of them. It reads this at its first product
+
+
 def start(processes: int | None) -> None:
     """Meet the other ranks: those that torchrun started, or `processes` that are forked here (None: on GPUs one a GPU,
     else one a core). Returns in every rank; the process that forked them waits for them, and ends as they do."""

@@ -6,12 +6,13 @@ MKL is the faster one at most sizes, and others were not measured: they keep tor
     plain      inside, they are torch's own again: what others' code is timed with
 """
 from contextlib import contextmanager
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any, Iterator
 
 import torch
 from torch import nn
+
+from ranks import processor
 
 WORTH = 2**20                            # multiplications, fewer of which MKL begins sooner
 STEP, FEW = 64, 8                        # rows: oneDNN makes, and keeps, code for each number of rows that it meets
@@ -24,16 +25,6 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:           # (...,
     padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % (STEP if len(rows) > STEP else FEW)))
     y = torch.ops.mkldnn._linear_pointwise(padded, layer.weight, layer.bias, "none", [], "")
     return y[:len(rows)].view(*x.shape[:-1], layer.out_features)
-
-
-@lru_cache
-def processor() -> str:
-    """Its maker, as Linux names it; not a measurement, so that the same machine always takes the same way."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def quicken(model: Any) -> None:
