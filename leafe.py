@@ -46,6 +46,7 @@ class Turn:
     score: float = 0.0                 # after the action
     success: bool = False
     valid: bool = True                 # False: the world refused the action
+    logp: list[float] = field(default_factory=list)       # of action_ids, by the server that drew them, if it says so
 
     @property
     def ids(self) -> list[int]:
@@ -103,11 +104,13 @@ class Branch:
         return self.end == "success"
 
     def record(self, round_: int) -> dict:
-        return dict(round=round_, **asdict(self))
+        told = dict(round=round_, **asdict(self))
+        told["turns"] = [{key: value for key, value in turn.items() if key != "logp" or value} for turn in told["turns"]]
+        return told
 
     @staticmethod
     def read(record: dict) -> "Branch":
-        fields = {key: value for key, value in record.items() if key not in ("round", "made_by")}
+        fields = {key: value for key, value in record.items() if key not in ("round", "made_by", "drawn_by")}
         fields["turns"] = [Turn(**turn) for turn in fields["turns"]]
         fields["reflections"] = [Reflection(**reflection) for reflection in fields["reflections"]]
         return Branch(**fields)
@@ -218,7 +221,7 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
             branch.steps += 1
             branch.tokens += len(action_ids)
             branch.turns.append(Turn(obs, obs_ids, action, action_ids, None, attempt.e if t == tau else "",
-                                     outcome.score, outcome.success, outcome.valid))
+                                     outcome.score, outcome.success, outcome.valid, getattr(action_ids, "logp", [])))
             h = h + obs_ids + action_ids
             seen = seen + seen_ids + action_ids if cfg.keep_experience else h
             obs = outcome.obs

@@ -31,7 +31,7 @@ from lora import (adapter_off, adapters, add_lora, checks, find_model, general, 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true
 PLAYBOOK = "\nwhat earlier episodes taught:\n"   # behind the rules, then a lesson a line (methods/ace.py)
-NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_timeout", "env_timeout", "processes", "slots",
+NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_sleep", "engine_timeout", "env_timeout", "processes", "slots",
                        "workers", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds",
                        "test_tasks", "samples", "split", "adapter", "playbook"}
 
@@ -43,6 +43,7 @@ class Policy:
     model: Any
     chat: Chat
     cfg: Config
+    drawn: dict[str, str] = field(default_factory=dict)    # drawn_by: what samples from it, as records say
 
     @staticmethod
     def open(cfg: Config, adapter: str, key: str) -> "Policy":
@@ -66,6 +67,7 @@ class Policy:
             cfg = cfg.but(slots=min(cfg.slots, ranks.part(cfg.workers or ranks.cores())))
         kind = Engine if getattr(self.model, "forks", True) else general().General
         engine = kind(self.model, self.chat.stop, cfg)
+        self.drawn["drawn_by"] = report_file().precision(self.model)
         if not cfg.engine:
             return engine
         from scale.serving import Server
@@ -172,14 +174,15 @@ class Jsonl:
         self.file: TextIO | None = None                  # opened when it is first written to
         self.own = path.with_name(f"{path.name}.{ranks.rank()}.part") if ranks.rank() else path
         self.silent = alone and ranks.rank() > 0
-        self.stamp: dict[str, str] = {}                  # what each record says besides: who made it
+        self.stamp: dict[str, str] = {}                  # what each record says besides: who made it,
+        self.drawn: dict[str, str] = {}                  # and who drew it (Policy.engine)
         self.records = list(read_jsonl(path, repair=ranks.rank() == 0)) if path.exists() else []
 
     def append(self, record: dict) -> None:
         self.records.append(record)
         if not self.silent:
             self.file = self.file or open(self.own, "a", encoding="utf-8")
-            self.file.write(json.dumps(record | self.stamp, separators=(",", ":")) + "\n")
+            self.file.write(json.dumps(record | self.stamp | self.drawn, separators=(",", ":")) + "\n")
             self.file.flush()
 
     def gather(self) -> None:

@@ -3,6 +3,8 @@
     python train.py config.yaml method=grpo trees=out/quest out=out/grpo
 
 steps and batch_tokens are not heeded: optimiser steps follow from the budget and grpo_updates; lr does not decay.
+Where a server samples (engine=) and says with which probability mu it drew a token, the token's gain weighs pi_old / mu, cut off
+at grpo_truncate (truncated importance sampling): in another precision its samples are not quite pi_old's.
 """
 import math
 import random
@@ -29,12 +31,13 @@ grpo_dual: 3.0                # and the loss, where the advantage is negative, a
 grpo_kl: 0.01                 # weight of the KL to the base
 grpo_refusal: 0.0             # taken off the reward for each action that the world refused (0.1: docs/differences.md)
 grpo_statistics: episodes     # mean and deviation of a group's rewards over its episodes, or over their steps
+grpo_truncate: 2.0            # of a server's tokens: the weight pi_old / mu is at most this; 0: as if they were pi_old's
 lr: 0.003                     # chosen on the validation split (docs/results.md)
 """
 CHECKS: list[Check] = [
     *shared.CHECKS,
     *within("grpo_tasks grpo_updates", 1, 1_000_000),
-    *within("grpo_kl grpo_refusal", 0, 1_000_000),
+    *within("grpo_kl grpo_refusal grpo_truncate", 0, 1_000_000),
     *each("grpo_clip", lambda v, s: 0 < v < float("inf"), "must be above 0"),
     ("grpo_dual", lambda v, s: 1 < v < float("inf"), "must be above 1"),
     ("grpo_group", lambda v, s: v <= 4096, "must be at most 4,096"),
@@ -57,13 +60,15 @@ def grpo(run: Run, first: int) -> Iterator[Batch]:
     cfg, store = run.cfg, run.store("trees.jsonl")
     group = run.but(roots=cfg.grpo_group, attempts=cfg.grpo_group, max_depth=0)
     for wave, trees in enumerate(waves(group, budget(cfg), cfg.grpo_tasks, first + 1), first + 1):
-        weights = [advantages(tree, cfg) for tree in trees]
+        mu = [turn.logp for tree in trees for turn in tree.turns]          # where a server says it
+        weights = numbered([advantages(tree, cfg) for tree in trees], trees)
         rows = [with_old(run.policy, pack(pieces)) for pieces in rows_of(trees, weights, cfg.row_tokens)]
+        rows, mismatch = with_mu(rows, mu, cfg.grpo_truncate)
         ended = [branch for tree in trees for branch in tree.branches]
         refused = sum(not turn.valid for branch in ended for turn in branch.turns) / len(ended)
         success = sum(branch.success for branch in ended) / len(ended)
         run.say(wave=wave, reward=success - cfg.grpo_refusal * refused, success=success, refused=refused,
-                env_steps=taken(store, wave))
+                env_steps=taken(store, wave), **mismatch)
         random.Random(f"{cfg.seed}/grpo/{wave}").shuffle(rows)
         updates = min(len(rows), math.ceil(cfg.grpo_updates * len(trees) / cfg.grpo_tasks))  # the last wave is small
         parts = [rows[n::updates] for n in range(updates)]
@@ -91,6 +96,15 @@ def advantages(tree: Tree, cfg: Config) -> Weights:
     return advantage_of
 
 
+def numbered(weights: list[Weights], trees: list[Tree]) -> list[Weights]:
+    """Each turn's weights with its number behind them, counted through all trees."""
+    first, found = 0, []
+    for tree, own in zip(trees, weights):
+        found.append({turn: (*weight, first + turn) for turn, weight in own.items()})
+        first += len(tree.turns)
+    return found
+
+
 def grpo_loss(cfg: Config, model, row: Packed) -> torch.Tensor:
     """(2,): summed over the row's tokens, the clipped policy loss (dual clip for A < 0) and the k3 estimate of
     KL(pi' || reference) times its weight. row.weights: (N, 3), advantage, log pi_old, log pi_ref."""
@@ -105,8 +119,29 @@ def grpo_loss(cfg: Config, model, row: Packed) -> torch.Tensor:
 
 @torch.no_grad()
 def with_old(policy: Policy, row: Packed) -> Packed:
-    """The row, its weights (A, 1) replaced by (A, log pi_old, log pi_ref); the reference is the adapter off."""
+    """The row, its weights (A, 1, ...) replaced by (A, log pi_old, log pi_ref, ...); the reference is the adapter off."""
     old = token_logp(policy.model, [row])
     with policy.off():
         ref = token_logp(policy.model, [row])
-    return replace(row, weights=torch.stack([row.weights[:, 0], old.cpu(), ref.cpu()], 1))
+    first = torch.stack([row.weights[:, 0], old.cpu(), ref.cpu()], 1)
+    return replace(row, weights=torch.cat([first, row.weights[:, 2:]], 1))
+
+
+def with_mu(rows: list[Packed], mu: list[list[float]], most: float) -> tuple[list[Packed], dict[str, float]]:
+    """The rows, their weights (A, log pi_old, log pi_ref, turn) replaced by (A w, log pi_old, log pi_ref). w: pi_old / mu, at
+    most `most`, of each token of a turn whose mu[turn] is known, log mu of each, else 1. And, if any is known, how far
+    log pi_old and log mu lie apart, and the share of tokens whose w was cut off."""
+    found, apart, cut = [], [], 0
+    for row in rows:
+        advantage, old, ref, turn = row.weights.T
+        w = torch.ones_like(old)
+        for number in turn.unique().long().tolist():
+            at = (turn == number).nonzero()[:, 0]          # in the order of its tokens
+            if most and len(mu[number]) == len(at):
+                gap = old[at] - torch.tensor(mu[number])
+                w[at] = gap.exp().clamp(max=most)
+                apart.append(gap.abs())
+                cut += int((gap.exp() > most).sum())
+        found.append(replace(row, weights=torch.stack([advantage * w, old, ref], 1)))
+    gaps = torch.cat(apart) if apart else torch.zeros(0)
+    return found, dict(mismatch=float(gaps.mean()), truncated=cut / len(gaps)) if apart else {}

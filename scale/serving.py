@@ -1,14 +1,17 @@
 """Sampling from a server in place of the engine in engine.py: `engine=http://host:port/v1`. Any server with OpenAI's
-completions will do: vLLM, SGLang, `transformers serve`. Episodes and trees are the same ones; only who draws the
-tokens differs. Training stays where train.py runs.
+completions will do that reads prompts as they are: vLLM, SGLang, `transformers serve` (docs/engines.md has each one's
+command). Episodes and trees are the same ones; only who draws the tokens differs. Training stays where train.py runs.
 
     vllm serve Qwen/Qwen2.5-7B-Instruct --enable-lora --max-lora-rank 16      with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
     python train.py config.yaml preset=qwen7b engine=http://localhost:8000/v1
 
-vLLM and SGLang are told ids, and vLLM answers with ids. Other servers are told text, and their answers are encoded
-again; `retold` counts the messages that do not come out as the same ids. An adapter that was trained is handed over
-as a folder, which the server must be able to read; a server that takes none samples the base only. A key, where the
-server wants one, is taken from the environment's OPENAI_API_KEY.
+How a server is asked, and what its answers say, is scale/dialects.py's; whether it is the model that is trained here,
+scale/agreement.py's. `retold` counts the messages that do not come out as the same ids where it is told text. An adapter
+that was trained is handed over as a folder, which the server must be able to read, and taken back at the end; a server
+that takes none samples the base only. A key, where the server wants one, is the environment's OPENAI_API_KEY.
+
+What may pass (no answer, 408, 425, 429, 500 and above) is asked again for cfg.engine_patience seconds. What one request
+is refused is asked once more, behind a plain one; refused again, it ends that episode as if there were no room, counted.
 """
 import http.client
 import json
@@ -30,10 +33,8 @@ from config import UserError, visible
 from engine import Ask, Engine, Job
 from lora import find_model, lora_layers, save_adapter
 from run import Policy
-
-
-class Refused(Exception):
-    """The server understood and said no (4xx)."""
+from scale import agreement
+from scale.dialects import DIALECTS, Dialect, Refused, choice_of
 
 
 def served(policy: Policy) -> Path | None:
@@ -48,129 +49,208 @@ def served(policy: Policy) -> Path | None:
     return folder
 
 
+class Asked(Future):
+    """A request under way: the prompt as the server was told it, and how many tokens it may answer with."""
+    def __init__(self, prompt: list[int], max_new: int):
+        super().__init__()
+        self.prompt, self.max_new = prompt, max_new
+
+
+class Reply(list):
+    """Ids, and their log-probabilities as the server has them, if it says them of each."""
+    logp: list[float] = []
+
+
 class Server:
     """The same three methods as engine.Engine: run, drop, pace. A trained adapter is handed over first; where the server
     takes none, the engine `here` runs the jobs. The server is first asked when there is a job."""
     def __init__(self, policy: Policy, here: Engine):
-        self.cfg, self.chat, self.url = policy.cfg, policy.chat, policy.cfg.engine.rstrip("/")
+        self.policy, self.cfg, self.chat, self.url = policy, policy.cfg, policy.chat, policy.cfg.engine.rstrip("/")
         self.slots, self.context, self.temperature = here.slots, here.context, here.temperature
         self.here, self.adapter, self.local = here, served(policy), False
+        self.precision = policy.drawn["drawn_by"]        # here
         self.sampled = self.told = self.retold = 0       # tokens drawn; messages, and those that changed on the way
-        self.closed = False
-        self.dialect: int | None = None                  # of _body; None until the server was asked
+        self.ended = 0                                   # episodes, by what the server refused them
+        self.why = Refused(0, "")                        # what was refused last
+        self.lock, self.closed = threading.Lock(), False
+        self.dialect: Dialect | None = None              # None until the server was asked
+        self.checked = False                             # whether it is the model that is here
 
+    # --------------------------------------------------------------------------------------------- the start, the end
     def _meet(self) -> None:
         """What the model is called there, how the server wants to be asked, and whether it takes the adapter."""
+        if self.cfg.engine_sleep:
+            self._rest("/wake_up")
+        self.model, owner = self._name()
+        self.dialect = next((dialect for dialect in (Dialect(n, self.chat, self.cfg) for n in DIALECTS)
+                             if self._understands(dialect)), None)
+        if self.dialect is None:
+            raise UserError(f"engine: {self.url} completes nothing for {self.model['model']}: {self.why}")
+        if self.adapter and not self._take(self.adapter):
+            self.local = True
+            print(visible(f"engine: {self.url} takes no adapter ({self.why}); the trained policy is sampled here"))
+            return
+        self.policy.drawn["drawn_by"] = f"{owner} at {self.cfg.engine}, trained in {self.precision}"
+
+    def _name(self) -> tuple[dict, str]:
+        """What the model is called there, and who says so."""
         try:
-            listed = [entry["id"] for entry in self._call("/models")["data"] if not entry.get("parent")]
+            listed = {entry["id"]: entry for entry in self._call("/models")["data"] if not entry.get("parent")}
         except (Refused, LookupError, TypeError):        # transformers serve fails here where no cache is
-            listed = []
+            listed = {}
         path = find_model(self.cfg.model)                # what a server loads by itself that has no model yet
         path = str(Path(path).resolve()) if Path(path).is_dir() else path
         name = next((name for name in (self.cfg.model, path) if name in listed), None)
         if not name and len(listed) == 1:
-            name = listed[0]
+            name = next(iter(listed))
             print(visible(f"engine: {self.url} calls its model {name}; it must be {self.cfg.model}"))
-        self.model = dict(model=name or path)
-        self.dialect = next((n for n in range(3) if self._understands(n)), None)
-        if self.dialect is None:
-            raise UserError(f"engine: {self.url} completes nothing for {self.model['model']}: {self.why}")
-        if self.adapter and not self._take(self.adapter.name, self.adapter):
-            self.local = True
-            print(visible(f"engine: {self.url} takes no adapter ({self.why}); the trained policy is sampled here"))
+        entry = listed.get(name or "", {})
+        most = entry.get("max_model_len")
+        if most and most < self.context:
+            raise UserError(f"engine: {self.url} takes {most} tokens, context is {self.context}: start it with more (vLLM: "
+                            f"--max-model-len {self.context}; SGLang: --context-length), or lower context=")
+        return dict(model=name or path), str(entry.get("owned_by") or "a server")
 
-    def _understands(self, dialect: int) -> bool:
+    def _understands(self, dialect: Dialect) -> bool:
         try:
-            self._call("/completions", self._body(dialect, self.chat.first("", "hello"), 1, 0.0, 0))
+            choice_of(self._call("/completions", self.model | dialect.body(self.chat.first("", "hello"), 1, 0.0, 0)))
             return True
         except Refused as error:
             self.why = error
             return False
 
+    def _take(self, folder: Path) -> bool:
+        """Hand an adapter over; False if the server takes none."""
+        if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
+            self.why = Refused(200, "DoRA")              # which vLLM says itself, and others may not
+            return False
+        body, errors = dict(lora_name=folder.name, lora_path=str(folder.resolve())), []
+        for root, asked_by in ((self.url, dict(model=folder.name)),                                  # vLLM
+                               (self._root(), dict(self.model, lora_path=folder.name))):             # SGLang
+            try:
+                self._call("/load_lora_adapter", body, root)
+            except Refused as error:
+                if "already" not in str(error):          # loaded by the run that this one goes on from
+                    errors.append(error)
+                    continue
+            self.model, self.lora_root = asked_by, root
+            return True
+        self.why = next((error for error in errors if error.code != 404), errors[0])
+        return False
+
+    def _leave(self) -> None:
+        """All is sampled: the server may forget the adapter, and sleep."""
+        if self.adapter and not self.local and ranks.world() == 1:     # of several processes, others still sample
+            try:
+                self._call("/unload_lora_adapter", dict(lora_name=self.adapter.name), self.lora_root)
+            except (Refused, UserError):
+                pass                                     # nothing that is sampled depends on it
+            self.dialect = None
+        if self.cfg.engine_sleep:
+            self._rest("/sleep?level=1")
+            self.dialect = None
+
+    def _rest(self, route: str) -> None:
+        """vLLM's sleep: its weights and cache leave the card while this side trains on it."""
+        if ranks.world() > 1:
+            raise UserError("engine_sleep: one process of several cannot send the server to sleep; set processes=1")
+        try:
+            self._call(route, dict(level=1), self._root())
+        except Refused as error:
+            raise UserError(f"engine_sleep: {self.url} does not know {route} ({error}); start vLLM with --enable-sleep-mode "
+                            f"and VLLM_SERVER_DEV_MODE=1, or set engine_sleep=false") from None
+
+    def _root(self) -> str:
+        return self.url.removesuffix("/v1")
+
+    # ---------------------------------------------------------------------------------------------------- one request
     def _call(self, route: str, body: dict | None = None, root: str = "") -> Any:
-        """The server's answer. What may pass is tried again for cfg.engine_patience seconds, then UserError."""
+        """The server's answer. What may pass is tried again for cfg.engine_patience seconds, then UserError; a 500,
+        which may be about this request alone, three times, then Refused."""
         key = os.environ.get("OPENAI_API_KEY")
         request = urllib.request.Request(
             (root or self.url) + route, json.dumps(body).encode() if body else None,
             {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}))
-        pause, until = 0.5, 0.0
+        pause, until, failed = 0.5, 0.0, 0
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=self.cfg.engine_timeout) as answer:
                     text = answer.read().decode()
-                return json.loads(text) if text.startswith(("{", "[")) else {"text": text}
+                return json.loads(text) if text.startswith(("{", "[")) else {"text": text} if text else {}
             except urllib.error.HTTPError as error:
-                why = f"{error.code} {error.read()[:300].decode(errors='replace')}"
-                if body is None or error.code < 500 and error.code not in (408, 429):
-                    raise Refused(why) from None
+                code, why = error.code, error.read()[:300].decode(errors="replace")
+                if code in (401, 403):
+                    raise UserError(f"engine: {self.url} " + (f"does not take the key in OPENAI_API_KEY ({code} {why})" if key else
+                                    f"wants a key ({code} {why}); set OPENAI_API_KEY to the one it was started with")) from None
+                failed += code in (500, 501)
+                if body is None or code < 500 and code not in (408, 425, 429) or failed == (1 if "lora" in route else 3):
+                    raise Refused(code, why) from None
+                why = f"{code} {why}"
             except (OSError, http.client.HTTPException, ValueError) as error:     # gone, or cut off in between
                 why = str(getattr(error, "reason", error))
             until = until or time.monotonic() + self.cfg.engine_patience          # from the first failure on
             if self.closed or time.monotonic() >= until:
-                raise UserError(f"engine: {self.url} does not answer ({why}); nothing is lost: start the server "
-                                f"and run the same command again")
-            time.sleep(min(pause * random.uniform(0.5, 1.0), until - time.monotonic()))   # not all at once
+                raise self._gone(why)
+            time.sleep(max(0.0, min(pause * random.uniform(0.5, 1.0), until - time.monotonic())))   # not all at once
             pause = min(2 * pause, 10.0)
 
-    def _body(self, dialect: int, ids: list[int], max_new: int, temperature: float, seed: int) -> dict:
-        """A request as the server takes it: 0 vLLM, SGLang; 1 transformers; 2 the least that all know. A model's own
-        defaults (top_k 20 and so on) are switched off: what is sampled from is pi."""
-        plain = dict(self.model, max_tokens=max_new, temperature=temperature, top_p=1.0, seed=seed)
-        if dialect == 0:
-            return dict(plain, prompt=ids, top_k=-1, min_p=0.0, repetition_penalty=1.0,
-                        stop_token_ids=sorted(self.chat.stop), return_token_ids=True)
-        text = self.chat.tokenizer.decode(ids)
-        if self.chat.tokenizer("").input_ids:            # the server puts it there, too
-            text = text.removeprefix(self.chat.tokenizer.bos_token or "")
-        self.retold += self.chat.tokenizer(text).input_ids != ids
-        if dialect == 2:
-            return dict(plain, prompt=text)
-        draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
-        return dict(plain, prompt=text, generation_config=json.dumps(dict(
-            draw, max_new_tokens=max_new, eos_token_id=sorted(self.chat.stop),
-            pad_token_id=self.chat.tokenizer.pad_token_id)))
+    def _gone(self, why: object) -> UserError:
+        return UserError(f"engine: {self.url} does not answer ({why}); nothing is lost: start the server and run the same "
+                         f"command again")
 
-    def _reply(self, answer: Future, max_new: int) -> list[int]:
-        """The ids of what the server said; the end of a turn is there if it came to one."""
+    def _complete(self, body: dict) -> dict:
+        """The answer to a completion; Refused, if it is refused twice while others are answered."""
         try:
-            choice = answer.result()["choices"][0]
-            reply, why = choice.get("token_ids"), choice.get("finish_reason")
-            text = "" if reply is not None else choice["text"]
-            drawn = (answer.result().get("usage") or {}).get("completion_tokens", 0)
-        except (Refused, LookupError, TypeError, AttributeError) as error:
-            said = error if isinstance(error, Refused) else str(answer.result())[:300]
-            raise UserError(f"engine: {self.url} refused a request: {said}") from None
-        if why not in ("stop", "length", None):          # abort, error, content_filter: no sample of pi
-            raise UserError(f"engine: {self.url} broke a reply off ({why}); the same command goes on from here")
-        if reply is None:
-            reply = self.chat.ids(text, behind=self.chat.user_to_reply)[:max_new]
-            ended = why == "stop" or self.dialect == 1 and len(reply) == drawn - 1      # it says length for both
-            reply = [*reply, self.chat.end] if ended else reply
-        elif why == "stop" and not (reply and reply[-1] in self.chat.stop):
-            reply = [*reply, self.chat.end]
-        self.told += 1
-        self.sampled += len(reply)
-        self.retold += choice.get("token_ids") is None and drawn not in (0, len(reply), len(reply) - 1)
-        return reply or [self.chat.end]
+            answer = self._call("/completions", self.model | body)
+            choice_of(answer)
+        except Refused as error:
+            self._reassure(error)
+            answer = self._call("/completions", self.model | body)
+            choice_of(answer)
+        return answer
 
-    def _take(self, name: str, folder: Path) -> bool:
-        """Hand an adapter over; False if the server takes none."""
-        if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
-            self.why = Refused("DoRA")                   # which vLLM says itself, and others may not
-            return False
-        body = dict(lora_name=name, lora_path=str(folder.resolve()))
-        for root, asked_by in ((self.url, dict(model=name)),                                         # vLLM
-                               (self.url.removesuffix("/v1"), dict(self.model, lora_path=name))):    # SGLang
+    def _reassure(self, why: Refused) -> None:
+        """A request was refused: for its own sake, if a plain one is answered. A server that was started anew has
+        forgotten the adapter and gets it again. Else it is the server, and the run ends."""
+        with self.lock:
+            until = time.monotonic() + self.cfg.engine_patience
+            while not self._understands(self.dialect):
+                if self.adapter and self._take(self.adapter) and self._understands(self.dialect):
+                    return
+                if self.why.code not in (500, 501):
+                    raise UserError(f"engine: {self.url} refused a request: {why}")
+                if self.closed or time.monotonic() >= until:
+                    raise self._gone(self.why)
+                time.sleep(0.5)
+
+    def ask(self, ids: list[int], max_new: int, temperature: float, seed: int, **more: Any) -> Asked:
+        """A reply to a context, asked for in a thread that does not keep the program from ending."""
+        body = self.dialect.body(ids, max_new, temperature, seed) | more
+        asked = Asked(self.dialect.told(ids), max_new)
+
+        def ask() -> None:
             try:
-                self._call("/load_lora_adapter", body, root)
-            except Refused as error:
-                self.why = error
-                if "already" not in str(error):          # loaded by the run that this one goes on from
-                    continue
-            self.model = asked_by
-            return True
-        return False
+                asked.set_result(self._complete(body))
+            except BaseException as error:
+                asked.set_exception(error)
+        threading.Thread(target=ask, daemon=True).start()
+        return asked
 
+    def _reply(self, asked: Any) -> Reply | None:
+        """The ids of what the server said, the end of a turn among them if it came to one; None if it refused twice."""
+        try:
+            answer = self.dialect.read(asked.result(), asked.prompt, asked.max_new)
+        except Refused as error:
+            self.ended, self.why = self.ended + 1, error
+            return None
+        self.told += 1
+        self.sampled += len(answer.ids)
+        self.retold += not answer.exact
+        reply = Reply(answer.ids)
+        reply.logp = answer.logp if len(answer.logp) == len(reply) else []
+        return reply
+
+    # ------------------------------------------------------------------------------------------------------- the loop
     def run(self, queue: deque[Job]) -> Iterator[Job]:
         """As Engine.run: up to cfg.slots requests at a time."""
         waiting: dict[Future, Job] = {}
@@ -189,19 +269,27 @@ class Server:
                     job = waiting.pop(future)
                     if self._send(job, future, waiting):
                         yield job
+            if self.dialect:
+                self._leave()
         finally:
             self.closed = True
             for job in waiting.values():
                 job.episode.close()
-            if self.retold:
-                print(f"engine: {self.retold} of {self.told} messages changed their ids on the way through text",
-                      file=sys.stderr)
+            self._say()
+
+    def _say(self) -> None:
+        if self.retold:
+            print(f"engine: {self.retold} of {self.told} messages changed their ids on the way through text",
+                  file=sys.stderr)
+        if self.ended:
+            print(visible(f"engine: {self.url} refused a request twice ({self.why}), and others not: {self.ended} times; each "
+                          f"ended its episode, as if there were no room"), file=sys.stderr)
 
     def _send(self, job: Job, future: Future | None, waiting: dict) -> bool:
         """Let the episode go on until it asks the server or its world; True when it has ended."""
         try:
             if future and not job.waits_for:
-                ask: Any = job.episode.send(self._reply(future, job.max_new))
+                ask: Any = job.episode.send(self._reply(future))
             elif future and (error := future.exception()):
                 ask = job.episode.throw(error)
             else:
@@ -213,23 +301,16 @@ class Server:
             return True
         job.waits_for = ask if isinstance(ask, Future) else None
         if isinstance(ask, Ask):
+            if not self.checked:
+                self.checked = True
+                agreement.check(self, ask.context)
             heat = self.temperature if ask.temperature is None else ask.temperature
-            job.max_new = ask.max_new
-            ask = self._later(self._body(self.dialect, ask.context, ask.max_new, heat, job.rng.getrandbits(31)))
+            more = dict(logprobs=0) if getattr(self.cfg, "grpo_truncate", 0) and self.dialect.number == 0 else {}
+            asked = self.ask(ask.context, ask.max_new, heat, job.rng.getrandbits(31), **more)
+            self.retold += asked.prompt != ask.context
+            ask = asked
         waiting[ask] = job
         return False
-
-    def _later(self, body: dict) -> Future:
-        """The answer to a completion, asked for in a thread that does not keep the program from ending."""
-        future: Future = Future()
-
-        def ask() -> None:
-            try:
-                future.set_result(self._call("/completions", body))
-            except BaseException as error:
-                future.set_exception(error)
-        threading.Thread(target=ask, daemon=True).start()
-        return future
 
     def drop(self, family: str | None = None) -> None:
         self.here.drop(family)                           # the server keeps what it likes

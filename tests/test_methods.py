@@ -18,7 +18,7 @@ from lora import add_lora, lora_parameters
 from methods import ace, early_experience, grpo, rft
 from methods import rollouts as shared
 from methods.early_experience import alternatives, foreseen, reasoned
-from methods.grpo import advantages, grpo_loss, with_old
+from methods.grpo import advantages, grpo_loss, numbered, with_mu, with_old
 from methods.rollouts import budget, rollouts, successes, taken
 from methods.stage1 import CONTENDERS, contend, run_contenders, table
 from packing import Segment, pack, packed_nll, rows_of, token_logp
@@ -328,6 +328,29 @@ class Door(Quest):
         outcome.success = outcome.done = action.startswith("take")
         return outcome
 '''
+
+
+def test_a_server_s_tokens_weigh_pi_old_over_mu_cut_off(own_tiny, settings):
+    """Two rollouts; of the first's second action the server says mu, of the others nothing."""
+    model, chat = own_tiny
+    add_lora(model, 4, 8, seed=0)
+    tree, cfg = group_of([True, False]), settings("method=grpo")
+    for turn in tree.turns:
+        turn.obs_ids, turn.action_ids = chat.first(Quest.rules, "step 1"), chat.ids("go attic") + [chat.end]
+    weights = numbered([advantages(tree, cfg)] * 2, [tree] * 2)
+    rows = [with_old(Policy(model, chat, cfg), pack(group)) for group in rows_of([tree] * 2, weights, 4096)]
+    (plain,), figures = with_mu(rows, [[]] * 8, 2.0)
+    assert figures == {} and plain.weights.shape[1] == 3
+    (row,) = rows
+    mine = row.weights[:, 3] == 5                                      # the second tree's turn 1
+    old, mu = row.weights[mine, 1], [[]] * 8
+    mu[5] = (old + torch.tensor([0.5, -0.1, -3.0])).tolist()
+    (weighed,), figures = with_mu(rows, mu, 2.0)
+    w = weighed.weights[:, 0] / plain.weights[:, 0]
+    assert w[mine].tolist() == pytest.approx([math.exp(-0.5), math.exp(0.1), 2.0], rel=1e-4)
+    assert (w[~mine] == 1).all() and (weighed.weights[:, 1:] == plain.weights[:, 1:]).all()
+    assert figures == dict(mismatch=pytest.approx(1.2, abs=1e-4), truncated=pytest.approx(1 / 3))
+    assert (with_mu(rows, mu, 0.0)[0][0].weights == plain.weights).all()
 
 
 def test_grpo_raises_the_reward_of_what_is_rewarded(own_tiny, settings, tmp_path):

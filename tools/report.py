@@ -135,7 +135,7 @@ MADE = {"command": str, "date": str, "today?": str, "continued": list, "made_by?
 RECORDS: dict[str, tuple[Any, ...]] = {              # file: what a line holds (a "?": may lack), and what names it
     "trees.jsonl": (Branch, "round", "task", "name"),
     "samples.jsonl": ({"policy": str, "weights": str, "task": str, "sample": int, "difficulty": str, "success": bool,
-                       "score": float, "turns": int, "refused": int, "tokens": int}, "policy", "task", "sample"),
+                       "score": float, "turns": int, "refused": int, "tokens": int, "drawn_by?": str}, "policy", "task", "sample"),
     "alternatives.jsonl": (dict(task=str, turn=int, tried=dict, why=list[int], steps=int, replayed=int, tokens=int),
                            "task", "turn"),
     "stage1.jsonl": (dict(method=str, task=str, solved=bool, wins=int, attempts=int, steps=int, tokens=int),
@@ -150,7 +150,7 @@ def odd(value: Any, kind: Any, at: str = "") -> str:
         hints, optional = get_type_hints(kind), {own.name for own in fields(kind) if own.default is not MISSING
                                                  or own.default_factory is not MISSING}
         kind = {name + "?" * (name in optional): hint for name, hint in hints.items()}
-        kind |= {"round": int, "made_by?": str} if at == "" else {}
+        kind |= {"round": int, "made_by?": str, "drawn_by?": str} if at == "" else {}
         others = [name for name in value if not {name, f"{name}?"} & set(kind)] if isinstance(value, dict) else []
         if others:
             return f"{at or 'it'} holds {short(others[0])}, which is no field here"
@@ -254,7 +254,8 @@ def weights(model: str) -> Iterator[str]:
 
 def settle(run: Run) -> None:
     """Before anything is sampled: are the files that the run goes on with, or starts from, of its own model and world,
-    and is there room in its settings? Names the makers in run.json and in the records of trees.jsonl."""
+    and is there room in its settings? Names the makers in run.json and in the records of trees.jsonl, and has these and
+    those of samples.jsonl say what drew them."""
     own, path = makers(run), run.folder.path / "run.json"
     said = ", ".join(f"{part} {digest}" for part, digest in own.items())
     if ranks.rank() == 0:
@@ -266,6 +267,9 @@ def settle(run: Run) -> None:
     store = run.store("trees.jsonl")
     check_trees(run, store.path, store.records, said)
     store.stamp = dict(made_by=said)
+    for store in (store, run.store("samples.jsonl")):
+        check_drawn(run, store.path, store.records)
+        store.drawn = run.policy.drawn
     if run.train_tasks and run.cfg.trees and run.cfg.method == "leafe":
         path = Path(run.cfg.trees) / "trees.jsonl"
         records = list(read_jsonl(path))
@@ -297,6 +301,25 @@ def check_trees(run: Run, path: Path, records: list[dict], said: str) -> None:
             if not ids or max(ids) >= most:
                 raise UserError(f"trees: {path}: attempt {record['name']} of {record['task']} holds no ids, or some "
                                 f"beyond the model's {most} tokens; restore the file, or explore anew")
+
+
+def precision(model: Any) -> str:
+    """In what a model's linear layers compute here: nf4, or the dtype of its weights."""
+    if any(type(layer).__name__ == "Linear4bit" for layer in model.modules()):
+        return "nf4"
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return dict(float32="fp32", bfloat16="bf16", float16="fp16").get(dtype, dtype)
+
+
+def check_drawn(run: Run, path: Path, records: list[dict]) -> None:
+    """A run that goes on with another engine, or in another precision, says so; each record says by what it was drawn."""
+    own = precision(run.policy.model)
+    now = f" at {run.cfg.engine}, trained in {own}" if run.cfg.engine else own
+    before = Counter(record["drawn_by"] for record in records if "drawn_by" in record)
+    for other, count in before.items():
+        if other != now and not (run.cfg.engine and other.endswith(now)):
+            once(f"note: {path}: {count} records were drawn by {other}; what is still missing will be by"
+                 f"{now if run.cfg.engine else ' ' + now}, and each record says by which (drawn_by)")
 
 
 def check_room(run: Run) -> None:
