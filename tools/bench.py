@@ -9,6 +9,7 @@
     python -m tools.bench run preset=smoke         whole runs as one process and as two: time, memory, results
     python -m tools.bench neighbours tasks=48      exploration beside busy programs, which take the cores from it
     python -m tools.bench waiting world_ms=50      model and worlds in processes of their own, that wait for each other
+    python -m tools.bench engines preset=smoke engine=http://localhost:8000/v1   a server's trees and samples beside ours
 
 Its own keys are episodes=, repetitions= and contenders= (abcd); of run and neighbours processes= (1,2: the first is
 the base; null is one a core); of neighbours tasks= and loops= (2,4: so many busy programs); of waiting world_ms=. Any
@@ -40,7 +41,7 @@ from leafe import Attempt, Branch, Tree, episode, explore, read_trees, targets
 from lora import add_lora, checks, load_model, loading, lora_layers, lora_parameters
 from packing import Segment, length, pack, packed_nll, rows_of, segments
 from run import Policy, Run, RunFolder, pick_tasks, read_jsonl, write_aside
-from tools import bench_runs
+from tools import bench_engines, bench_runs
 from tools.bench_memory import conversations, growing, stored
 from tools.bench_worlds import Talk, words
 from tools.machine import machine, peak, seconds
@@ -422,11 +423,12 @@ def show(what: str, found: dict) -> str:
 
 
 WHOLE = dict(run=(bench_runs.whole_runs, bench_runs.show_runs), waiting=(bench_runs.waiting, bench_runs.show_waiting),
-             neighbours=(bench_runs.neighbours, bench_runs.show_neighbours))
+             neighbours=(bench_runs.neighbours, bench_runs.show_neighbours),
+             engines=(bench_engines.engines, bench_engines.show_engines))
 JOBS = dict(rollout=rollout, train=training, memory=memory, gpu=gpu, **{name: job for name, (job, _) in WHOLE.items()})
 DEFAULTS = dict(rollout=["temperature=0"], train=["train_tasks=64"], memory=["slots=128"],
                 gpu=["model=7b", "temperature=0", "slots=32", "lora_rank=16", "snapshot_mb=8192"],
-                run=["repetitions=2"], neighbours=["repetitions=1", "processes=null,1"], waiting=[])
+                run=["repetitions=2"], neighbours=["repetitions=1", "processes=null,1"], waiting=[], engines=[])
 
 
 def parted(args: list[str]) -> tuple[dict[str, Any], list[str]]:
