@@ -114,6 +114,8 @@ def kind_of(key: str, shipped_value: Any) -> Any:
     """What a key's value must be: what its shipped value is. A key that ships as null takes a whole number, too."""
     if shipped_value is None:
         return bool | None if key == "load_in_4bit" else int | None
+    if key == "slots":
+        return int | None
     if isinstance(shipped_value, list):
         return list[type(shipped_value[0]) if shipped_value else int]      # type: ignore[misc]
     return type(shipped_value)

@@ -139,7 +139,8 @@ def main(args: list[str]) -> None:
         raise UserError(f"usage: python eval.py {args[0]} out/run{' out/other' if args[0] == 'compare' else ''}")
     else:
         cfg = load_config(args)
-        refuse(cfg, init="is what train.py starts from; eval.py samples with adapter=",
+        refuse(cfg, plan="is what train.py prints, for sampling too",
+               init="is what train.py starts from; eval.py samples with adapter=",
                warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
         ranks.start(cfg.processes)
         run = open_run(cfg, cfg.adapter, training=False)

@@ -64,6 +64,23 @@ def find_model(name: str) -> str:
     return name
 
 
+def hub_fix(path: str) -> str:
+    """What to do where a model cannot be read."""
+    return (f"a local folder works offline; `hf download {path}` fetches it" if is_hub_name(path) else
+            "copy or download all of it again")
+
+
+def read_config(name: str, path: str, context: int) -> Any:
+    """What config.json says of a model."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)           # nor ask whether to
+    text = config.get_text_config()
+    if (most := files().most_tokens(text, context)) < context:
+        raise UserError(f"context: {context} is more than the {most} tokens of {name}; lower context=")
+    if getattr(text, "attn_logit_softcapping", None):                    # which sdpa leaves out
+        config._attn_implementation = "eager"
+    return config
+
+
 def load_model(name: str, load_in_4bit: bool | None, context: int):
     """(model, tokenizer). load_in_4bit None: on a GPU yes, on a CPU no (fp32 is faster, more exact there)."""
     path = find_model(name)
@@ -71,16 +88,10 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transformers.logging.set_verbosity_error()           # what they would warn of ends the run here
     huggingface_hub.logging.set_verbosity_error()
-    hub = f"a local folder works offline; `hf download {name}` fetches it"
-    with files().reading("model: ", Path(path), hub if is_hub_name(path) else "copy or download all of it again"):
+    with files().reading("model: ", Path(path), hub_fix(path)):
         if Path(path).is_dir():
             files().check_folder(Path(path))
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)       # nor ask whether to
-        text = config.get_text_config()
-        if (most := files().most_tokens(text, context)) < context:
-            raise UserError(f"context: {context} is more than the {most} tokens of {name}; lower context=")
-        if getattr(text, "attn_logit_softcapping", None):                # which sdpa leaves out
-            config._attn_implementation = "eager"
+        config = read_config(name, path, context)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         four = load_in_4bit if load_in_4bit is not None else device == "cuda"
         model = loading().load(path, config, four, dtype, device)

@@ -32,7 +32,7 @@ REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, a
          "<action>one action</action>")          # behind the rules, with react: true
 PLAYBOOK = "\nwhat earlier episodes taught:\n"   # behind the rules, then a lesson a line (methods/ace.py)
 NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_sleep", "engine_timeout", "env_timeout", "processes", "slots",
-                       "workers", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds",
+                       "plan", "workers", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds",
                        "test_tasks", "samples", "split", "adapter", "playbook"}
 
 
@@ -50,6 +50,7 @@ class Policy:
         """`key`: where the user named the adapter that it begins with, init or adapter."""
         if adapter:
             adapters().read_config(f"{key}: ", Path(adapter))          # before minutes go into loading a large model
+        plans().say(cfg)
         model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
         policy = Policy(model, Chat(tokenizer, cfg.thinking, report_file().today(cfg)), cfg)
         if adapter:
@@ -61,6 +62,8 @@ class Policy:
         """What samples from the policy as it is now: the forking engine, the general one where the model cannot fork, or
         a server (cfg.engine), whose door this is."""
         cfg = self.cfg
+        if cfg.slots is None:
+            cfg = cfg.but(slots=plans().slots_of(self.model, cfg))
         if not torch.cuda.is_available():              # one memory for all ranks
             cfg = cfg.but(slots=ranks.part(cfg.slots), snapshot_mb=ranks.part(cfg.snapshot_mb))
         if env_class(cfg.env).apart:
@@ -301,6 +304,12 @@ class RunFolder:
         finally:
             if ranks.rank() == 0:
                 write_aside(self.path / "seconds.json", json.dumps(round(before + time.time() - began, 1)))
+
+
+def plans() -> ModuleType:
+    """The door of models/plan.py: what a run takes of a card, from the model's config alone."""
+    from models import plan
+    return plan
 
 
 def report_file() -> ModuleType:

@@ -3,6 +3,7 @@
     python train.py config.yaml                       about six minutes on two CPU cores with the embedded model
     python train.py config.yaml preset=smoke          seconds; to see that all of it runs
     python train.py config.yaml method=grpo trees=out/quest out=out/grpo   a baseline, with that run's budget of steps
+    python train.py config.yaml preset=qwen7b plan=true                    what it will take of a card, and nothing else
     python train.py config.yaml method=compare out=out/compare             all methods, on all cfg.seeds
 
 Any key of config.yaml goes on the command line as key=value; each is explained there. A method is a file with
@@ -39,7 +40,7 @@ from eval import sample
 from leafe import Targets, Tree, explore, read_trees, targets
 from lora import aside, files, finite
 from packing import Batch, Packed, Weights, packed_nll, training_rows
-from run import Run, open_run, read_jsonl, report_file, write_aside
+from run import Run, open_run, plans, read_jsonl, report_file, write_aside
 
 
 # ------------------------------------------------------------------------------------------------- one round of LEAFE
@@ -281,6 +282,9 @@ def whole_run(cfg: Config) -> None:
 
 def main(args: list[str]) -> None:
     cfg = load_config(args)
+    if cfg.plan:
+        print(visible("\n".join(plans().lines_of(cfg))))
+        return
     ranks.start(cfg.processes)
     method = method_file(cfg.method)
     if hasattr(method, "several_runs"):                # compare: every method, each a run of its own

@@ -27,6 +27,7 @@ import ranks
 from config import UserError, installed, load_config, visible
 from engine import Ask, Engine, Episode, Job, common_prefix
 from models import card
+from models.plan import numbers_a_token
 from packing import Segment
 from run import Policy
 
@@ -312,20 +313,11 @@ def main(args: list[str]) -> None:
     policy = Policy.open(cfg, cfg.init or cfg.adapter, "init" if cfg.init else "adapter")
     judge = judge_of(policy)
     found = sampling(judge) | training(judge)
-    print(visible("\n".join(card.lines_of(policy, found, bytes_a_token(judge)))))
+    print(visible("\n".join(card.lines_of(policy, found, token_of(judge)))))
 
 
-def bytes_a_token(judge: Judge) -> float:
-    """Of keys and values, in 16 bits, none of them forgotten behind a window: so the engine holds them. States that do
-    not grow are shared among context= tokens."""
-    ids, context = judge.talks[0], judge.policy.cfg.context
-    table = judge.policy.model.get_input_embeddings().weight
-    with torch.no_grad():
-        kept = judge.policy.model(input_ids=torch.tensor([ids], device=table.device), use_cache=True)
-    total = 0.0
-    for layer in getattr(kept.get("past_key_values", kept.get("cache")), "layers", []):
-        for name, parts in vars(layer).items():
-            for value in parts.values() if isinstance(parts, dict) else [parts]:             # states come in dicts
-                if isinstance(value, torch.Tensor) and value.numel() > 1:
-                    total += 2 * value.numel() / (value.shape[-2] if name in ("keys", "values") else context)
-    return total
+def token_of(judge: Judge) -> float:
+    """Numbers that a token has in the cache."""
+    model = judge.policy.model
+    ids = torch.tensor([judge.talks[0]], device=model.get_input_embeddings().weight.device)
+    return numbers_a_token(model, ids, judge.policy.cfg.context)

@@ -13,8 +13,8 @@ import ranks
 from config import UserError
 from conftest import ROOT, family, shake
 from lora import add_lora, load_model, lora_layers
-from models import card
-from models.check import bytes_a_token, check, conversations, drift, main, mean, own_answers, sampled
+from models import card, plan
+from models.check import check, conversations, drift, main, mean, own_answers, sampled, token_of
 from run import Policy
 from tools.families import tiny_config, tiny_model
 
@@ -211,24 +211,24 @@ def test_the_command_prints_figures_coverage_turns_and_what_fits(monkeypatch, ca
             main(args)
 
 
-@pytest.mark.parametrize("name, size", [("gemma3_text", lambda text: 4 * text.num_hidden_layers * text.num_key_value_heads *
+@pytest.mark.parametrize("name, size", [("gemma3_text", lambda text: 2 * text.num_hidden_layers * text.num_key_value_heads *
                                                                       text.head_dim),
                                         ("mamba", None)])
-def test_a_token_s_bytes_forget_nothing_behind_a_window_and_states_are_shared_among_all(name, size):
+def test_a_token_s_numbers_forget_nothing_behind_a_window_and_states_are_shared_among_all(name, size):
     model = tiny_model(name)
     judge = SimpleNamespace(talks=[list(range(10, 34))], policy=SimpleNamespace(model=model, cfg=SimpleNamespace(context=64)))
-    taken = bytes_a_token(judge)
+    taken = token_of(judge)
     assert taken == size(model.config) if size else taken > 0
     judge.policy.cfg.context = 128
-    assert bytes_a_token(judge) == (taken if size else pytest.approx(taken / 2))
+    assert token_of(judge) == (taken if size else pytest.approx(taken / 2))
 
 
 def test_what_the_command_says_of_an_adapter_is_that_adapter_s(settings):
     policy = Policy.open(settings("model=tiny", "lora_rank=2"), "", "init")
-    told = card.sizes_of(policy, 8).adapter
+    told = plan.measured(policy.model, policy.cfg).adapter
     assert "LoRA: 100 % of the linear layers" in card.lines_of(policy, {}, 8)
     policy.parameters()
-    assert card.sizes_of(policy, 8).adapter == told
+    assert plan.measured(policy.model, policy.cfg).adapter == told
     assert f"LoRA: the adapter's {len(lora_layers(policy.model))} layers" in card.lines_of(policy, {}, 8)
 
 
@@ -238,7 +238,7 @@ def test_what_fits_is_what_a_7b_is_known_to_take(settings):
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
                                              num_attention_heads=28, num_key_value_heads=4))
     policy = SimpleNamespace(model=model, cfg=settings("lora_rank=16", "context=1024", "snapshot_mb=1024", "slots=48"))
-    sizes = card.sizes_of(policy, 57344)
-    assert sizes.four == pytest.approx(5.55e9, rel=0.02) and sizes.adapter == pytest.approx(0.65e9, rel=0.02)
-    fits = [card.conversations_on(gb, sizes.four, sizes, policy) for gb in card.CARDS]
-    assert fits[0] == "-" and 150 < int(fits[2]) < 250 and card.conversations_on(16, sizes.sixteen, sizes, policy) == "-"
+    sizes = plan.plan_of(plan.measured(model, policy.cfg), policy.cfg, plan.Place(cuda=True), 48)
+    assert sizes.weights == pytest.approx(5.55e9, rel=0.02) and sizes.learned == pytest.approx(0.65e9, rel=0.02)
+    fits = [card.conversations_on(gb, policy, True, 28672) for gb in plan.CARDS]
+    assert fits[0] == "1" and 150 < int(fits[2]) < 250 and card.conversations_on(16, policy, False, 28672) == "-"

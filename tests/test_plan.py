@@ -1,0 +1,259 @@
+"""The plan: what it says a run takes, against what is measured and against what was counted of our own code at 7B shapes."""
+import json
+
+import pytest
+import torch
+
+import programs
+import train
+from config import SHIPPED, UserError, load_config
+from conftest import ROOT
+from models import plan
+from models.plan import Place, changes, fitting, plan_of, row_of, shape_of, work_of
+from run import Policy
+
+GIB = 2**30
+QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=152064, max_position_embeddings=32768)
+QWEN3 = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=151936, max_position_embeddings=40960,
+             head_dim=128, num_key_value_heads=8)
+LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=128256, max_position_embeddings=131072,
+             num_key_value_heads=8)
+
+
+def sizes(hidden, wide, layers, heads, tied=False):
+    return dict(hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,
+                tie_word_embeddings=tied)
+
+
+HUB = {                                  # the shapes in these models' config.json
+    "Qwen/Qwen3-1.7B": QWEN3 | sizes(2048, 6144, 28, 16, tied=True),
+    "Qwen/Qwen3-4B": QWEN3 | sizes(2560, 9728, 36, 32, tied=True),
+    "Qwen/Qwen3-8B": QWEN3 | sizes(4096, 12288, 36, 32),
+    "Qwen/Qwen2.5-7B-Instruct": QWEN2 | sizes(3584, 18944, 28, 28) | dict(num_key_value_heads=4),
+    "Qwen/Qwen2.5-14B-Instruct": QWEN2 | sizes(5120, 13824, 48, 40) | dict(num_key_value_heads=8),
+    "meta-llama/Llama-3.1-8B-Instruct": LLAMA | sizes(4096, 14336, 32, 32)}
+CARD = {"8gb": 8, "16gb": 16, "qwen7b": 24, "llama8b": 24, "qwen3": 24, "paper": 24, "48gb": 48, "80gb": 80}      # GB
+ROOM = {name: gb * 1e9 * (1 - plan.KEPT_FREE) for name, gb in CARD.items()}
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    """(cfg, shape) of a preset, its model a folder that holds config.json alone."""
+    kept = {}
+
+    def read(name, *args):
+        cfg = load_config([str(SHIPPED), f"preset={name}", *args])
+        folder = tmp_path_factory.getbasetemp() / "shapes" / cfg.model
+        if cfg.model not in kept:
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps(HUB[cfg.model]))
+            kept[cfg.model] = shape_of(cfg.but(model=str(folder)))
+        return cfg.but(model=str(folder)), kept[cfg.model]
+    return read
+
+
+# ------------------------------------------------------------------------------------ against a process that is measured
+MEASURE = """
+import ctypes, json, random, sys
+from collections import deque
+sys.path.insert(0, sys.argv[1])
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from config import load_config
+from engine import Ask, Engine, Job
+from lora import add_lora, lora_parameters
+from models.plan import Place, measured, plan_of
+from packing import Segment, pack, packed_nll
+from tools.bench import SHAPES
+from tools.machine import peak
+from train import recomputing
+
+ctypes.CDLL(None).mallopt(-3, 2**16)              # M_MMAP_THRESHOLD: or glibc keeps much of what was freed
+what, shape = sys.argv[2], SHAPES["135m"]
+shape.num_hidden_layers = 8                       # of 30: for time
+cfg = load_config([sys.argv[1] + "/config.yaml", "context=384", "row_tokens=1024", "slots=8", "snapshot_mb=32",
+                   f"gradient_checkpointing={what == 'recomputed'}"])
+
+
+def told(n):
+    yield Ask([n * 16 + i for i in range(cfg.context - 8)], 4)
+
+
+def adapted(shape):
+    model = LlamaForCausalLM(shape).eval().requires_grad_(False)
+    add_lora(model, cfg.lora_rank, cfg.lora_alpha, 0)
+    for layer in model.modules():
+        if hasattr(layer, "lora_B"):
+            layer.lora_B.data += 0.01             # or it would be passed by
+    return model
+
+
+def work(model, cfg):
+    if what == "sampling":
+        engine = Engine(model, set(), cfg)
+        jobs = deque(Job(told(n), random.Random(n), str(n)) for n in range(2 * cfg.slots))
+        assert len(list(engine.run(jobs))) == 2 * cfg.slots
+        return
+    ids = random.Random(0).choices(range(400), k=cfg.row_tokens)
+    row = pack([[Segment(ids, [(1.0,)] * len(ids), None)]])
+    optimizer = torch.optim.AdamW(lora_parameters(model))
+    with recomputing(model, cfg.gradient_checkpointing):
+        packed_nll(model, [row]).sum().backward()
+    optimizer.step()
+
+
+small = LlamaConfig(vocab_size=10000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
+work(adapted(small), cfg.but(slots=1, row_tokens=32))            # what the libraries themselves take is there before
+model = adapted(shape)
+there = sum(value.nbytes for value in model.parameters())
+plan = plan_of(measured(model, cfg), cfg, Place(cuda=False, number=4), cfg.slots)
+assert there == plan.weights + plan.adapter
+most = peak(lambda: work(model, cfg)) * 2**20
+print(json.dumps([most, (plan.sampling if what == "sampling" else plan.training) - there]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["sampling", "plain", "recomputed"])
+def test_the_plan_of_a_135m_shape_is_what_a_process_takes_beside_the_weights(what, tmp_path):
+    (tmp_path / "measure.py").write_text(MEASURE)
+    done = programs.run([str(tmp_path / "measure.py"), str(ROOT), what])
+    assert done.returncode == 0, done.stderr
+    taken, planned = json.loads(done.stdout)
+    assert planned == pytest.approx(taken, rel=0.15), f"{planned / 1e6:.0f} MB planned, {taken / 1e6:.0f} taken"
+
+
+# --------------------------------------------------------------- against what was counted of our code, operation by operation
+def test_a_prefill_is_what_was_counted_of_a_7b(preset):
+    cfg, shape = preset("qwen7b")
+    tokens = plan.PREFILL + cfg.context
+    found = plan.prefill_of(shape, cfg, Place(cuda=True), 48) * 16384 / tokens
+    assert found / GIB == pytest.approx(4.15, rel=0.05)
+
+
+@pytest.mark.parametrize("name, tokens, share, again, gib", [
+    ("qwen7b", 4096, 1.0, True, 7.7), ("qwen7b", 8192, 0.5, True, 8.6), ("qwen7b", 1024, 0.5, False, 9.8),
+    ("qwen7b", 2048, 0.5, False, 19.8), ("qwen7b", 4096, 0.5, False, 40)])
+def test_a_training_row_is_what_was_counted_of_a_7b(name, tokens, share, again, gib, preset):
+    cfg, shape = preset(name)
+    found = row_of(shape, cfg.but(row_tokens=tokens), 2, again)
+    if not again:                        # the plan lets all tokens bear loss
+        found -= 12 * shape.vocab * (min(plan.LOGITS, tokens) - share * tokens)
+    assert found / GIB == pytest.approx(gib, rel=0.06)
+
+
+@pytest.mark.parametrize("name, gib, kib", [("qwen7b", 5.17, 56), ("llama8b", 5.31, 128), ("qwen3", 5.66, 144)])
+def test_weights_and_cache_are_what_was_counted(name, gib, kib, preset):
+    cfg, shape = preset(name)
+    found = plan_of(shape, cfg, Place(cuda=True), 48)
+    assert found.weights / GIB == pytest.approx(gib, rel=0.02) and found.slot == kib * 2**10 * cfg.context
+    assert (name != "qwen7b") or found.adapter / GIB == pytest.approx(0.15, rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------- what fits
+@pytest.mark.parametrize("name", CARD)
+def test_a_preset_fits_its_card_and_says_the_plan_s_figures(name, preset):
+    cfg, shape = preset(name)
+    assert changes(shape, cfg, Place(cuda=True), ROOM[name]) == {} and cfg.slots is None
+    slots = fitting(shape, cfg, Place(cuda=True), ROOM[name])
+    found = plan_of(shape, cfg, Place(cuda=True), slots)
+    said = (f"The plan, GB: weights {found.weights / 1e9:.1f}, {slots} slots {slots * found.slot / 1e9:.1f}, prefill "
+            f"{found.prefill / 1e9:.1f}, sampling {found.sampling / 1e9:.1f}, training {found.training / 1e9:.1f}.")
+    first = (ROOT / f"configs/{name}.yaml").read_text().replace("\n# ", " ")
+    assert slots >= plan.FEW and said in first, said
+
+
+@pytest.mark.parametrize("gb", plan.CARDS)
+@pytest.mark.parametrize("name, args", [("qwen7b", ["slots=48", "snapshot_mb=8192", "gradient_checkpointing=false"]),
+                                        ("48gb", ["load_in_4bit=false", "context=8192", "row_tokens=16384"])])
+def test_what_is_to_be_changed_makes_it_fit(name, args, gb, preset):
+    cfg, shape = preset(name, *args)
+    room, place = gb * 1e9 * (1 - plan.KEPT_FREE), Place(cuda=True)
+    found = changes(shape, cfg, place, room)
+    if found is None:
+        assert gb <= 16
+        return
+    now = cfg.but(**found)
+    fits = plan_of(shape, now, place, now.slots or fitting(shape, now, place, room))
+    assert fits.slots and fits.sampling <= room and fits.training <= room
+    before = plan_of(shape, cfg, place, cfg.slots or 1)
+    assert found or max(before.sampling, before.training) <= room
+
+
+def test_one_slot_more_than_fit_does_not_fit(preset):
+    cfg, shape = preset("qwen7b")
+    for place, room in ((Place(cuda=True), 22e9), (Place(False, 4, 2), 40e9)):
+        slots = fitting(shape, cfg, place, room)
+        assert plan_of(shape, cfg, place, slots).sampling <= room < plan_of(shape, cfg, place, slots + place.processes).sampling
+    assert fitting(shape, cfg, Place(cuda=True), 5e9) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ slots: null
+def test_slots_that_are_left_open_are_what_fits(tiny, settings, monkeypatch):
+    policy = Policy(*tiny, settings("slots=null"))
+    assert policy.engine().slots == plan.USUAL
+    shape = plan.measured(tiny[0], policy.cfg)
+    room = plan_of(shape, policy.cfg, plan.here(), 5).sampling
+    monkeypatch.setattr(plan, "room_here", lambda place: room)
+    assert policy.engine().slots == 5
+    monkeypatch.setattr(plan, "room_here", lambda place: 1e6)
+    with pytest.raises(UserError, match="slots: by the plan not one conversation fits"):
+        policy.engine()
+    assert Policy(*tiny, settings("slots=7")).engine().slots == 7
+
+
+def test_a_processor_has_room_for_what_is_free_and_what_is_there_already():
+    whole, shared = (plan.room_here(Place(False, 4, count)) for count in (1, 2))
+    assert 2**27 < shared < whole < 2**44
+
+
+# ------------------------------------------------------------------------------------------------------------- plan=true
+def test_the_plan_is_printed_from_config_json_alone_and_nothing_is_made(preset, tmp_path, capsys):
+    cfg, _ = preset("qwen7b")
+    train.main([str(SHIPPED), "preset=qwen7b", f"model={cfg.model}", "slots=48", f"out={tmp_path}/run", "plan=true"])
+    told = capsys.readouterr().out
+    for said in ("Qwen2ForCausalLM, 7.62 billion weights in 28 layers", "weights ", "5.57", "48 slots", "peak of training",
+                 "80 GB", "here, no GPU", "environment steps", "hours: not before"):
+        assert said in told
+    assert not (tmp_path / "run").exists() and max(map(len, told.splitlines())) <= 140
+
+
+def test_the_plan_of_a_run_is_printed_by_the_command(tmp_path):
+    done = programs.run(["train.py", "config.yaml", "plan=true", f"out={tmp_path}/run"])
+    assert done.returncode == 0 and done.stderr == "" and "192 slots" in done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model, says", [("nobody/nothing", "model: nobody/nothing: .*; a local folder works offline"),
+                                         ("{}", r"model: {}.*config.json.*copy or download"), ("/nowhere", "is no folder")])
+def test_a_config_that_cannot_be_read_is_one_line(model, says, tmp_path, settings, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=says.format(tmp_path)) as error:
+        plan.lines_of(settings(f"model={model.format(tmp_path)}"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_on_a_gpu_begins_with_the_plan_in_short(preset, monkeypatch, capsys):
+    cfg, _ = preset("qwen7b", "slots=192")
+    plan.say(cfg)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (23 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    plan.say(cfg)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "in sampling (weights 5.57, 192 slots 45.1" in first and "of 23.7" in first and "plan: to fit: slots=" in second
+
+
+def test_a_run_takes_no_more_steps_and_tokens_than_the_plan_says(grown, settings):
+    _, trees = grown
+    (_, steps, tokens, _), (_, _, _, learned), evaluated = work_of(settings("train_tasks=10", "attempts=8"))
+    branches = [branch for tree in trees for branch in tree.branches]
+    assert 0 < sum(branch.steps for branch in branches) <= steps and sum(branch.tokens for branch in branches) <= tokens
+    assert learned == 6 and evaluated[1] == 2 * 8 * 8 * (steps // 80)
+
+
+def test_a_server_s_memory_is_not_planned_here(preset):
+    cfg, shape = preset("qwen7b", "engine=http://localhost:8000/v1")
+    found = plan_of(shape, cfg, Place(cuda=True), 48)
+    assert found.sampling - found.weights - found.adapter < 2e8
