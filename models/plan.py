@@ -94,13 +94,13 @@ def shape_of(cfg: Config) -> Shape:
         with torch.device("meta"):
             model = model_class(config)._from_config(config)
         leave_out_towers(model)
-    return measured(model, cfg, numbers_a_token(model, torch.zeros(1, 8, dtype=torch.long, device="meta"), cfg.context))
+        return measured(model, cfg, numbers_a_token(model, torch.zeros(1, 8, dtype=torch.long, device="meta"), cfg.context))
 
 
 def measured(model: Any, cfg: Config, token: float | None = None) -> Shape:
     """Of a model that is there, or on the meta device. `token`: numbers that one has in the cache."""
     text, head, decoder = model.config.get_text_config(), model.get_output_embeddings(), layers_of(model)
-    layers, heads = text.num_hidden_layers, getattr(text, "num_attention_heads", 1)
+    layers, heads = text.num_hidden_layers, of_all(text, "num_attention_heads") or 1
     linear = [widths(layer) for layer in decoder.modules() if type(layer).__name__ in LINEAR and layer is not head]
     stacks = sum(size for module in decoder.modules() for size in stacked(module))                       # experts
     every, own = stacks, {id(value) for value in lora_parameters(model)}
@@ -109,18 +109,26 @@ def measured(model: Any, cfg: Config, token: float | None = None) -> Shape:
         every += state.shape.numel() if state else value.numel() if value.dim() < 3 and value.is_floating_point() else 0
     adapted = [widths(layer.base) for layer in lora_layers(model).values()] or [
         widths(layer) for _, _, layer in linear_layers(model)]
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    shared = getattr(text, "num_key_value_heads", None) or heads
+    size = of_all(text, "head_dim") or text.hidden_size // heads
+    shared = of_all(text, "num_key_value_heads") or heads
     normed = any(name.endswith("q_norm") for name, _ in decoder.named_modules())
     return Shape(
         kind=type(model).__name__, every=every, four=stacks + sum(i * o for i, o in linear),
         four_on_cpu=stacks + sum(i * o for i, o in linear if is_whole(i, "cpu")),
         largest=max(i * o for i, o in linear),
         adapter=sum(value.numel() for value in lora_parameters(model)) or cfg.lora_rank * sum(map(sum, adapted)),
-        layers=layers, hidden=text.hidden_size, wide=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        layers=layers, hidden=text.hidden_size, wide=of_all(text, "intermediate_size") or 4 * text.hidden_size,
         queries=heads * size, groups=heads // shared, inputs=sum(i for i, _ in adapted) / layers,
         ranks=cfg.lora_rank * len(adapted) / layers, normed=(heads + shared) * size if normed else 0,
         vocab=text.vocab_size, token=token or 2 * layers * shared * size)
+
+
+def of_all(text: Any, name: str) -> Any:
+    """What a config says of all layers; None where it has not this, or says it of each."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:
+        return None
 
 
 def numbers_a_token(model: Any, ids: torch.Tensor, context: int) -> float:
@@ -302,7 +310,8 @@ def lines_of(cfg: Config) -> list[str]:
     """The plan as `plan=true` prints it: for this machine's GPU, or for any and this machine's processors."""
     shape, gpu = shape_of(cfg), torch.cuda.is_available()
     cpu = Place(False, 4, cfg.processes or ranks.cores())
-    places = {"this GPU": here()} if gpu else {"a GPU": Place(True), "here": cpu}
+    other = "a GPU" if cfg.slots else "a GPU of 24 GB"
+    places = {"this GPU": here()} if gpu else {other: Place(True), "here": cpu}
     rooms = {name: 24e9 * (1 - KEPT_FREE) if place.cuda and not gpu else room_here(place) for name, place in places.items()}
     plans = [plan_of(shape, cfg, place, cfg.slots or fitting(shape, cfg, place, rooms[name]))
              for name, place in places.items()]
@@ -359,7 +368,11 @@ def say(cfg: Config) -> None:
     """The plan in short, before a run loads its model onto a GPU."""
     if not torch.cuda.is_available() or ranks.rank():
         return
-    shape, place = shape_of(cfg), here()
+    try:
+        shape, place = shape_of(cfg), here()
+    except UserError as error:          # who loads the model says it, if it is to end the run
+        print(visible(f"plan: none; {error}"), file=sys.stderr)
+        return
     room = room_here(place)
     plan = plan_of(shape, cfg, place, cfg.slots or fitting(shape, cfg, place, room))
     print(visible(f"plan: at most {gb(plan.sampling)} GB in sampling (weights {gb(plan.weights)}, {plan.slots} slots "

@@ -242,6 +242,8 @@ def test_a_run_on_a_gpu_begins_with_the_plan_in_short(preset, monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     plan.say(cfg)
     first, second = capsys.readouterr().err.splitlines()
+    plan.say(cfg.but(model="/nowhere"))
+    assert capsys.readouterr().err.startswith("plan: none; model: /nowhere is no folder")
     assert "in sampling (weights 5.57, 192 slots 45.1" in first and "of 23.7" in first and "plan: to fit: slots=" in second
 
 
