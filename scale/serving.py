@@ -113,7 +113,7 @@ class Server:
 
     def _understands(self, dialect: Dialect) -> bool:
         try:
-            choice_of(self._call("/completions", self.model | dialect.body(self.chat.first("", "hello"), 1, 0.0, 0)))
+            choice_of(self._call("/completions", self.model | dialect.body(self.chat.first("", "."), 1, 0.0, 0)))
             return True
         except Refused as error:
             self.why = error
