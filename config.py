@@ -75,6 +75,7 @@ CHECKS: list[Check] = [
     ("rehearsal_share", lambda v, s: 0 <= v <= 1, "must lie in 0..1"),
     ("engine", lambda v, s: not v or re.match("https?://", v),
      "must be a server's address, like http://localhost:8000/v1"),
+    ("dtype", lambda v, s: v in ("", "bfloat16", "float16", "float32"), "must be bfloat16, float16 or float32, or '' (see config.yaml)"),
     ("corrections", lambda v, s: v in ("all", "improved", "successful"), "must be all, improved or successful"),
     ("correct", lambda v, s: v in ("branch", "first"), "must be branch or first"),
     ("train_split", lambda v, s: re.fullmatch("train(-[a-z]+)?", v),

@@ -11,13 +11,15 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Generator, Iterator
+from typing import Any, Generator, Iterable, Iterator
 
 import torch
 
 import forward
 import lora
+from cache import SlotCache, Snapshot, common_prefix
 from config import Config, UserError
+from forward import ran_out
 
 
 class Chat:
@@ -92,68 +94,6 @@ class Job:
     waits_for: Future | None = None     # its world is at work (scale/apart.py); the others go on
 
 
-@dataclass
-class Snapshot:
-    ids: list[int]
-    layers: list[tuple[torch.Tensor, torch.Tensor]]      # (H, len(ids), D) each
-    version: tuple
-
-    @property
-    def nbytes(self) -> int:
-        return sum(k.nbytes + v.nbytes for k, v in self.layers)
-
-
-class SlotCache:
-    """A cache as transformers' decoders see it: they call update(), and ask for sizes. Row i of each
-    layer's (slots, H, capacity, D) belongs to one conversation, left-aligned. There are as many rows as were live at
-    once so far, at most `slots`."""
-    def __init__(self, slots: int, capacity: int, ragged: bool = True):
-        self.slots, self.capacity, self.ragged, self.held = slots, capacity, ragged, 0
-        self.layers: list[list[torch.Tensor]] = []       # keys and values of each
-
-    def hold(self, rows: int) -> None:
-        if rows > self.held:
-            self.held = min(self.slots, max(rows, 2 * self.held))
-            for layer in self.layers:                    # one after the other: no second cache beside the first
-                for n, old in enumerate(layer):
-                    layer[n] = old.new_zeros(self.held, *old.shape[1:])
-                    layer[n][:len(old)] = old
-
-    def aim(self, rows: torch.Tensor, at: torch.Tensor, span: int) -> None:
-        """Where the next forward's tokens go: columns at (B, T), below `span`, of rows (B, T)."""
-        self.rows, self.at, self.span = rows, at, span
-
-    def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer == len(self.layers):                    # (B, H, T, D); latent keys and values differ in H and D
-            self.layers.append([x.new_zeros(self.held, x.shape[1], self.capacity, x.shape[3]) for x in (k, v)])
-        for kept, new in zip(self.layers[layer], (k, v)):
-            kept[self.rows, :, self.at] = new.transpose(1, 2)
-        if self.ragged:                                  # these stay where they are: forward._attend looks there
-            k.kept = self.layers[layer]                  # type: ignore[attr-defined]
-            return k, v
-        k, v = (torch.cat([kept[row:row + 1, :, :self.span] for row in self.rows[:, 0]]) for kept in self.layers[layer])
-        return k, v
-
-    def get_mask_sizes(self, *_) -> tuple[int, int]:
-        return self.span, 0
-
-    def get_query_offset(self, *_) -> int:               # what positions would be counted from, were they not given
-        return 0
-    get_seq_length = get_query_offset
-
-    def read(self, row: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:      # views
-        return [(k[row, :, :n], v[row, :, :n]) for k, v in self.layers]
-
-    def write(self, row: int, layers: list[tuple[torch.Tensor, torch.Tensor]], n: int) -> None:
-        for (k, v), (new_k, new_v) in zip(self.layers, layers):
-            k[row, :, :n], v[row, :, :n] = new_k[:, :n], new_v[:, :n]
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    n = min(len(a), len(b))
-    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
-
-
 class Engine:
     """Runs episodes side by side: append, sample, fork.
     An episode asks for a reply to a context; whatever prefix of it the row already holds stays, the rest is fed.
@@ -168,14 +108,21 @@ class Engine:
         self.device, self.dtype = table.device, table.dtype
         self.cache_name = "cache" if "cache" in forward.takes(self.decoder) else "past_key_values"     # of old
         self.ragged = getattr(model, "ragged", True)     # False: its attention is its own, and takes batches alone
+        self.padded = self.device.type != "cpu"          # a GPU attends to all rows at once, padded
         self.stop, self.slots, self.context, self.temperature = stop, cfg.slots, cfg.context, cfg.temperature
         self.budget = cfg.snapshot_mb * 2**20
-        self.cache = SlotCache(cfg.slots, cfg.context, self.ragged)
+        self.capacity = -(-cfg.context // 64) * 64
+        self.cache = SlotCache(cfg.slots, self.capacity, self.ragged)
         self.live: list[Job] = []
         self.parked: deque[Job] = deque()                # begun, and without a row since memory ran out
+        self.ended: deque[Job] = deque()                 # and not handed out yet
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
         self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
-        self.limit_tokens = 16384                        # of one forward, padding included: bounds its memory
+        # of one forward, padding included: what it needs beside weights and cache stays below about a GiB
+        text = model.config.get_text_config()
+        token = 8 * text.hidden_size + 3 * (getattr(text, "intermediate_size", 0) or 4 * text.hidden_size)
+        self.most_tokens = max(64, min(16384, 2**30 // (token * self.dtype.itemsize)))
+        self.most_rows = max(1, 2**30 // (32 * len(table)))                       # logits, softmax, sums of a row
         self.close = 1e-4                                # far above fp32's rounding, below a token's share
         self.many_tokens = 8192                          # of a vocabulary: draws by _race, not _draw
 
@@ -185,62 +132,63 @@ class Engine:
         (first in, first out). The order in which jobs end depends on the schedule, their results do not."""
         try:
             while queue or self.live or self.parked:
+                short = False
                 try:
-                    yield from self._step(queue)
-                    continue
-                except torch.OutOfMemoryError:
-                    pass                                 # outside, no frame holds the tensors of the step any more
-                yield from self._shrink()
+                    self._step(queue)
+                except RuntimeError as error:
+                    if not ran_out(error):
+                        raise
+                    short = True
+                if short:                                # outside, no frame holds the tensors of the step any more
+                    self._shrink()
+                while self.ended:
+                    yield self.ended.popleft()
         finally:
             for job in [*self.live, *self.parked]:
                 job.episode.close()
             self.live, self.parked = [], deque()
 
-    def _step(self, queue: deque[Job]) -> Iterator[Job]:
+    def _step(self, queue: deque[Job]) -> None:
         # waiting episodes take the free rows; each forks the longest prefix that a snapshot of its family holds
-        yield from self._admit(queue)
-        # worlds that were at work and have answered: their episodes go on
-        answered = [row for row, job in enumerate(self.live) if job.waits_for and job.waits_for.done()]
-        yield from self._advance(answered)
+        self._admit(queue)
+        # episodes go on whose worlds were at work and have answered, or whose replies a step without memory left whole
+        self._advance(range(len(self.live)))
         rows = [row for row, job in enumerate(self.live) if not job.waits_for]
         if not rows:                                     # all episodes have ended, or wait for their worlds
-            wait([job.waits_for for job in self.live], return_when=FIRST_COMPLETED)
+            if not self.ended:
+                wait([job.waits_for for job in self.live], return_when=FIRST_COMPLETED)
             return
         # append: feed what these rows have not in their cache yet, and sample one token for each
         self._forward(rows)
         # replies that are whole go to their episodes, which act in their worlds and ask anew, or end
-        yield from self._advance(rows)
+        self._advance(rows)
 
-    def _shrink(self) -> Iterator[Job]:
-        """Out of memory: go on with half of the rows, nothing cached."""
+    def _shrink(self) -> None:
+        """Out of memory: go on without snapshots, where they take the same memory; or else with half of the rows, nothing
+        cached. An episode goes on as it stands, whatever failed."""
+        torch.cuda.empty_cache()
+        if self.kept and self.device.type == "cpu":
+            return self._relieve()
         if self.slots == 1:
             raise UserError("slots: out of memory with a single conversation; lower context=, or take "
                             "a smaller model")
         self.slots = max(1, min(self.slots, len(self.live)) // 2)
         print(f"out of memory: going on with slots={self.slots}", file=sys.stderr)
         self.drop()
-        self.cache = SlotCache(self.slots, self.context, self.ragged)
-        torch.cuda.empty_cache()
+        self.cache = SlotCache(self.slots, self.capacity, self.ragged)
         for job in self.live:
             job.cached = 0
-        # replies that ended in the step that failed
-        yield from self._advance([row for row, job in enumerate(self.live)
-                                  if len(job.ids) > job.reply_at and not job.waits_for])
         self.parked.extendleft(reversed(self.live[self.slots:]))
         del self.live[self.slots:]
 
-    def _admit(self, queue: deque[Job]) -> Iterator[Job]:
+    def _admit(self, queue: deque[Job]) -> None:
         first = len(self.live)
         while self.parked and len(self.live) < self.slots:
             self.live.append(self.parked.popleft())
         while queue and len(self.live) < self.slots:
             job = queue.popleft()
-            if self._send(job, None):
-                self.live.append(job)
-            else:
-                yield job
+            (self.live if self._send(job, None) else self.ended).append(job)
         fresh = range(first, len(self.live))
-        self.cache.hold(len(self.live))
         # A prompt that fresh conversations share is computed once: its first owner feeds it, the rest fork it.
         leaders: dict[str, int] = {}
         for row in fresh:
@@ -255,24 +203,26 @@ class Engine:
         for row in fresh:
             self._fork(row)
 
-    def _advance(self, rows: list[int]) -> Iterator[Job]:
+    def _advance(self, rows: Iterable[int]) -> None:
         """Give finished replies, and what their worlds answered, to their episodes; free the rows of ended ones."""
-        for row in reversed(rows):                       # from the back: the row moved in is a live one
+        for row in sorted(rows, reverse=True):           # from the back: the row moved in is a live one
             job = self.live[row]
-            answer, job.waits_for = job.waits_for, None
-            if not (answer or self._whole(job)):
+            if not (job.waits_for.done() if job.waits_for else self._whole(job)):
                 continue
+            answer, job.waits_for = job.waits_for, None
             if self._send(job, answer or job.ids[job.reply_at:]):
                 if answer and not job.cached and not job.waits_for:
                     self._fork(row)
                 continue
-            if job.snapshot:
-                self._keep(row)
+            self.ended.append(job)
             last = self.live.pop()
+            if job.snapshot:
+                self._keep(row, job)
             if last is not job:
-                self.cache.write(row, self.cache.read(len(self.live), last.cached), last.cached)
-                self.live[row] = last
-            yield job
+                self.live[row], cached = last, last.cached
+                last.cached = 0                          # until its keys are there, too
+                self.cache.write(row, self.cache.read(len(self.live), cached), cached)
+                last.cached = cached
 
     def _whole(self, job: Job) -> bool:
         """Whether a reply has begun and has come to its end."""
@@ -305,14 +255,14 @@ class Engine:
         token, and sample nothing."""
         tails = {row: self.live[row].ids[self.live[row].cached:upto] for row in rows}
         for part in self._groups(tails, alike=not self.ragged):
-            hidden = self._hidden({row: tails[row] for row in part})
             jobs = [self.live[row] for row in part]
+            hidden, draws = self._hidden({row: tails[row] for row in part}, self._draws(jobs) if upto is None else [])
             for row, job in zip(part, jobs):
                 job.cached += len(tails[row])
                 self.fed += len(tails[row])
             if upto is None:
                 self.sampled += len(part)
-                for job, token in zip(jobs, self._sample(forward.logits(self.model, hidden), jobs)):
+                for job, token in zip(jobs, self._sample(forward.logits(self.model, hidden), jobs, draws)):
                     job.ids.append(token)
                     job.u = None
 
@@ -322,56 +272,75 @@ class Engine:
         for row in sorted(tails, key=lambda row: len(tails[row])):
             size, shortest = len(tails[row]), len(tails[groups[-1][0]]) if groups else 0
             most = shortest if alike else max(32, 2 * shortest)
-            if not groups or size > most or size * len(groups[-1]) > self.limit_tokens:
+            count = len(groups[-1]) + 1 if groups else 1
+            if not groups or size > most or size * count > self.most_tokens or count > self.most_rows:
                 groups.append([])
             groups[-1].append(row)
         return [sorted(group) for group in groups]
 
-    def _hidden(self, tails: dict[int, list[int]]) -> torch.Tensor:
+    def _hidden(self, tails: dict[int, list[int]], draws: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden state (B, D) behind the last token of each row's tail; writes keys and values. One after the other, the
-        tails are a row of T tokens: nothing is padded."""
+        tails are a row of T tokens: nothing is padded. What the host knows goes to the device in one block, `draws` with
+        it (they come back): each copy of its own would wait for the device."""
         parts: list[forward.Part] = []
         for row, tail in tails.items():
             cached, before = self.live[row].cached, parts[-1].tokens.stop if parts else 0
             parts.append(forward.Part(slice(before, before + len(tail)), row, slice(0, cached + len(tail))))
-        ids = torch.tensor([[i for tail in tails.values() for i in tail]], device=self.device)              # (1, T)
-        rows = torch.tensor([[row for row, tail in tails.items() for _ in tail]], device=self.device)
-        at = torch.cat([torch.arange(part.keys.stop)[-len(tails[part.row]):] for part in parts])[None].to(self.device)
-        if not self.ragged:
-            ids, rows, at = (x.view(len(parts), -1) for x in (ids, rows, at))                               # (B, T)
-        span = max(part.keys.stop for part in parts)
-        keys = torch.arange(span, device=self.device)
+        longest = max(part.keys.stop for part in parts)
+        # lengths that a GPU's attention has seen before: for each new one it would choose its way anew
+        span = -(-longest // 64) * 64 if self.padded else longest
+        numbers = [[token for tail in tails.values() for token in tail],
+                   [row for row, tail in tails.items() for _ in tail],
+                   [place for part in parts for place in range(part.keys.stop - len(tails[part.row]), part.keys.stop)],
+                   [part.tokens.stop - 1 for part in parts]]
+        places = forward.places(parts) if self.ragged and self.padded else None
+        numbers += places.numbers if places else []
+        block, sizes = [number for some in numbers for number in some], list(map(len, numbers))
+        packed = torch.cat([torch.tensor(block), torch.tensor(draws, dtype=torch.float64).view(torch.int64)])
+        ids, rows, at, last, *others, drawn = packed.to(self.device).split([*sizes, len(draws)])
+        shape = (1, -1) if self.ragged else (len(parts), -1)
+        ids, rows, at = (x.view(shape) for x in (ids, rows, at))                                    # (1, T) or (B, T)
+        self.cache.hold(len(self.live), span)
         self.cache.aim(rows, at, span)
-        seen = forward.Seen(keys <= at[..., None], at, keys[None], parts if self.ragged else [])
+        keys = torch.arange(span, device=self.device)
+        seen = forward.Seen(keys <= at[..., None], at, keys[None], parts if self.ragged else [],
+                            places.on(others) if places else None)
         out = forward.hidden(self.model, ids, seen, use_cache=True, **{self.cache_name: self.cache})
-        return out.flatten(0, 1)[[part.tokens.stop - 1 for part in parts]]
+        return out.flatten(0, 1)[last], drawn.view(torch.float64)
 
-    def _sample(self, logits: torch.Tensor, jobs: list[Job]) -> list[int]:
+    def _draws(self, jobs: list[Job]) -> list[float]:
+        """The uniforms of the jobs' next tokens, and behind them the temperatures."""
+        for job in jobs:                                 # drawn before, if memory ran out in between
+            job.u = job.u if job.u is not None or not job.temperature else job.rng.random()
+        return [job.u or 0.0 for job in jobs] + [job.temperature for job in jobs]
+
+    def _sample(self, logits: torch.Tensor, jobs: list[Job], draws: torch.Tensor) -> list[int]:
         """Inverse CDF with one uniform a token from the episode's own generator; temperature 0 is greedy. Batches of other
         shapes round differently, by about 1e-6. A draw closer than `self.close` to the edge between two tokens is settled
         by a forward of that conversation alone, so that (in fp32) samples do not depend on slots, schedule or resumption
         (test_samples_do_not_depend_on_...). Of 50,000 tokens some edge would always be close: see _race."""
-        for job in jobs:                                 # drawn before, if memory ran out in between
-            job.u = job.u if job.u is not None or not job.temperature else job.rng.random()
-        us, heat = torch.tensor([[job.u or 0.0, job.temperature] for job in jobs],
-                                dtype=torch.float64, device=logits.device).T[..., None]             # (B, 1) each
+        us, heat = draws.view(2, -1, 1)                                                             # (B, 1) each
+        greedy = [not job.temperature for job in jobs]   # the host knows it; to ask the device is to wait for it
         settle = logits.dtype == torch.float32
         draw = self._race if settle and logits.shape[-1] > self.many_tokens else self._draw
-        tokens, edge = draw(logits, us, heat)
-        if settle:
-            for i in (edge < self.close).nonzero()[:, 0].tolist():
-                tokens[i] = draw(self._alone(jobs[i].ids), us[i:i + 1], heat[i:i + 1])[0][0]
-        return tokens.tolist()
+        tokens, edge = draw(logits, us, heat, greedy)
+        if not settle:
+            return tokens.tolist()
+        found, edges = torch.stack([tokens.double(), edge]).tolist()
+        for i in [i for i, near in enumerate(edges) if near < self.close]:
+            found[i] = draw(self._alone(jobs[i].ids), us[i:i + 1], heat[i:i + 1], greedy[i:i + 1])[0].item()
+        return list(map(int, found))
 
     def _alone(self, ids: list[int]) -> torch.Tensor:
         """The logits (1, V) behind a conversation by itself, nothing cached."""
         hidden = self.decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False).last_hidden_state
         return forward.logits(self.model, hidden[:, -1])
 
-    def _race(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _race(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor,
+              greedy: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
         """As _draw, by another rule: token i arrives at a time drawn from Exp(p_i), the first one wins (Gumbel-max).
         What lies close here are the first two alone, however many tokens there are. The uniform seeds the times."""
-        if not heat.any():                              # greedy: only the logits count
+        if all(greedy):                                 # only the logits count
             best = logits.float().topk(2)
             return best.indices[:, 0], (best.values[:, 0] - best.values[:, 1]).double()
         chance = torch.stack([torch.rand(logits.shape[-1], generator=torch.Generator().manual_seed(
@@ -380,14 +349,15 @@ class Engine:
         best = (logits.float() - late.nan_to_num(0.0)).topk(2)
         return best.indices[:, 0], (best.values[:, 0] - best.values[:, 1]).double()
 
-    def _draw(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, logits: torch.Tensor, us: torch.Tensor, heat: torch.Tensor,
+              greedy: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B,), and how far each draw was from falling on another token, in probability (B,)."""
         cdf = (logits / heat.where(heat > 0, 1.0).float()).float().softmax(-1).cumsum(-1, dtype=torch.float64)
         at = us * cdf[:, -1:]                                                                       # (B, 1)
         tokens = torch.searchsorted(cdf, at, right=True).clamp_(max=logits.shape[-1] - 1)
         below = cdf.gather(1, (tokens - 1).clamp_(min=0)).where(tokens > 0, 0.0)
         edge = torch.minimum(at - below, cdf.gather(1, tokens) - at)
-        if not heat.all():
+        if any(greedy):
             best = logits.float().softmax(-1).topk(2)
             tokens = tokens.where(heat > 0, best.indices[:, :1])
             edge = edge.where(heat > 0, (best.values[:, :1] - best.values[:, 1:]).double())
@@ -413,15 +383,37 @@ class Engine:
     def fork(self, snapshot: Snapshot, row: int, n: int) -> None:
         """Copy a snapshot's first n tokens into a row."""
         assert snapshot.version == lora.weights_version(self.model), "the weights have changed since: call drop()"
+        self.cache.hold(row + 1, n)
         self.cache.write(row, snapshot.layers, n)
 
-    def _keep(self, row: int) -> None:
-        job = self.live[row]
-        layers = [(k.clone(), v.clone()) for k, v in self.cache.read(row, job.cached)]
+    def _keep(self, row: int, job: Job | None = None) -> None:
+        """A snapshot of a row; where there is no memory for one, none: its prefix is fed again."""
+        job = job or self.live[row]
+        try:
+            layers = [(self._kept(k), self._kept(v)) for k, v in self.cache.read(row, job.cached)]
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            return self._relieve()
         self.kept.setdefault(job.family, []).append(
             Snapshot(job.ids[:job.cached], layers, lora.weights_version(self.model)))
+        self._forget(self.budget)
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy; of a GPU's keys in the host's memory, which there is more of."""
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+
+    def _relieve(self) -> None:
+        """Out of memory: all snapshots go, and half as many come again."""
+        self.budget = sum(kept.nbytes for family in self.kept.values() for kept in family) // 2
+        self.drop()
+        for job in self.live:                            # its last token may be fed, and what follows it not drawn
+            job.cached = min(job.cached, len(job.ids) - 1)
+
+    def _forget(self, budget: int) -> None:
+        """Let the least recently used snapshots go until the rest takes no more bytes than that."""
         total = sum(kept.nbytes for family in self.kept.values() for kept in family)
-        while total > self.budget and self.kept:
+        while total > budget and self.kept:
             family = next(iter(self.kept))
             total -= self.kept[family].pop(0).nbytes
             if not self.kept[family]:

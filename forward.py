@@ -5,12 +5,13 @@ rules, and the head is the model's own forward.
     Seen, hidden    what each token of a forward sees; the decoder's states under it
     _attend         attention without the keys that none of these tokens sees
     logits          what the model makes of the states, with all that it does behind lm_head
+    ran_out         whether an error says that memory did
 """
 import inspect
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ class Seen:
     positions: torch.Tensor             # (B, T) of the tokens
     keys: torch.Tensor                  # (B, S) positions of the keys
     parts: list[Part] = field(default_factory=list)      # with B = 1: all of its tokens; empty: nothing is known of them
+    places: "Places | None" = None                       # of these tokens in a padded batch, for a GPU
     ndim = 4                            # transformers asks: two dimensions would be padding
     shape = property(lambda self: self.mask.shape)
 
@@ -51,7 +53,8 @@ def masks_of(plain: Callable) -> Callable:
         # eager attention adds it to scores; so do we where none is kept: each layer would turn booleans into this anew
         if plain is not sdpa_mask or not torch.is_grad_enabled():
             mask = torch.zeros(mask.shape, dtype=kwargs["dtype"], device=mask.device).masked_fill_(~mask, -torch.inf)
-        mask.parts, mask.whole = seen.parts, mask_function is causal_mask_function       # it reaches _attend as it is
+        # it reaches _attend as it is
+        mask.parts, mask.places, mask.whole = seen.parts, seen.places, mask_function is causal_mask_function
         return mask
     return make
 
@@ -66,7 +69,7 @@ def _attend(plain: Callable | None, module, query, key, value, attention_mask, *
         return plain(module, query, key, value, attention_mask, **kwargs)
     kept = getattr(key, "kept", None)
     if kept and plain is sdpa_attention_forward and "position_bias" not in kwargs:
-        return (side_by_side if query.is_cuda else one_by_one)(query, kept, attention_mask, kwargs.get("scaling")), None
+        return (side_by_side if attention_mask.places else one_by_one)(query, kept, attention_mask, kwargs.get("scaling")), None
     k, v = kept or (key, value)
     return torch.cat([plain(module, query[:, :, tokens], k[row:row + 1, :, keys], v[row:row + 1, :, keys],
                             attention_mask[..., tokens, keys], **kwargs)[0] for tokens, row, keys in parts], 1), None
@@ -95,29 +98,43 @@ def one_by_one(query, kept, mask, scale) -> torch.Tensor:
     return torch.cat(found, 2).transpose(1, 2)
 
 
+@dataclass
+class Places:
+    """Where the tokens of parts lie in a batch of cache rows, padded to the longest part. The rows are the first ones, a
+    view, where most of them have a part, or else copies."""
+    shape: tuple[int, int]              # rows, and tokens of the longest
+    numbers: list[list[int]]            # of each token its row among these and its place in it; of copies the rows
+    rows: Any = None                    # slice, or (B,)
+    row: torch.Tensor | None = None     # (T,)
+    at: torch.Tensor | None = None      # (T,)
+
+    def on(self, tensors: Sequence[torch.Tensor]) -> "Places":
+        """With `numbers` as they lie on a device."""
+        return replace(self, row=tensors[0], at=tensors[1], rows=tensors[2] if len(tensors) > 2 else slice(0, self.shape[0]))
+
+
+def places(parts: list[Part]) -> Places:
+    sizes = {part.row: part.tokens.stop - part.tokens.start for part in parts}
+    most = max(sizes) + 1
+    view = len(sizes) >= 0.75 * most
+    names = list(sizes) if view else list(range(len(sizes)))
+    row = [name for name, size in zip(names, sizes.values()) for _ in range(size)]
+    at = [n for size in sizes.values() for n in range(size)]
+    return Places((most if view else len(sizes), max(sizes.values())), [row, at] if view else [row, at, list(sizes)])
+
+
 def side_by_side(query, kept, mask, scale) -> torch.Tensor:
     """All parts at once, padded to the longest: what a GPU does best."""
-    if not hasattr(mask, "padded"):
-        mask.padded = padded(mask)                                             # for all layers that share it
-    rows, row, at, seen = mask.padded
-    queries = query.new_zeros(len(seen), seen.shape[2], query.shape[1], query.shape[3])
+    (count, longest), row, at = mask.places.shape, mask.places.row, mask.places.at
+    k, v = (x[mask.places.rows, :, :mask.shape[-1]] for x in kept)
+    if (count, longest) == (query.shape[2], 1):                                # a token each: there is nothing to pad
+        return grouped(query[0].transpose(0, 1)[:, :, None], k, v, mask[0].transpose(0, 1)[:, None], scale)[None, :, :, 0]
+    if not hasattr(mask, "padded"):                                            # for all layers that share it
+        mask.padded = mask.new_zeros(count, 1, longest, mask.shape[-1])        # padding sees all: no row is empty
+        mask.padded[row, :, at] = mask[0].transpose(0, 1)
+    queries = query.new_zeros(count, longest, query.shape[1], query.shape[3])
     queries[row, at] = query[0].transpose(0, 1)
-    k, v = (x[rows, :, :seen.shape[3]] for x in kept)
-    return grouped(queries.transpose(1, 2), k, v, seen, scale).transpose(1, 2)[row, at][None]
-
-
-def padded(mask) -> tuple[slice | list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of the cache: a view of the first ones where most of them have a part, or else copies. Of each token: its
-    row among these, and its place among the row's (T,). And the mask (rows, 1, most of a row, S)."""
-    sizes = {part.row: part.tokens.stop - part.tokens.start for part in mask.parts}
-    count = max(sizes) + 1
-    rows = slice(0, count) if len(sizes) >= 0.75 * count else list(sizes)
-    numbers = list(sizes) if isinstance(rows, slice) else range(len(sizes))
-    row = torch.tensor([n for n, size in zip(numbers, sizes.values()) for _ in range(size)], device=mask.device)
-    at = torch.tensor([n for size in sizes.values() for n in range(size)], device=mask.device)
-    seen = mask.new_zeros(count if isinstance(rows, slice) else len(sizes), 1, max(sizes.values()), mask.shape[-1])
-    seen[row, :, at] = mask[0].transpose(0, 1)                                 # padding sees all: no row is empty
-    return rows, row, at, seen
+    return grouped(queries.transpose(1, 2), k, v, mask.padded, scale).transpose(1, 2)[row, at][None]
 
 
 # for every model; of masks that are no Seen nothing changes
@@ -125,6 +142,12 @@ AttentionMaskInterface.register("sdpa", masks_of(sdpa_mask))
 AttentionMaskInterface.register("eager", masks_of(eager_mask))
 AttentionInterface.register("sdpa", partial(_attend, sdpa_attention_forward))
 AttentionInterface.register("eager", partial(_attend, None))
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out: a GPU's, its libraries' own (which raise a plain RuntimeError), or the host's."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in (
+        "out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory"))
 
 
 def takes(module: nn.Module) -> set[str]:

@@ -81,11 +81,12 @@ def read_config(name: str, path: str, context: int) -> Any:
     return config
 
 
-def load_model(name: str, load_in_4bit: bool | None, context: int):
+def load_model(name: str, load_in_4bit: bool | None, context: int, dtype: str = ""):
     """(model, tokenizer). load_in_4bit None: on a GPU yes, on a CPU no (fp32 is faster, more exact there)."""
     path = find_model(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    # on Hopper torch would prefer cuDNN, which builds a plan, for tenths of a second, for each new length
+    torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.logging.set_verbosity_error()           # what they would warn of ends the run here
     huggingface_hub.logging.set_verbosity_error()
     with files().reading("model: ", Path(path), hub_fix(path)):
@@ -94,11 +95,20 @@ def load_model(name: str, load_in_4bit: bool | None, context: int):
         config = read_config(name, path, context)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         four = load_in_4bit if load_in_4bit is not None else device == "cuda"
-        model = loading().load(path, config, four, dtype, device)
+        model = loading().load(path, config, four, precision(dtype, device), device)
         files().fix_rope(model, context)
         files().check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
         loading().quicken(model)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def precision(dtype: str, device: str) -> torch.dtype:
+    """A T4, and all before Ampere, has no bfloat16 but by emulation."""
+    if dtype:
+        return getattr(torch, dtype)
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def files() -> ModuleType:
@@ -142,7 +152,7 @@ def finite(model: Any) -> bool:
     """Whether the adapter, and what the model answers with it, are numbers."""
     table = model.get_input_embeddings().weight
     logits = model(input_ids=torch.tensor([[0, 1]], device=table.device)).logits
-    return all(bool(value.isfinite().all()) for value in [logits, table, *lora_parameters(model)])
+    return bool(torch.stack([value.isfinite().all() for value in [logits, table, *lora_parameters(model)]]).all())
 
 
 def layers_of(model: Any) -> nn.Module:
@@ -195,12 +205,19 @@ class LoRA(nn.Module):
         self.lora_A = nn.Parameter(first.to(device))
         self.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))
         self.lora_magnitude_vector: nn.Parameter | None = None         # (out,), DoRA's alone
-        self.looked, self.zero = (-1, -1), False
+        self.looked: tuple = ()
+        self.product: tuple[torch.Tensor, torch.Tensor] | None = None          # what sampling multiplies by; None: B = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:      # (..., in) -> (..., out)
         y = self.base(x)
-        if not self.on or not torch.is_grad_enabled() and self.idle():
+        if not self.on:
             return y
+        if torch.is_inference_mode_enabled() and self.lora_magnitude_vector is None:         # sampling
+            product = self.folded(y.dtype)
+            if product is None:
+                return y
+            down, up = product                               # (in, r), (r, out)
+            return torch.addmm(y.flatten(0, -2), x.flatten(0, -2).to(y.dtype) @ down, up).view(y.shape)
         change = ((x.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * self.scale).to(y.dtype)
         if self.lora_magnitude_vector is None:
             return y + change
@@ -208,12 +225,15 @@ class LoRA(nn.Module):
         longer = (self.lora_magnitude_vector / self.lengths()).to(y.dtype)
         return y + (longer - 1) * (y - bias) + longer * change
 
-    def idle(self) -> bool:
-        """Whether it changes nothing, B being zero: looked up once for each change of B."""
-        now = self.loads, self.lora_B._version
+    def folded(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A and (alpha / r) B in the model's own precision, made once for each change of them; None while B is zero: a
+        step of sampling is short, and on a GPU each operation costs the time to begin it."""
+        now = dtype, self.loads, self.scale, self.lora_A._version, self.lora_B._version
         if self.looked != now:
-            self.looked, self.zero = now, self.lora_magnitude_vector is None and not self.lora_B.any()
-        return self.zero
+            up = (self.scale * self.lora_B.detach()).T.to(dtype).contiguous()
+            down = self.lora_A.detach().T.to(dtype).contiguous()
+            self.looked, self.product = now, (down, up) if self.lora_B.any() else None
+        return self.product
 
     @torch.no_grad()
     def lengths(self) -> torch.Tensor:                       # (out,)

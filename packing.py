@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from config import UserError
 from leafe import Tree
 from forward import Part, Seen, hidden, logits
 from lora import general
 
+LOGITS_BYTES = 300 * 2**20
 Weights = dict[int, tuple]              # turn -> what each of its action's tokens weighs: a number for each loss
 
 
@@ -37,10 +39,11 @@ class Packed:
     weights: torch.Tensor               # (N, C), one column a loss
     sizes: list[int]                    # tokens of each tree
 
-    def mask(self) -> torch.Tensor:
+    def mask(self, device: torch.device | None = None) -> torch.Tensor:
         """(T, T) bool: token j is an ancestor of i, or i itself; ancestors come before their descendants. Made when
-        it is needed: kept for every row, it would be most of the memory."""
-        return self.above[self.owner][:, self.owner].tril()
+        and where it is needed: kept for every row, it would be most of the memory, and a GPU makes its own."""
+        above, owner = self.above.to(device), self.owner.to(device)
+        return above[owner][:, owner].tril()
 
     def parts(self) -> list[Part]:
         """No token sees another tree: a row costs the squares of its trees' lengths and not that of its own."""
@@ -137,29 +140,53 @@ def pack(trees: list[list[Segment]]) -> Packed:
                   weight[targets], list(map(length, trees)))
 
 
+def halves(row: Packed) -> list[Packed]:
+    """Two rows of half of its targets each, pruned to what these descend from."""
+    middle = len(row.targets) // 2
+    return [part_of(row, slice(0, middle)), part_of(row, slice(middle, None))]
+
+
+def part_of(row: Packed, part: slice) -> Packed:
+    bearing = row.owner[row.targets[part]].unique()
+    above = row.above[bearing].any(0)                            # (S,) segments that stay
+    stays = above[row.owner]                                     # (T,)
+    place, number = stays.cumsum(0) - 1, above.cumsum(0) - 1     # of tokens, of segments
+    sizes = [size for size in (int(tree.sum()) for tree in stays.split(row.sizes)) if size]
+    return Packed(row.ids[stays], row.positions[stays], number[row.owner[stays]], row.above[above][:, above],
+                  place[row.targets[part]], place[row.sources[part]], row.weights[part], sizes)
+
+
 def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     """log pi(token | its ancestors) of the rows' targets, one row after the other: (N,), with gradient.
-    Logits are computed at the targets only, in chunks, so that a large vocabulary costs no (T, V) tensor."""
+    Logits are computed at the targets only, and in chunks of LOGITS_BYTES, each again for its gradient: a large
+    vocabulary costs no (N, V) tensor (512 targets of 150,000 tokens are a chunk)."""
     if not getattr(model, "packs", True):
         return general().token_logp(model, rows)
     device = next(model.parameters()).device
     longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
     positions = torch.zeros_like(ids)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty row
+    mask = torch.eye(longest, dtype=torch.bool, device=device).repeat(len(rows), 1, 1)  # padding sees itself: no empty row
     for b, row in enumerate(rows):
         # each token sees its ancestors and itself: as if its history stood before it alone
         n = len(row.ids)
-        ids[b, :n], positions[b, :n], mask[b, :n, :n] = row.ids, row.positions, row.mask()
-    seen = Seen(mask.to(device), positions.to(device), positions.to(device), rows[0].parts() if len(rows) == 1 else [])
-    states = hidden(model, ids.to(device), seen, use_cache=False)                                 # (B, T, D)
+        ids[b, :n], positions[b, :n] = row.ids, row.positions
+        mask[b, :n, :n] = row.mask(device)
+    seen = Seen(mask, positions, positions, rows[0].parts() if len(rows) == 1 else [])
+    states = hidden(model, ids, seen, use_cache=False)                                            # (B, T, D)
     # by `embedding`, for its gradient: children of one token add to it in order, however many threads there are
     picked = torch.cat([nn.functional.embedding(row.sources.to(device), states[b])
                         for b, row in enumerate(rows)])                                          # (N, D)
     labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
-    return torch.cat([-nn.functional.cross_entropy(logits(model, picked[part]).float(), labels[part],
-                                                   reduction="none")
-                      for part in torch.arange(len(labels)).split(4096)])
+    size = max(1, LOGITS_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
+    if len(labels) <= size:
+        return logp_of(model, picked, labels)
+    return torch.cat([checkpoint(logp_of, model, *part, use_reentrant=False)
+                      for part in zip(picked.split(size), labels.split(size))])
+
+
+def logp_of(model, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:          # (N, D), (N,) -> (N,)
+    return -nn.functional.cross_entropy(logits(model, states).float(), labels, reduction="none")
 
 
 def packed_nll(model, rows: list[Packed]) -> torch.Tensor:

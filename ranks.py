@@ -14,7 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, Sequence
+from typing import Any, Iterable, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
@@ -169,28 +169,22 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def take_gradients(parameters: Sequence[torch.nn.Parameter], losses: torch.Tensor) -> torch.Tensor:
-    """What one row gave, losses and gradients, as a vector; the gradients are cleared."""
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]     # None: the row passed it by
-    flat = torch.cat([losses.detach().float(), *(gradient.flatten() for gradient in gradients)])
-    for p in parameters:
-        p.grad = None
-    return flat
-
-
-def give_gradients(parameters: Sequence[torch.nn.Parameter], mine: list[torch.Tensor], rows: int,
-                   losses: int) -> torch.Tensor:
-    """Add up what the rows of a batch gave, row k on rank k mod N, in the order in which one process would: it
-    is the same sum to the last bit. Sets the gradients, returns the losses (C,)."""
+def add_gradients(parameters: Sequence[torch.nn.Parameter], mine: Iterable[torch.Tensor], rows: int,
+                  losses: int) -> torch.Tensor:
+    """Add up what the rows of a batch gave, losses and gradients, row k on rank k mod N, in the order in which one process
+    would: it is the same sum to the last bit. `mine`: this rank's, which it makes before it waits for others'. Sets the
+    gradients, returns the losses (C,)."""
     total, sizes = None, [p.numel() for p in parameters]
+    mine = iter(list(mine) if world() > 1 else mine)
     for k in range(rows):
         owner = k % world()
         if owner == rank():
-            flat = mine[k // world()]
+            flat = next(mine)
         else:
             flat = torch.empty(losses + sum(sizes), device=parameters[0].device)
-        dist.broadcast(flat, owner)
+        if world() > 1:
+            dist.broadcast(flat, owner)
         total = flat if total is None else total + flat
     for p, grad in zip(parameters, total[losses:].split(sizes)):
-        p.grad = grad.view_as(p).clone()
-    return total[:losses].cpu()
+        p.grad = grad.view_as(p)
+    return total[:losses]

@@ -51,7 +51,7 @@ class Policy:
         if adapter:
             adapters().read_config(f"{key}: ", Path(adapter))          # before minutes go into loading a large model
         plans().say(cfg)
-        model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context)
+        model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context, cfg.dtype)
         policy = Policy(model, Chat(tokenizer, cfg.thinking, report_file().today(cfg)), cfg)
         if adapter:
             policy.load(Path(adapter), f"{key}: ")

@@ -21,6 +21,7 @@ that is L.
 """
 import math
 import random
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,15 +32,17 @@ from typing import Callable, Iterator
 from config import Config, UserError, guarded, load_config, method_file, read_text, refuse, visible    # before torch: Ctrl-C
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ranks
 from eval import sample
+from forward import ran_out
 from leafe import Targets, Tree, explore, read_trees, targets
 from lora import aside, files, finite
-from packing import Batch, Packed, Weights, packed_nll, training_rows
+from packing import Batch, Packed, Weights, halves, packed_nll, training_rows
 from run import Run, open_run, plans, read_jsonl, report_file, write_aside
 
 
@@ -109,6 +112,7 @@ def optimise(run: Run, round_: int, objective: Objective, batches: Callable[[int
     parameters = run.policy.parameters()               # always trainable; sampling runs in inference mode
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
     state = load_checkpoint(run.folder.path, parameters, optimizer, round_)
+    room = Room(cfg.gradient_checkpointing, cfg.row_tokens, 2.0**16 if half(model) else 1.0)
     bar = tqdm(total=objective.steps, initial=state["step"], desc=f"train, round {round_}", unit="step",
                disable=ranks.rank() > 0)
     began, before = time.time(), state["tokens"]
@@ -116,21 +120,11 @@ def optimise(run: Run, round_: int, objective: Objective, batches: Callable[[int
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * batch.lr
         # gradients: whole trees, a row at a time, added up over the rows of the batch (and over ranks)
-        sums = torch.zeros(len(names))
-        mine: list[torch.Tensor] = []
-        with recomputing(model, cfg.gradient_checkpointing):
-            for row in ranks.share(batch.rows):
-                losses = backward(model, row, objective, batch.scale)
-                sums += losses.cpu()
-                if ranks.world() > 1:
-                    mine.append(ranks.take_gradients(parameters, losses))
-        if ranks.world() > 1:
-            sums = ranks.give_gradients(parameters, mine, len(batch.rows), len(names))
-        # the step
-        shown = dict(zip(names, sums.tolist()))
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
-        if not all(map(math.isfinite, [*shown.values(), norm])):
+        *losses, norm = gradients(run, objective, batch, room)
+        shown = dict(zip(names, losses))
+        if not all(map(math.isfinite, [*losses, norm])):
             raise diverged(cfg, state["step"] + 1, shown, norm)
+        # the step
         optimizer.step()
         optimizer.zero_grad()
         state["step"] += 1
@@ -151,15 +145,76 @@ def optimise(run: Run, round_: int, objective: Objective, batches: Callable[[int
     bar.close()
 
 
-def backward(model, row: Packed, objective: Objective, scale: float) -> torch.Tensor:
-    """Add a row's gradient; returns its losses (C,)."""
+@dataclass
+class Room:
+    """What training has room for. Where memory runs out, or float16 overflows, it gets less for the rest of the run."""
+    recompute: bool                                    # as gradient_checkpointing
+    row_tokens: int                                    # longer rows are parted
+    loss_scale: float                                  # of float16: a power of two keeps small gradients from vanishing
+
+    def tighten(self, model, row: Packed) -> list[Packed]:
+        """Memory ran out in this row; what to try in its place."""
+        torch.cuda.empty_cache()
+        if not self.recompute and recomputable(model):
+            self.recompute = True
+            print("out of memory: going on with gradient_checkpointing=true", file=sys.stderr)
+            return [row]
+        if len(row.targets) > 1:
+            self.row_tokens = min(self.row_tokens, len(row.ids) - 1)
+            print(f"out of memory: going on with training rows in halves, of {len(row.ids)} tokens and more", file=sys.stderr)
+            return halves(row)
+        raise UserError(f"row_tokens: out of memory in a training row of {len(row.ids)} tokens, which cannot be "
+                        f"parted further; lower context=, or take a smaller model")
+
+
+def half(model) -> bool:
+    return model.get_input_embeddings().weight.dtype == torch.float16
+
+
+def gradients(run: Run, objective: Objective, batch: Batch, room: Room) -> list[float]:
+    """Sets the gradients of a batch's loss. Returns the losses, and behind them the gradients' norm before it was clipped:
+    what an optimiser step waits for the device for, once."""
+    parameters, names = run.policy.parameters(), objective.names
+    while True:
+        mine = (row_gradients(run, objective, row, batch.scale, room) for row in ranks.share(batch.rows))
+        losses = ranks.add_gradients(parameters, mine, len(batch.rows), len(names))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, run.cfg.clip)
+        figures = torch.cat([losses, norm[None]]).tolist()
+        if room.loss_scale == 1 or all(map(math.isfinite, figures)):
+            return figures
+        room.loss_scale /= 2
+
+
+def row_gradients(run: Run, objective: Objective, row: Packed, scale: float, room: Room) -> torch.Tensor:
+    """The losses of a row and their gradient, one behind the other: (C + numbers of the adapter,). Where memory runs out,
+    the sum over parts of the row, each with some of its targets."""
+    todo = halves(row) if len(row.ids) > room.row_tokens else [row]
+    total = None
+    while todo:
+        part = todo.pop(0)
+        found = tried(run, objective, part, scale, room)
+        if found is None:
+            todo = room.tighten(run.policy.model, part) + todo
+        else:
+            total = found if total is None else total + found
+    assert total is not None
+    return total
+
+
+def tried(run: Run, objective: Objective, row: Packed, scale: float, room: Room) -> torch.Tensor | None:
+    """As row_gradients; None if memory ran out."""
+    model, parameters = run.policy.model, run.policy.parameters()
     try:
-        losses = objective.loss(model, row) * scale                # (C,)
-        losses.sum().backward()
-    except torch.OutOfMemoryError:
-        raise UserError(f"row_tokens: out of memory in a training row of {len(row.ids)} tokens; lower "
-                        f"row_tokens= (and context=), or set gradient_checkpointing=true") from None
-    return losses.detach()
+        with recomputing(model, room.recompute):
+            losses = objective.loss(model, row) * scale                # (C,)
+            found = torch.autograd.grad(losses.sum() * room.loss_scale, parameters, allow_unused=True)
+        # a layer that none of the row's tokens came by has none
+        each = [torch.zeros_like(p) if one is None else one / room.loss_scale for p, one in zip(parameters, found)]
+        return torch.cat([losses.detach().float(), *(one.flatten() for one in each)])
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+    return None
 
 
 def diverged(cfg: Config, step: int, losses: dict[str, float], norm: float) -> UserError:
@@ -193,14 +248,20 @@ def epoch(rows: list[Packed], cfg: Config, number: int) -> list[list[Packed]]:
 def recomputing(model, on: bool) -> Iterator[None]:
     """Gradient checkpointing, while a step is taken: a layer keeps its input alone and runs again for the gradient. Not
     by transformers' own, which does it in training mode only: that switches dropout and noise of routers on."""
-    layers = [layer for layer in model.modules() if on and isinstance(layer, GradientCheckpointingLayer)]
+    layers = recomputable(model) if on else []
     if on and not layers:
         raise UserError(f"gradient_checkpointing: the layers of {type(model).__name__} do not take it; set it to false")
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    yield
-    for layer in layers:
-        del layer.forward                                # the class's is seen again
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward                            # the class's is seen again
+
+
+def recomputable(model) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def save_checkpoint(folder: Path, parameters, optimizer, state: dict[str, int]) -> None:

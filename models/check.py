@@ -25,7 +25,8 @@ import lora
 import packing
 import ranks
 from config import UserError, installed, load_config, visible
-from engine import Ask, Engine, Episode, Job, common_prefix
+from cache import common_prefix
+from engine import Ask, Engine, Episode, Job
 from models import card
 from models.plan import numbers_a_token
 from packing import Segment
@@ -237,7 +238,7 @@ def sampled(policy: Policy, talks: list[list[int]]) -> list[tuple[int, int, torc
     engine = kind(policy.model, set(), policy.cfg.but(slots=len(talks), context=max(map(len, talks)), snapshot_mb=1024))
     found, of = [], {}
 
-    def told(logits: torch.Tensor, jobs: list[Job]) -> list[int]:
+    def told(logits: torch.Tensor, jobs: list[Job], _) -> list[int]:
         """In place of a draw: what the conversation says next."""
         for job, row in zip(jobs, logits.float().log_softmax(-1)):
             found.append((of[id(job.episode)], len(job.ids) - 1, row))

@@ -30,7 +30,7 @@ class General(Engine):
     def _longest(self, job: Job) -> tuple[None, int]:
         return None, 0                                   # no snapshots
 
-    def _keep(self, row: int) -> None:
+    def _keep(self, row: int, job: Job | None = None) -> None:
         pass
 
     def _forward(self, rows: list[int], upto: int | None = None) -> None:
@@ -48,7 +48,9 @@ class General(Engine):
 
         def draw(_, logits: torch.Tensor) -> torch.Tensor:                                                     # (B, V)
             going = [i for i, job in enumerate(jobs) if not self._whole(job)]
-            tokens = self._sample(logits[going].to(self.dtype), [jobs[i] for i in going]) if going else []
+            asked = [jobs[i] for i in going]
+            draws = torch.tensor(self._draws(asked), dtype=torch.float64, device=logits.device)
+            tokens = self._sample(logits[going].to(self.dtype), asked, draws) if going else []
             drawn = torch.zeros(len(jobs), dtype=torch.long)
             for i, token in zip(going, tokens):
                 drawn[i] = token

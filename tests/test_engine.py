@@ -12,9 +12,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AttentionInterface
 
 import forward
+from cache import SlotCache
 from config import UserError
 from conftest import family, run_of, shake
-from engine import Ask, Chat, Engine, Job, SlotCache
+from engine import Ask, Chat, Engine, Job
 from envs import Quest
 from leafe import TURN, Attempt, episode, targets
 from lora import add_lora, adapter_off, lora_parameters
@@ -115,12 +116,12 @@ def test_the_draw_of_a_large_vocabulary_is_from_the_same_distribution_and_as_ind
     engine, rng = Engine(tiny[0], tiny[1].stop, settings("slots=1", "context=64", "snapshot_mb=0")), random.Random(0)
     logits, heat = torch.tensor([0.0, 1.0, 2.0, 2.0, -1.0, -30.0]), 1.5
     us = torch.tensor([[rng.random()] for _ in range(8000)], dtype=torch.float64)
-    tokens, edge = engine._race(logits.repeat(8000, 1), us, torch.full_like(us, heat))
+    tokens, edge = engine._race(logits.repeat(8000, 1), us, torch.full_like(us, heat), [False] * 8000)
     shares, n = torch.bincount(tokens, minlength=6) / 8000, 8000
     p = (logits / heat).softmax(-1)
     assert ((shares - p).abs() < 4.5 * (p * (1 - p) / n).sqrt() + 1e-9).all() and (edge >= 0).all()
     near = torch.tensor([0.0, 1.0, 2.0, 2.0001, -1.0, -30.0])
-    token, edge = engine._race(near[None], us[:1], torch.zeros(1, 1, dtype=torch.float64))     # greedy
+    token, edge = engine._race(near[None], us[:1], torch.zeros(1, 1, dtype=torch.float64), [True])
     assert token.tolist() == [3] and float(edge) == pytest.approx(1e-4, rel=0.01)
     found = []
     for slots, memory in ((64, 64), (3, 0)):
@@ -208,11 +209,11 @@ def test_a_cache_that_grows_holds_one_tensor_more_than_it_needs_at_most(monkeypa
         most[0] = max(most[0], sum(one().nbytes for one in made if one() is not None))
         return new
     monkeypatch.setattr(torch.Tensor, "new_zeros", told)
-    cache.hold(1)
+    cache.hold(1, 30)
     cache.aim(zero, zero, 1)
     for layer in range(5):
         cache.update(torch.full((1, 2, 1, 4), 1.0), torch.full((1, 2, 1, 4), 2.0), layer)
-    cache.hold(8)
+    cache.hold(8, 30)
     sizes = [x.nbytes for layer in cache.layers for x in layer]
     assert sizes == [8 * 2 * 30 * 4 * 4] * 10 and most[0] == sum(sizes) + sizes[0] // 8
     assert all(k[0, :, 0].eq(1).all() and v[0, :, 0].eq(2).all() and not k[1:].any() for k, v in cache.layers)

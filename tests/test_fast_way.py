@@ -48,17 +48,16 @@ def talk(seed):
 
 @pytest.mark.parametrize("name, way", [
     (name, way) for name in WIDENED for way in ("one by one", "side by side", "batches") if way == "batches" or name not in OWN])
-def test_sampled_tokens_have_the_probabilities_of_the_conversation_alone(name, way, settings, monkeypatch):
+def test_sampled_tokens_have_the_probabilities_of_the_conversation_alone(name, way, settings):
     model, drawn_from = tiny_model(name), []
     model.ragged = way != "batches"
-    if way == "side by side":                          # as on a GPU
-        monkeypatch.setattr(forward, "one_by_one", forward.side_by_side)
     engine = Engine(model, {3}, settings("slots=3", "context=56", "snapshot_mb=16"))
+    engine.padded = way == "side by side"              # as on a GPU
     draw = engine._sample
 
-    def spy(logits, jobs):
+    def spy(logits, jobs, draws):
         drawn_from.extend((list(job.ids), of.clone()) for of, job in zip(logits, jobs))
-        return draw(logits, jobs)
+        return draw(logits, jobs, draws)
     engine._sample = spy
     list(engine.run(deque(Job(talk(i), random.Random(i), str(i % 2), snapshot=True) for i in range(4))))
     assert max(len(ids) for ids, _ in drawn_from) > 45 and engine.fed < 0.5 * engine.seen
@@ -75,11 +74,12 @@ def test_parts_side_by_side_are_what_they_are_one_by_one(rows, heads):
         parts.append(forward.Part(slice(begun, begun + size), row, slice(0, end)))
     last = torch.cat([torch.arange(part.keys.stop)[part.tokens.start - part.tokens.stop:] for part in parts])
     mask = torch.zeros(1, 1, len(last), 20).masked_fill_(torch.arange(20) > last[:, None], -torch.inf)
-    mask.parts, mask.whole = parts, True
+    places = forward.places(parts)
+    mask.parts, mask.whole, mask.places = parts, True, places.on(list(map(torch.tensor, places.numbers)))
     query = torch.randn(1, 4, len(last), 8)
     found = forward.side_by_side(query, kept, mask, None)
     assert torch.allclose(found, forward.one_by_one(query, kept, mask, None), atol=1e-6)
-    assert isinstance(mask.padded[0], slice) == (len(rows) == 3)
+    assert isinstance(mask.places.rows, slice) == (len(rows) == 3)
 
 
 def tree(seed):

@@ -91,10 +91,10 @@ class Watched(General):
     """Notes how far the log-probabilities that a token is drawn by are from the model's own of that conversation."""
     apart = 0.0
 
-    def _sample(self, logits, jobs):
+    def _sample(self, logits, jobs, draws):
         alone = torch.cat([self._alone(job.ids) for job in jobs])
         self.apart = max(self.apart, float((logits.log_softmax(-1) - alone.log_softmax(-1)).abs().max()))
-        return super()._sample(logits, jobs)
+        return super()._sample(logits, jobs, draws)
 
 
 @pytest.mark.parametrize("name, pads, caches", [                 # as models/check.py finds them

@@ -7,11 +7,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration)
 
-import ranks
 from config import UserError
 from conftest import ROOT, family, shake
 from lora import add_lora, linear_layers, load_adapter, load_model, lora_layers, lora_parameters, save_adapter, widths
@@ -296,13 +294,6 @@ def test_of_a_model_that_sees_the_text_part_is_loaded_and_its_adapter_is_the_who
     assert torch.allclose(logits(theirs), ours, atol=1e-4) and not torch.allclose(ours, plain, atol=0.1)
     rounding = rounded(load_model(str(folder), False, 64)[0])
     assert torch.equal(logits(four), logits(rounding))
-
-
-def test_a_layer_that_no_token_of_a_row_came_by_has_no_gradient_to_share():
-    touched, passed_by = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    touched.sum().backward()
-    shared = ranks.take_gradients([touched, passed_by], torch.tensor([7.0]))
-    assert shared.tolist() == [7, 1, 1, 0, 0, 0] and touched.grad is None
 
 
 def test_a_layer_of_gpt_2_is_as_wide_as_its_weight_turned():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -30,7 +31,7 @@ from packing import Segment, pack, packed_nll, rows_of, training_rows
 from run import Jsonl, open_run, read_jsonl
 from test_leafe import grow, tree_by_hand
 from tools.report import STAGE_1, about, chat_pairs, reflections_in_words
-from train import Objective, epoch, fit, loss_weights, optimise, recomputing, sft_batches
+from train import Objective, epoch, fit, loss_weights, optimise, recomputable, recomputing, sft_batches
 
 
 def train(out, *args, env=None):
@@ -369,12 +370,58 @@ def test_exported_pairs_render_to_the_very_ids_that_are_trained_on(grown, tiny, 
     assert whole > 5
 
 
-def test_out_of_memory_in_training_is_one_line_with_the_key(own_tiny, settings):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN: CUDNN_STATUS_ALLOC_FAILED")])
+def test_a_row_that_fits_in_no_way_is_one_line_with_the_key(error, own_tiny, settings, capsys):
     def fails(*_):
-        raise torch.OutOfMemoryError
+        raise error
     run = run_of(settings(), own_tiny, folder=True)
-    with pytest.raises(UserError, match="row_tokens: out of memory in a training row of 3 tokens; lower row_tokens="):
+    with pytest.raises(UserError, match="row_tokens: out of memory in a training row of 3 tokens, which cannot be parted"):
         optimise(run, 1, Objective(("a", "b"), fails, 1), partial(sft_batches, [], three_tokens(), run.cfg))
+    said = capsys.readouterr().err
+    assert said.index("gradient_checkpointing=true\n") < said.index("rows in halves, of 3 tokens and more\n")
+
+
+def test_an_error_that_is_not_about_memory_stays_one(own_tiny, settings):
+    def fails(*_):
+        raise RuntimeError("no kernel image is available")
+    run = run_of(settings(), own_tiny, folder=True)
+    with pytest.raises(RuntimeError, match="kernel image"):
+        optimise(run, 1, Objective(("a", "b"), fails, 1), partial(sft_batches, [], three_tokens(), run.cfg))
+
+
+@pytest.mark.parametrize("room, says", [(2000, ["gradient_checkpointing=true"]), (700, ["gradient_checkpointing=true", "halves"])])
+def test_training_that_runs_out_of_memory_goes_on_with_the_same_losses(room, says, grown, own_tiny, settings, capsys):
+    """In every row above `room` tokens without recomputation, and in those above it at all."""
+    cfg, trees = settings("corrections=all", "rehearsal_share=1", "steps=2", "lr=0.01", "row_tokens=1200"), grown[1][:8]
+    rows = training_rows(trees, loss_weights(trees, targets(trees, cfg, own_tiny[1].stop), 1.0), cfg.row_tokens)
+    calls, again = Counter(), cfg.but(out=f"{cfg.out}/again")
+    plain = run_of(cfg.but(out=f"{cfg.out}/plain"), own_tiny, folder=True)
+
+    def short(model, row):
+        recomputed = "forward" in vars(recomputable(model)[0])
+        calls[recomputed, len(row.ids) > room] += 1
+        if len(row.ids) > room if recomputed else len(row.ids) > 60:
+            raise torch.OutOfMemoryError
+        return packed_nll(model, [row])
+
+    def train_with(run, loss):
+        optimise(run, 1, Objective(("L_cf", "beta_L_reh"), loss, 2), partial(sft_batches, [], rows, run.cfg))
+        found = [[record[name] for name in ("L_cf", "beta_L_reh", "gradient_norm")] for record in run.metrics.records
+                 if "step" in record]
+        with torch.no_grad():
+            for parameter in run.policy.parameters():
+                parameter.zero_()
+        return found
+    started = [p.detach().clone() for p in plain.policy.parameters()]
+    expected = train_with(plain, lambda model, row: packed_nll(model, [row]))
+    with torch.no_grad():
+        for parameter, value in zip(plain.policy.parameters(), started):
+            parameter.copy_(value)
+    found = train_with(run_of(again, own_tiny, folder=True), short)
+    assert len(found) == 2 and torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-4)
+    said = capsys.readouterr().err
+    assert all(word in said for word in says) and ("halves" in said) == ("halves" in says)
+    assert calls[False, True] + calls[False, False] == 1
 
 
 def three_tokens():

@@ -8,8 +8,9 @@ from typing import Any, Callable
 
 import torch
 
+from cache import SlotCache
 from config import Config
-from engine import Chat, Job, SlotCache
+from engine import Chat, Job
 from leafe import Attempt, Branch, Turn, episode, read_trees, targets
 from packing import pack, rows_of
 from run import Jsonl, Policy, Run, read_jsonl
@@ -83,13 +84,13 @@ def growing(shape: Any, context: int, rows: int = 64) -> dict:
     zero = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def work() -> None:
-        cache.hold(1)
+        cache.hold(1, context)
         cache.aim(zero, zero, 1)
         for layer in range(shape.num_hidden_layers):
             one = torch.zeros(1, shape.num_key_value_heads, 1, size, device=device)
             cache.update(one, one, layer)
         while cache.held < rows:
-            cache.hold(2 * cache.held)
+            cache.hold(2 * cache.held, context)
     most = peak(work)
     sizes = [k.nbytes + v.nbytes for k, v in cache.layers]
     return dict(rows=rows, held_mb=sum(sizes) / 2**20, peak_mb=most, layer_mb=max(sizes) / 2**20)
