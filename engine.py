@@ -116,6 +116,7 @@ class Engine:
         self.live: list[Job] = []
         self.parked: deque[Job] = deque()                # begun, and without a row since memory ran out
         self.ended: deque[Job] = deque()                 # and not handed out yet
+        self.theirs: RuntimeError | None = None          # an episode's own, whatever it says of memory
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
         self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
         # of one forward, padding included: what it needs beside weights and cache stays below about a GiB
@@ -136,7 +137,7 @@ class Engine:
                 try:
                     self._step(queue)
                 except RuntimeError as error:
-                    if not ran_out(error):
+                    if error is self.theirs or not ran_out(error):
                         raise
                     short = True
                 if short:                                # outside, no frame holds the tensors of the step any more
@@ -241,6 +242,9 @@ class Engine:
         except StopIteration as end:
             job.result = end.value
             return False
+        except RuntimeError as error:
+            self.theirs = error
+            raise
         if isinstance(ask, Future):
             job.waits_for = ask
             return True

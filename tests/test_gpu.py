@@ -189,6 +189,14 @@ def test_a_snapshot_that_finds_no_memory_is_left_out_and_takes_others_with_it(er
     assert not capsys.readouterr().err
 
 
+def test_what_a_world_says_of_memory_is_its_own_error(tiny, settings):
+    def one():
+        yield Ask(tiny[1].first("rules", "step 1: you are in the hall."), 4)
+        raise RuntimeError("the dragon is out of memory")
+    with pytest.raises(RuntimeError, match="dragon"):
+        list(Engine(tiny[0], tiny[1].stop, settings("slots=4")).run(deque([Job(one(), random.Random(0), "a")])))
+
+
 def test_snapshots_go_before_rows_where_they_share_a_memory(tiny, settings, capsys):
     engine = Engine(tiny[0], tiny[1].stop, settings("slots=4", "snapshot_mb=64"))
     real, failed = engine._hidden, []
