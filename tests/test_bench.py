@@ -8,16 +8,14 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 import programs
 import ranks
 from config import UserError, load_config
 from conftest import ROOT, SHAPE
-from tools import bench, bench_runs, measure
+from tools import bench, bench_rollouts, bench_runs, measure
+from tools.bench_worlds import Talk
 from tools.families import tiny_model
-
-SMALL = LlamaConfig(**SHAPE | dict(initializer_range=0.05, num_hidden_layers=1))
 
 
 def own(**more):
@@ -25,10 +23,10 @@ def own(**more):
 
 
 def test_conversations_have_the_shape_that_is_promised():
-    talk, lengths = bench.Talk(), set()
+    talk, lengths = Talk(), set()
     for n in range(40):
         first, turns, done = talk.reset(f"{n}/1"), 0, False
-        assert first == bench.Talk().reset(f"{n}/2") != talk.reset(f"{n + 1}/1")       # samples share their task
+        assert first == Talk().reset(f"{n}/2") != talk.reset(f"{n + 1}/1")       # samples share their task
         talk.reset(f"{n}/1")
         while not done:
             done, turns = talk.step("go").done, turns + 1
@@ -51,21 +49,21 @@ def test_all_ways_of_sampling_reply_alike_and_each_is_timed(settings, tmp_path):
 
 
 def test_an_engine_that_replies_otherwise_is_not_timed(settings, monkeypatch):
-    right = bench.forking
+    right = bench_rollouts.forking
 
     def wrong(*args):
         ended = right(*args)
         ended[0].turns[0].action_ids[0] += 1
         return ended
     cfg = settings("temperature=0")
-    bench.policy.cache_clear()
-    monkeypatch.setattr(bench, "forking", wrong)
+    bench_rollouts.policy.cache_clear()
+    monkeypatch.setattr(bench_rollouts, "forking", wrong)
     with pytest.raises(UserError, match="greedy replies are not generate's: nothing is timed"):
-        bench.rollout(cfg, own(contenders="d", repetitions=0))
+        bench_rollouts.rollout(cfg, own(contenders="d", repetitions=1))
 
 
 def test_all_layouts_of_the_training_data_give_the_same_gradient(settings):
-    bench.policy.cache_clear()
+    bench_rollouts.policy.cache_clear()
     found = bench.training(settings("train_tasks=3", "corrections=all"), own(contenders="abc"))
     a, b, c = found["contenders"]
     assert found["pairs"] > 5 and max(row["equal"] for row in (a, b, c)) < 1e-4
@@ -75,7 +73,7 @@ def test_all_layouts_of_the_training_data_give_the_same_gradient(settings):
 
 
 def test_a_layout_with_another_gradient_is_not_timed(settings, monkeypatch):
-    bench.policy.cache_clear()
+    bench_rollouts.policy.cache_clear()
     monkeypatch.setattr(bench, "packed_nll", lambda model, rows: 1.01 * bench.padded_nll(
         model, (rows[0].ids[None], torch.ones_like(rows[0].ids)[None], torch.ones(1, len(rows[0].ids), 2))))
     with pytest.raises(UserError, match="the gradient of c is not a's"):
@@ -86,19 +84,6 @@ def test_stored_turns_are_counted_and_measured(settings, tiny):
     found = bench.stored(settings(), tiny[1], 2000)
     assert found["turns"] == 2000 and found["pairs"] > 200
     assert all(found[f"{step}_{unit}"] >= 0 for step in ("load", "targets", "pack", "report") for unit in ("s", "mb"))
-
-
-@pytest.mark.slow
-def test_the_script_for_a_gpu_runs_from_end_to_end_on_small_shapes(settings, monkeypatch):
-    """On the CPU: what it would measure is not measured here, but each of its parts is gone through, nf4 too."""
-    monkeypatch.setattr(bench, "SHAPES", {"135m": SMALL, "7b": SMALL})
-    bench.policy.cache_clear()
-    found = bench.gpu(settings("model=7b", "temperature=0", "lora_rank=4", "action_tokens=2"),
-                      own(contenders="ad", episodes=2), slots=(1, 2), rows=(64,))
-    assert found["equal_fp32"] == found["equal_nf4"] == 1.0
-    assert set(found) == {"equal_fp32", "equal_nf4", "nf4", "bf16", "nf4_1_slots", "nf4_2_slots", "bf16_1_slots",
-                          "bf16_2_slots", "step_64"}
-    assert found["step_64"]["seconds"] > 0 and found["nf4_2_slots"]["sampled"] > 0
 
 
 GROWING = """
@@ -253,6 +238,6 @@ def test_its_own_defaults_are_known_keys():
 
 def test_a_model_of_the_general_way_is_one_line(monkeypatch, settings, tiny):
     model = tiny_model("lfm2")
-    monkeypatch.setattr(bench, "policy", lambda *_: (model, tiny[1]))
+    monkeypatch.setattr(bench_rollouts, "policy", lambda *_: (model, tiny[1]))
     with pytest.raises(UserError, match="goes the general way, which is not measured here"):
         bench.training(settings(), {})

@@ -133,13 +133,17 @@ class Stages:
             self.ended("train")
 
 
-def watch(words: list[str], folder: Path) -> tuple[float, dict[str, float], float]:
-    """Run a program that writes to `folder` to its end: its seconds, those of its stages, its memory at most in MB."""
+def watch(words: list[str], folder: Path, limit: float = float("inf")) -> tuple[float, dict[str, float], float]:
+    """Run a program that writes to `folder` to its end: its seconds, those of its stages, its memory at most in MB.
+    Raises UserError after `limit` seconds."""
     began, stages, most = time.perf_counter(), Stages(folder), 0.0
     with program(words, Path(f"{folder}.log")) as process:
         while process.poll() is None:
             most = max(most, memory_of(process.pid))
             stages.look()
+            if time.perf_counter() - began > limit:
+                spent = ", ".join(f"{name} {took:.0f} s" for name, took in stages.seconds.items())
+                raise UserError(f"{folder}: stopped after {limit:.0f} seconds ({spent or 'not begun'})")
             try:
                 process.wait(POLL)
             except subprocess.TimeoutExpired:
