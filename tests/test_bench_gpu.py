@@ -62,7 +62,8 @@ def test_the_whole_script_runs_on_a_simulated_gpu_and_all_its_figures_are_in_the
     kept = json.loads((bench_gpu.Path(cfg.out) / "gpu-7b.json").read_text())
     assert kept == dict(machine=MACHINE, model="7b") | json.loads(json.dumps(found))
     table = bench.show("gpu", kept)
-    assert all(f"| {name} |" in table for name in ("tiny, nf4", "135m, 16 bits", "1 rows", "2 rows", "fork", "smollm2"))
+    assert all(f"| {name} |" in table for name in (
+        "tiny, nf4", "135m, 16 bits", "1 row", "2 rows", "fork", "attention: with cudnn", "plan: sampling", "smollm2"))
     assert capsys.readouterr().out.count(" s)\n") == len(found)
 
 

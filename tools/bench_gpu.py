@@ -85,7 +85,7 @@ def stages(sizes: Sizes) -> Iterator[tuple[str, Callable[[Bench], dict]]]:
     yield "preset=smoke", smoke
     yield "load", load
     for rows in sizes.rows:
-        yield f"decode: {rows} rows", partial(decode, rows=rows)
+        yield f"decode: {rows} row{'s' * (rows > 1)}", partial(decode, rows=rows)
     yield "prefill", prefill
     yield "fork", fork
     for tokens, again in sizes.training:
@@ -116,12 +116,15 @@ def write(cfg: Config, machine: dict, found: dict) -> Path:
 
 
 def in_line(found: dict) -> str:
-    return ", ".join(f"{key} {figure(value)}" for key, value in found.items())
+    return ", ".join(f"{key.replace('_', ' ')} {figure(value)}" for key, value in found.items())
 
 
 def figure(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}" if isinstance(
-        value, float) else f"({in_line(value)})" if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return f"({in_line(value)})"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
 
 
 # ------------------------------------------------------------------------------------------------------ is it right?
@@ -379,10 +382,16 @@ def table(found: dict) -> str:
     fine = {name: value for name, value in named.items() if not {"error", "left_out"} & value.keys()}
     lines += exactness({name: value for name, value in fine.items() if name.startswith("exact: ")})
     lines += decoded(found["model"], {name: value for name, value in fine.items() if name.startswith("decode: ")})
-    rest = [name for name in fine if not name.startswith(("exact: ", "decode: "))]
-    lines += ["", "| stage | |", "|---|---|", *(f"| {name} | {in_line(fine[name])} |" for name in rest)] if rest else []
+    rest = [row for name, one in fine.items() if not name.startswith(("exact: ", "decode: ")) for row in parts(name, one)]
+    lines += ["", "| stage | |", "|---|---|", *(f"| {name} | {in_line(one)} |" for name, one in rest)] if rest else []
     missing = [f"- {name}: {in_line(value)}" for name, value in named.items() if name not in fine]
     return "\n".join([*lines, *(["", "Not measured:", *missing] if missing else [])])
+
+
+def parts(name: str, found: dict) -> list[tuple[str, dict]]:
+    """A stage that compares some things has a line for each."""
+    several = all(isinstance(one, dict) for one in found.values())
+    return [(f"{name}: {key.replace('_', ' ')}", one) for key, one in found.items()] if several else [(name, found)]
 
 
 def exactness(found: dict[str, dict]) -> list[str]:
