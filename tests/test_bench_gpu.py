@@ -53,7 +53,7 @@ def test_the_whole_script_runs_on_a_simulated_gpu_and_all_its_figures_are_in_the
     assert not {name: one["error"] for name, one in found.items() if "error" in one}
     assert set(found["plan"]) == {"sampling", "training row: 64 tokens, recomputed", "training row: 48 tokens"}
     exact = {name: one for name, one in found.items() if name.startswith("exact: ")}
-    assert len(exact) == 6 and all(one["forks"] and one["packs"] for one in exact.values())
+    assert len(exact) == 6 and all(one["agrees"] for one in exact.values())
     assert exact["exact: tiny, fp32"]["equal"] == exact["exact: 135m, fp32"]["equal"] == 1.0
     assert all(one[key] <= one[f"{key}_limit"] for one in exact.values() for key in bench_gpu.FIGURES)
     assert found["fork"]["tokens"] == 30 and found["prefill"]["tokens_a_second"] > 0
@@ -151,6 +151,18 @@ def test_what_a_step_reads_is_counted_in_bytes(small, settings):
         assert body / 64 <= scales < body / 40 if four else not scales                   # a byte for 64 weights, and theirs
         assert bench_gpu.keys_read(model) == 2 * 1 * 2 * 16 * 2
     assert sizes[True] < sizes[False]
+
+
+def test_a_model_that_is_not_exact_is_told_in_figures(small, settings, monkeypatch):
+    plain = bench_gpu.Engine._hidden
+
+    def off(*args):
+        states, draws = plain(*args)
+        return states.flip(-1), draws
+    monkeypatch.setattr(bench_gpu.Engine, "_hidden", off)
+    held = bench_gpu.Bench(settings("model=7b"), own(), SIZES)
+    found = bench_gpu.exact(held, "135m", False, "float32")
+    assert not found["agrees"] and found["log_probability"] > found["log_probability_limit"] and found["equal"] < 1
 
 
 def test_memory_that_runs_out_is_told_and_no_figure_is_made_of_fewer_rows(small, settings, monkeypatch):

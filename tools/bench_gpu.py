@@ -129,17 +129,18 @@ def figure(value: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------------ is it right?
 def exact(bench: Bench, model: str, four: bool, dtype: str) -> dict:
-    """How far the engine and packed rows are from the model's own forward (models/check.py), what rounding anew does, and the
-    share of greedy episodes that are generate's, token for token."""
+    """How far the engine and packed rows are from the model's own forward, whether models/check.py lets that pass (if not,
+    a run would take another way, but here all is told), and the share of greedy episodes that are generate's."""
     cfg = bench.cfg.but(model=model, load_in_4bit=four, dtype=dtype, **SHORT)
     one = Policy(*policy(model, four, cfg.context, dtype), cfg)
-    checks().check(one)
+    checks().check_4bit(one.model)
+    vars(one.model).update(checks().SAMPLING[0] | checks().TRAINING[0])                    # the fast ways
     judge = checks().judge_of(one)
     off = checks().sampling(judge) | checks().training(judge)
     told = {key: checks().mean(off[name]) for key, name in FIGURES.items()}
     told |= {f"{key}_limit": max(checks().FLOOR, judge.limits[name]) for key, name in FIGURES.items()}
     own = dict(contenders="d", episodes=bench.sizes.episodes, repetitions=0)
-    return dict(forks=one.model.forks, packs=one.model.packs, **told, equal=rollout(cfg, own)["contenders"][0]["equal"])
+    return dict(agrees=judge.agrees(off), **told, equal=rollout(cfg, own)["contenders"][0]["equal"])
 
 
 def smoke(bench: Bench) -> dict:
@@ -398,10 +399,10 @@ def exactness(found: dict[str, dict]) -> list[str]:
     if not found:
         return []
     lines = ["", "How far from the model's own forward, in the mean, and in brackets how far they may be:", "",
-             "| | " + " | ".join(FIGURES.values()) + " | greedy episodes equal to generate's |", "|---|---|---|---|---|"]
+             "| | " + " | ".join(FIGURES.values()) + " | agrees | greedy episodes equal to generate's |", "|---|---|---|---|---|---|"]
     for name, one in found.items():
         cells = [f"{one[key]:.1e} ({one[f'{key}_limit']:.1e})" for key in FIGURES]
-        lines.append(f"| {name.removeprefix('exact: ')} | " + " | ".join(cells) + f" | {one['equal']:.0%} |")
+        lines.append(f"| {name.removeprefix('exact: ')} | " + " | ".join(cells) + f" | {one['agrees']} | {one['equal']:.0%} |")
     return lines
 
 
