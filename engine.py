@@ -119,11 +119,8 @@ class Engine:
         self.theirs: RuntimeError | None = None          # an episode's own, whatever it says of memory
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
         self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
-        # of one forward, padding included: what it needs beside weights and cache stays below about a GiB
-        text = model.config.get_text_config()
-        token = 8 * text.hidden_size + 3 * (getattr(text, "intermediate_size", 0) or 4 * text.hidden_size)
-        self.most_tokens = max(64, min(16384, 2**30 // (token * self.dtype.itemsize)))
-        self.most_rows = max(1, 2**30 // (32 * len(table)))                       # logits, softmax, sums of a row
+        text = model.config.get_text_config()            # padding included
+        self.most_tokens, self.most_rows = forward.limits(text, len(table), self.dtype.itemsize)
         self.close = 1e-4                                # far above fp32's rounding, below a token's share
         self.many_tokens = 8192                          # of a vocabulary: draws by _race, not _draw
 

@@ -5,6 +5,7 @@ rules, and the head is the model's own forward.
     Seen, hidden    what each token of a forward sees; the decoder's states under it
     _attend         attention without the keys that none of these tokens sees
     logits          what the model makes of the states, with all that it does behind lm_head
+    limits          how much one forward takes on
     ran_out         whether an error says that memory did
 """
 import inspect
@@ -148,6 +149,24 @@ def ran_out(error: BaseException) -> bool:
     """Whether memory ran out: a GPU's, its libraries' own (which raise a plain RuntimeError), or the host's."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in (
         "out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory"))
+
+
+def limits(text: Any, vocab: int, itemsize: int) -> tuple[int, int]:
+    """The most tokens of one forward, and the most rows whose next tokens it may draw: what it needs beside weights and cache
+    stays below about a GiB. `text`: the model's text config."""
+    token = itemsize * (8 * text.hidden_size + 3 * middle(text))
+    row = 32 * vocab                                     # logits, softmax, sums
+    return max(64, min(16384, 2**30 // token)), max(1, 2**30 // row)
+
+
+def middle(text: Any) -> int:
+    """The width of an MLP's middle, in the layer where it is widest. Some configs say it of each layer, in a list or only
+    there (which they answer with a RuntimeError), some not at all."""
+    try:
+        found = getattr(text, "intermediate_size", None)
+    except RuntimeError:
+        found = None
+    return max(found) if isinstance(found, (list, tuple)) else found or 4 * text.hidden_size
 
 
 def takes(module: nn.Module) -> set[str]:

@@ -7,10 +7,10 @@ import torch
 
 from lora import lora_layers
 from models.loading import reached
-from models.plan import CARDS, KEPT_FREE, PREFILL, Place, fitting, measured
+from models.plan import CARDS, KEPT_FREE, Place, fitting, measured
 from models.template import describe
 
-ESTIMATE = (f"an estimate: weights, an adapter, snapshot_mb=, a prefill of {PREFILL:,} tokens; {KEPT_FREE:.0%} stay free")
+ESTIMATE = f"an estimate: weights, an adapter, the largest prefill; {KEPT_FREE:.0%} stay free"
 
 
 def conversations_on(card: int, policy: Any, four: bool, token: float) -> str:

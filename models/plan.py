@@ -3,8 +3,8 @@ alone. No weight is loaded: the model is made on the meta device, where tensors 
 
     python train.py config.yaml preset=qwen7b plan=true
 
-The formulas count what is alive at once where the code's memory peaks; tests/test_plan.py holds them against a measured 135M and
-against counted 7B shapes. Bytes throughout; GB are 10^9 of them.
+The formulas count what is alive at once where the code's memory peaks; tests/test_plan.py holds them against a measured 135M, and
+against this code at 7B shapes, run on the meta device, too. Bytes throughout; GB are 10^9 of them.
 """
 import sys
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from typing import Any, Callable, Iterator
 import torch
 import transformers
 
+import forward
+import packing
 import ranks
 from config import Config, UserError, visible
 from envs import closing, make_env
@@ -25,8 +27,6 @@ CARDS = (8, 16, 24, 48, 80)             # GB
 KEPT_FREE = 0.08                        # of a card: the context of CUDA, and what fragments
 KEPT_BY_GLIBC = 0.25                    # of the memory that is free: pieces below 32 MB do not all go back at once
 FOUR = 0.52                             # bytes a weight in nf4, its scales among them
-PREFILL = 16384                         # tokens that the engine feeds at once, and one conversation more
-LOGITS = 4096                           # targets of a training row whose logits are there at once
 USUAL, MOST = 192, 512                  # slots where null is said: on a CPU; on a GPU, beyond which a step gains little
 FEW = 8                                 # slots, below which other settings are to make room first
 
@@ -50,6 +50,7 @@ class Shape:
     ranks: float                        # of the adapter in one layer, a token
     normed: int                         # of queries and keys that are normed, a token
     vocab: int
+    limits: Callable[[int], tuple[int, int]]     # bytes of a number -> most tokens, most rows of one forward
     token: float                        # keys and values of a token, all layers
 
 
@@ -65,11 +66,12 @@ class Place:
 class Plan:
     """Bytes of one process, each part at its largest."""
     weights: float
-    adapter: float                      # while sampling: its weights, fp32
+    adapter: float                      # while sampling: its weights, fp32, and in the model's own precision again
     learned: float                      # while training: gradients and Adam's two moments besides
     slot: float
     slots: int
-    snapshots: float
+    snapshots: float                    # beside the cache: a CPU's
+    host: float                         # those of a GPU, in the host's memory
     prefill: float                      # a forward of the most tokens that are fed at once
     draw: float                         # logits of all slots, and what a token is drawn by
     plain: float                        # a training row, everything kept for the gradient
@@ -117,10 +119,11 @@ def measured(model: Any, cfg: Config, token: float | None = None) -> Shape:
         four_on_cpu=stacks + sum(i * o for i, o in linear if is_whole(i, "cpu")),
         largest=max(i * o for i, o in linear),
         adapter=sum(value.numel() for value in lora_parameters(model)) or cfg.lora_rank * sum(map(sum, adapted)),
-        layers=layers, hidden=text.hidden_size, wide=of_all(text, "intermediate_size") or 4 * text.hidden_size,
+        layers=layers, hidden=text.hidden_size, wide=forward.middle(text),
         queries=heads * size, groups=heads // shared, inputs=sum(i for i, _ in adapted) / layers,
         ranks=cfg.lora_rank * len(adapted) / layers, normed=(heads + shared) * size if normed else 0,
-        vocab=text.vocab_size, token=token or 2 * layers * shared * size)
+        vocab=text.vocab_size, limits=lambda bytes_: forward.limits(text, text.vocab_size, bytes_),
+        token=token or 2 * layers * shared * size)
 
 
 def of_all(text: Any, name: str) -> Any:
@@ -163,24 +166,37 @@ def plan_of(shape: Shape, cfg: Config, place: Place, slots: int) -> Plan:
     unpacked = b * shape.largest if four else 0
     slots = 0 if cfg.engine else -(-slots // place.processes)          # a server has a memory of its own
     plain, recomputed = (row_of(shape, cfg, b, again) + unpacked for again in (False, True))
+    kept = min(1, slots) * cfg.snapshot_mb * 2**20
+    # gradients of a row and, where a step has more than one, the sum of those before
+    gradients = 4 if cfg.batch_tokens < 2 * cfg.row_tokens else 8
     return Plan(
-        weights=FOUR * four + b * (shape.every - four), adapter=4 * shape.adapter, learned=16 * shape.adapter,
-        slot=b * shape.token * cfg.context, slots=slots, snapshots=min(1, slots) * cfg.snapshot_mb * 2**20 / place.processes,
+        weights=FOUR * four + b * (shape.every - four), adapter=(4 + b) * shape.adapter,
+        learned=(4 + b + 8 + gradients) * shape.adapter,
+        slot=b * shape.token * -(-cfg.context // 64) * 64, slots=slots,
+        # pinned, each piece of them takes a power of two
+        snapshots=0 if place.cuda else kept / place.processes, host=2 * kept if place.cuda else 0,
         prefill=prefill_of(shape, cfg, place, slots) + unpacked,
-        draw=slots * shape.vocab * (20 if b == 4 else 14),             # engine._race and _draw, fp64 sums among them
+        # engine._race and _draw, fp64 sums among them
+        draw=min(slots, shape.limits(b)[1]) * shape.vocab * (20 if b == 4 else 18),
         plain=plain, recomputed=recomputed, row=recomputed if cfg.gradient_checkpointing else plain)
 
 
 def prefill_of(shape: Shape, cfg: Config, place: Place, slots: int) -> float:
     """A layer of a forward without gradient: the larger of its MLP and its attention."""
-    b, tokens = place.number, min(PREFILL + cfg.context, slots * cfg.context)
-    # one of the MLP's halves is done; of the other there is W x, B A x, that scaled, fp32 both
-    mlp = (2 * b + 8) * shape.wide
+    b = place.number
+    # a conversation that is longer than the limit is fed alone
+    tokens = min(max(shape.limits(b)[0], cfg.context), slots * cfg.context)
+    # one of the MLP's halves is done; of the other there is W x, and that with B A x
+    mlp = 3 * b * shape.wide
     attention = 4 * b * shape.queries
-    if place.cuda:                      # side by side: a group's heads are asked as one, each with its mask
-        attention += b * cfg.context * (shape.groups + 1)
-    stream = (2 * b + 4) * shape.hidden + (b + 1) * cfg.context        # states, the mask
-    return tokens * (stream + max(mlp, attention))
+    stream = 4 * b * shape.hidden + (b + 1) * cfg.context              # states, the mask
+    # heads that share keys are asked as one, each with its mask
+    masks = shape.groups * cfg.context if shape.groups > 1 else 0
+    if place.cuda:                      # side by side: masks of all, padded before
+        attention += b * masks
+        stream += b * cfg.context
+        masks = 0
+    return tokens * (stream + max(mlp, attention)) + min(1, slots) * b * cfg.context * masks
 
 
 def row_of(shape: Shape, cfg: Config, b: int, again: bool) -> float:
@@ -190,12 +206,13 @@ def row_of(shape: Shape, cfg: Config, b: int, again: bool) -> float:
     fed = 4 * shape.inputs if b < 4 else 4 * (2 * shape.hidden + shape.queries + shape.wide)
     kept = (fed + 4 * shape.ranks + 8 * shape.hidden + 4 * shape.normed + 4 * b * shape.queries + 3 * b * shape.wide
             + b * tokens)
-    # at the head: logits, their log-softmax and its gradient, fp32
-    head = 12 * shape.vocab * min(tokens, LOGITS)
-    ends = 12 * shape.hidden * tokens + 4 * tokens**2                  # states behind the last layer, the mask's making
+    # at the head, a chunk of targets: the log-softmax of their logits, its gradient, and theirs, fp32
+    head = 12 * shape.vocab * min(tokens, max(1, packing.LOGITS_BYTES // (4 * shape.vocab)))
+    ends = 8 * shape.hidden * tokens + tokens**2                       # states behind the last layer, the mask
     if not again:
         return shape.layers * tokens * kept + head + ends
-    back = (8 if b < 4 else 16) * shape.wide                           # gradients on their way through the MLP
+    # the MLP's second half, its adapter's part in fp32, while its third keeps nothing yet; in fp32, gradients on their way back
+    back = (4 if b < 4 else 16) * shape.wide
     return shape.layers * tokens * b * shape.hidden + max(head, tokens * (kept + back)) + ends
 
 
@@ -212,9 +229,14 @@ def fitting(shape: Shape, cfg: Config, place: Place, room: float, most: int | No
     return low
 
 
-def here() -> Place:
+def here(cfg: Config) -> Place:
     cuda = torch.cuda.is_available()
-    return Place(cuda, 2 if cuda else 4, 1 if cuda else ranks.world())
+    return Place(cuda, number_of(cfg, cuda), 1 if cuda else ranks.world())
+
+
+def number_of(cfg: Config, cuda: bool) -> int:
+    """Bytes of one. A GPU that lacks bfloat16 takes float16."""
+    return getattr(torch, cfg.dtype).itemsize if cfg.dtype else 2 if cuda else 4
 
 
 def room_here(place: Place) -> float:
@@ -229,13 +251,14 @@ def room_here(place: Place) -> float:
 
 def slots_of(model: Any, cfg: Config) -> int:
     """What `slots: null` means, for a model that is there."""
-    place = here()
+    place = here(cfg)
     if cfg.engine:                      # requests at a time, and no cache
         return USUAL
     most = fitting(measured(model, cfg), cfg, place, room_here(place))
     if not most:
-        raise UserError("slots: by the plan not one conversation fits beside the model (plan=true says what does); lower "
-                        "context= or snapshot_mb=, or say how many with slots=")
+        keys = "context=" if place.cuda else "context= or snapshot_mb="
+        raise UserError(f"slots: by the plan not one conversation fits beside the model (plan=true says what does); lower "
+                        f"{keys}, or say how many with slots=")
     return most
 
 
@@ -263,7 +286,7 @@ def cheaper(cfg: Config, place: Place) -> Iterator[tuple[str, str, Any]]:
     yield "training", "gradient_checkpointing", True
     yield "training", "row_tokens", cfg.context
     for mb in (2048, 512):
-        if cfg.snapshot_mb > mb:
+        if cfg.snapshot_mb > mb and not place.cuda:
             yield "sampling", "snapshot_mb", mb
     for stage in ("sampling", "training"):
         if place.cuda and not in_four(cfg, place):
@@ -303,15 +326,18 @@ def said(found: dict[str, Any] | None) -> str:
     """What changes() found."""
     if found is None:
         return "no setting makes it fit; take a smaller model"
-    return "to fit: " + " ".join(f"{key}={str(value).lower()}" for key, value in found.items()) if found else "fits"
+    if not found:
+        return "fits"
+    alone = " (training finds that itself)" if "gradient_checkpointing" in found else ""
+    return "to fit: " + " ".join(f"{key}={str(value).lower()}" for key, value in found.items()) + alone
 
 
 def lines_of(cfg: Config) -> list[str]:
     """The plan as `plan=true` prints it: for this machine's GPU, or for any and this machine's processors."""
     shape, gpu = shape_of(cfg), torch.cuda.is_available()
-    cpu = Place(False, 4, cfg.processes or ranks.cores())
+    cpu = Place(False, number_of(cfg, False), cfg.processes or ranks.cores())
     other = "a GPU" if cfg.slots else "a GPU of 24 GB"
-    places = {"this GPU": here()} if gpu else {other: Place(True), "here": cpu}
+    places = {"this GPU": here(cfg)} if gpu else {other: Place(True, number_of(cfg, True)), "here": cpu}
     rooms = {name: 24e9 * (1 - KEPT_FREE) if place.cuda and not gpu else room_here(place) for name, place in places.items()}
     plans = [plan_of(shape, cfg, place, cfg.slots or fitting(shape, cfg, place, rooms[name]))
              for name, place in places.items()]
@@ -323,7 +349,7 @@ def lines_of(cfg: Config) -> list[str]:
         lines.append(f"{text.format(cfg=cfg):40}" + "".join(f"{value(plan):>26}" for plan in plans))
     lines.append("")
     if gpu:
-        lines.append(f"this GPU: {gb(rooms['this GPU'])} GB may be taken; {said(changes(shape, cfg, here(), rooms['this GPU']))}")
+        lines.append(f"this GPU: {gb(rooms['this GPU'])} GB may be taken; {said(changes(shape, cfg, here(cfg), rooms['this GPU']))}")
     else:
         lines += [*on_cards(shape, cfg), f"here, no GPU: {gb(cpu.processes * rooms['here'])} GB may be taken; "
                   f"{said(changes(shape, cfg, cpu, rooms['here']))}"]
@@ -335,7 +361,7 @@ PARTS: list[tuple[str, Callable[[Plan], str]]] = [
     ("adapter, gradients, Adam", lambda plan: gb(plan.learned)),
     ("cache, a slot of {cfg.context:,} tokens", lambda plan: gb(plan.slot)),
     ("cache, all slots", lambda plan: f"{plan.slots:,} slots: {gb(plan.slots * plan.slot)}"),
-    ("snapshots, at most", lambda plan: gb(plan.snapshots)),
+    ("snapshots, at most", lambda plan: f"in the host's memory: {gb(plan.host)}" if plan.host else gb(plan.snapshots)),
     ("largest prefill", lambda plan: gb(plan.prefill)),
     ("training row of {cfg.row_tokens:,} tokens", lambda plan: gb(plan.plain)),
     ("the same, recomputed", lambda plan: gb(plan.recomputed)),
@@ -345,10 +371,10 @@ PARTS: list[tuple[str, Callable[[Plan], str]]] = [
 
 def on_cards(shape: Shape, cfg: Config) -> list[str]:
     """What cards of the usual sizes take, for a machine that has none."""
-    room = {card: card * 1e9 * (1 - KEPT_FREE) for card in CARDS}
-    slots = [f"{fitting(shape, cfg, Place(True), size) or '-'}" for size in room.values()]
-    found = {card: said(changes(shape, cfg, Place(True), size)) for card, size in room.items()}
-    trains = [plan_of(shape, cfg, Place(True), 1).training <= size for size in room.values()]
+    room, place = {card: card * 1e9 * (1 - KEPT_FREE) for card in CARDS}, Place(True, number_of(cfg, True))
+    slots = [f"{fitting(shape, cfg, place, size) or '-'}" for size in room.values()]
+    found = {card: said(changes(shape, cfg, place, size)) for card, size in room.items()}
+    trains = [plan_of(shape, cfg, place, 1).training <= size for size in room.values()]
     rows = [("on a card of", [f"{card} GB" for card in CARDS]), ("slots that fit", slots),
             ("the training row fits", ["yes" if fits else "no" for fits in trains])]
     lines = [f"{name:40}" + "".join(f"{value:>9}" for value in values) for name, values in rows]
@@ -369,13 +395,13 @@ def say(cfg: Config) -> None:
     if not torch.cuda.is_available() or ranks.rank():
         return
     try:
-        shape, place = shape_of(cfg), here()
+        shape, place = shape_of(cfg), here(cfg)
     except UserError as error:          # who loads the model says it, if it is to end the run
         print(visible(f"plan: none; {error}"), file=sys.stderr)
         return
     room = room_here(place)
     plan = plan_of(shape, cfg, place, cfg.slots or fitting(shape, cfg, place, room))
     print(visible(f"plan: at most {gb(plan.sampling)} GB in sampling (weights {gb(plan.weights)}, {plan.slots} slots "
-                  f"{gb(plan.slots * plan.slot)}, snapshots {gb(plan.snapshots)}, prefill {gb(plan.prefill)}), "
-                  f"{gb(plan.training)} in training (a row {gb(plan.row)}), of {gb(room)}\n"
+                  f"{gb(plan.slots * plan.slot)}, prefill {gb(plan.prefill)}), {gb(plan.training)} in training "
+                  f"(a row {gb(plan.row)}), of {gb(room)}; snapshots in the host's memory {gb(plan.host)}\n"
                   f"plan: {said(changes(shape, cfg, place, room))}"), file=sys.stderr)

@@ -1,15 +1,25 @@
-"""The plan: what it says a run takes, against what is measured and against what was counted of our own code at 7B shapes."""
+"""The plan: what it says a run takes, against what a process takes, and against what our code makes of tensors at 7B shapes."""
 import json
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoConfig
 
+import forward
+import lora
+import packing
 import programs
 import train
+from cache import SlotCache
 from config import SHIPPED, UserError, load_config
 from conftest import ROOT
 from models import plan
+from models.loading import model_class
 from models.plan import Place, changes, fitting, plan_of, row_of, shape_of, work_of
+from packing import Segment, pack
 from run import Policy
 
 GIB = 2**30
@@ -71,7 +81,7 @@ from train import recomputing
 ctypes.CDLL(None).mallopt(-3, 2**16)              # M_MMAP_THRESHOLD: or glibc keeps much of what was freed
 what, shape = sys.argv[2], SHAPES["135m"]
 shape.num_hidden_layers = 8                       # of 30: for time
-cfg = load_config([sys.argv[1] + "/config.yaml", "context=384", "row_tokens=1024", "slots=8", "snapshot_mb=32",
+cfg = load_config([sys.argv[1] + "/config.yaml", "context=384", "row_tokens=1024", "slots=8", "snapshot_mb=32", "batch_tokens=1024",
                    f"gradient_checkpointing={what == 'recomputed'}"])
 
 
@@ -107,7 +117,7 @@ work(adapted(small), cfg.but(slots=1, row_tokens=32))            # what the libr
 model = adapted(shape)
 there = sum(value.nbytes for value in model.parameters())
 plan = plan_of(measured(model, cfg), cfg, Place(cuda=False, number=4), cfg.slots)
-assert there == plan.weights + plan.adapter
+assert there == plan.weights + plan.adapter / 2                 # which lies there twice from the first forward on
 most = peak(lambda: work(model, cfg)) * 2**20
 print(json.dumps([most, (plan.sampling if what == "sampling" else plan.training) - there]))
 """
@@ -123,23 +133,91 @@ def test_the_plan_of_a_135m_shape_is_what_a_process_takes_beside_the_weights(wha
     assert planned == pytest.approx(taken, rel=0.15), f"{planned / 1e6:.0f} MB planned, {taken / 1e6:.0f} taken"
 
 
-# --------------------------------------------------------------- against what was counted of our code, operation by operation
-def test_a_prefill_is_what_was_counted_of_a_7b(preset):
-    cfg, shape = preset("qwen7b")
-    tokens = plan.PREFILL + cfg.context
-    found = plan.prefill_of(shape, cfg, Place(cuda=True), 48) * 16384 / tokens
-    assert found / GIB == pytest.approx(4.15, rel=0.05)
+# --------------------------------------------------------------- against our code at 7B shapes, where tensors have no memory
+class Meter(TorchDispatchMode):
+    """Bytes of tensors of the meta device that are made inside and alive at once, at most; of weights not their views."""
+    def __init__(self, model):
+        super().__init__()
+        self.weights = {value.untyped_storage()._cdata for value in model.parameters()}
+        self.alive, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for key, (storage, size) in list(self.alive.items()):
+            if storage.expired():
+                self.now -= size
+                del self.alive[key]
+        for storage in [x.untyped_storage() for x in tree_iter(made) if isinstance(x, torch.Tensor) and x.is_meta]:
+            if storage._cdata not in self.alive and storage._cdata not in self.weights:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        return made
 
 
-@pytest.mark.parametrize("name, tokens, share, again, gib", [
-    ("qwen7b", 4096, 1.0, True, 7.7), ("qwen7b", 8192, 0.5, True, 8.6), ("qwen7b", 1024, 0.5, False, 9.8),
-    ("qwen7b", 2048, 0.5, False, 19.8), ("qwen7b", 4096, 0.5, False, 40)])
-def test_a_training_row_is_what_was_counted_of_a_7b(name, tokens, share, again, gib, preset):
-    cfg, shape = preset(name)
-    found = row_of(shape, cfg.but(row_tokens=tokens), 2, again)
-    if not again:                        # the plan lets all tokens bear loss
-        found -= 12 * shape.vocab * (min(plan.LOGITS, tokens) - share * tokens)
-    assert found / GIB == pytest.approx(gib, rel=0.06)
+class Attention(torch.autograd.Function):
+    """What a GPU's keeps, and nothing computed."""
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, mask, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3])) + (None,)
+
+
+@pytest.fixture
+def shadow(preset, monkeypatch):
+    """(model, cfg, shape) of a preset: two layers of it on the meta device, with an adapter."""
+    def attention(q, k, v, attn_mask=None, **_):
+        return Attention.apply(q, k, v, attn_mask.to(q.dtype))        # torch, too, makes numbers of booleans
+
+    def make(name):
+        cfg, _ = preset(name)
+        config = AutoConfig.from_pretrained(cfg.model)
+        config.num_hidden_layers = 2
+        with torch.device("meta"):
+            model = model_class(config)._from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+        for parent, child, layer in lora.linear_layers(model):
+            # made elsewhere, or its draws would need a generator of the meta device
+            setattr(parent, child, lora.LoRA(layer, cfg.lora_rank, cfg.lora_alpha, torch.Generator()))
+        monkeypatch.setattr(lora.LoRA, "folded", lambda self, dtype: (self.lora_A.T.to(dtype), self.lora_B.T.to(dtype)))
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        return model, cfg, plan.measured(model, cfg)
+    return make
+
+
+@pytest.mark.parametrize("name", ["qwen7b", "llama8b", "8gb"])
+def test_the_largest_prefill_is_what_our_code_takes_at_a_7b_s_shape(name, shadow):
+    model, cfg, shape = shadow(name)
+    size = forward.limits(model.config, model.config.vocab_size, 2)[0] // 8
+    parts = [forward.Part(slice(n * size, (n + 1) * size), n, slice(0, cfg.context)) for n in range(8)]
+    with torch.inference_mode(), torch.device("meta"):
+        ids, rows, at = torch.empty(3, 1, 8 * size, dtype=torch.long)
+        places = forward.places(parts)
+        places = places.on([torch.empty(len(numbers), dtype=torch.long) for numbers in places.numbers])
+        cache = SlotCache(8, cfg.context)
+        cache.hold(8, cfg.context)
+        cache.aim(rows, at, cfg.context)
+        with Meter(model) as meter:
+            keys = torch.arange(cfg.context)
+            seen = forward.Seen(keys <= at[..., None], at, keys[None], parts, places)
+            forward.hidden(model, ids, seen, use_cache=True, cache=cache)
+    taken = meter.most - sum(x.nbytes for layer in cache.layers for x in layer)
+    assert plan.prefill_of(shape, cfg, Place(cuda=True), 64) == pytest.approx(taken, rel=0.03)
+    assert 0.85 < taken / GIB < 1.05                                 # what the engine promises
+
+
+@pytest.mark.parametrize("name", ["qwen7b", "llama8b", "8gb"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_training_row_is_what_our_code_takes_at_a_7b_s_shape(name, again, shadow):
+    model, cfg, shape = shadow(name)
+    row = pack([[Segment(list(range(cfg.row_tokens)), [(1.0,)] * cfg.row_tokens, None)]])
+    with Meter(model) as meter, train.recomputing(model, again):
+        torch.autograd.grad(packing.token_logp(model, [row]).sum(), lora.lora_parameters(model))
+    assert row_of(shape, cfg, 2, again) == pytest.approx(meter.most, rel=0.04)
 
 
 @pytest.mark.parametrize("name, gib, kib", [("qwen7b", 5.17, 56), ("llama8b", 5.31, 128), ("qwen3", 5.66, 144)])
@@ -147,7 +225,7 @@ def test_weights_and_cache_are_what_was_counted(name, gib, kib, preset):
     cfg, shape = preset(name)
     found = plan_of(shape, cfg, Place(cuda=True), 48)
     assert found.weights / GIB == pytest.approx(gib, rel=0.02) and found.slot == kib * 2**10 * cfg.context
-    assert (name != "qwen7b") or found.adapter / GIB == pytest.approx(0.15, rel=0.02)
+    assert (name != "qwen7b") or found.adapter / GIB == pytest.approx(0.15 * 3 / 2, rel=0.02)         # in fp32, and in 16 bits again
 
 
 # ---------------------------------------------------------------------------------------------------------- what fits
@@ -193,7 +271,7 @@ def test_slots_that_are_left_open_are_what_fits(tiny, settings, monkeypatch):
     policy = Policy(*tiny, settings("slots=null"))
     assert policy.engine().slots == plan.USUAL
     shape = plan.measured(tiny[0], policy.cfg)
-    room = plan_of(shape, policy.cfg, plan.here(), 5).sampling
+    room = plan_of(shape, policy.cfg, plan.here(policy.cfg), 5).sampling
     monkeypatch.setattr(plan, "room_here", lambda place: room)
     assert policy.engine().slots == 5
     monkeypatch.setattr(plan, "room_here", lambda place: 1e6)

@@ -317,11 +317,11 @@ def plan(bench: Bench) -> dict:
     """What models/plan.py says of the prefill and the training rows that were measured, beside it."""
     of, one, (rows, tokens) = plans(), large(bench), bench.sizes.prefill
     cfg = bench.cfg.but(context=tokens + 1, slots=rows, snapshot_mb=0)
-    planned = of.plan_of(of.measured(one.model, cfg), cfg, of.here(), rows)
+    planned = of.plan_of(of.measured(one.model, cfg), cfg, of.here(cfg), rows)
     told = dict(sampling=beside(planned.sampling, bench.found.get("prefill", {})))
     for tokens, again in bench.sizes.training:
         cfg = bench.cfg.but(row_tokens=tokens, context=min(tokens, bench.cfg.context), gradient_checkpointing=again)
-        planned = of.plan_of(of.measured(one.model, cfg), cfg, of.here(), 1)
+        planned = of.plan_of(of.measured(one.model, cfg), cfg, of.here(cfg), 1)
         name = f"training row: {tokens} tokens{', recomputed' if again else ''}"
         told[name] = beside(planned.training, bench.found.get(name, {}))
     return told
