@@ -1,5 +1,6 @@
 """The plan: what it says a run takes, against what a process takes, and against what our code makes of tensors at 7B shapes."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +188,18 @@ def shadow(preset, monkeypatch):
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
         return model, cfg, plan.measured(model, cfg)
     return make
+
+
+def test_an_mlp_s_width_is_read_of_configs_that_say_it_of_each_layer_or_not_at_all():
+    class Each:
+        hidden_size = 8
+
+        @property
+        def intermediate_size(self):
+            raise RuntimeError("ask a layer")
+    said = [forward.middle(SimpleNamespace(hidden_size=8, **more)) for more in ({}, dict(intermediate_size=[16, 24]),
+                                                                                dict(intermediate_size=20))]
+    assert [*said, forward.middle(Each())] == [32, 24, 20, 32]
 
 
 @pytest.mark.parametrize("name", ["qwen7b", "llama8b", "8gb"])
