@@ -119,7 +119,8 @@ class Engine:
         self.theirs: RuntimeError | None = None          # an episode's own, whatever it says of memory
         self.kept: dict[str, list[Snapshot]] = {}        # family -> snapshots; least recently used first
         self.fed = self.seen = self.sampled = 0          # tokens: computed, of all contexts asked for, drawn
-        text = model.config.get_text_config()            # padding included
+        text = model.config.get_text_config()
+        # of one forward; of tokens padding included
         self.most_tokens, self.most_rows = forward.limits(text, len(table), self.dtype.itemsize)
         self.close = 1e-4                                # far above fp32's rounding, below a token's share
         self.many_tokens = 8192                          # of a vocabulary: draws by _race, not _draw
@@ -217,10 +218,8 @@ class Engine:
             if job.snapshot:
                 self._keep(row, job)
             if last is not job:
-                self.live[row], cached = last, last.cached
-                last.cached = 0                          # until its keys are there, too
-                self.cache.write(row, self.cache.read(len(self.live), cached), cached)
-                last.cached = cached
+                self.live[row] = last
+                self.cache.write(row, self.cache.read(len(self.live), last.cached), last.cached)
 
     def _whole(self, job: Job) -> bool:
         """Whether a reply has begun and has come to its end."""
