@@ -399,6 +399,7 @@ class Targets:
     """(tree, turn) index pairs; a pair's context is the path to the turn, its target the turn's action."""
     D_cf: list[tuple[int, int]]
     D_reh: list[tuple[int, int]]
+    D_ref: list[tuple[int, int]] = field(default_factory=list)     # reflections, where they are rehearsed too
 
 
 def targets(trees: list[Tree], cfg: Config, stop: set[int]) -> Targets:

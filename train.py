@@ -62,6 +62,8 @@ def train(run: Run, round_: int) -> None:
 def learn(run: Run, round_: int, trees: list[Tree]) -> None:
     """Find the targets, say what Stage 1 cost and gave, distil."""
     pairs = targets(trees, run.cfg, run.policy.chat.stop)
+    if run.cfg.rehearse_reflections:                   # not the paper's
+        trees = rehearsal().with_reflections(run, trees, pairs)
     figures, words = report_file().stage_1(trees, pairs, run.world())
     print(visible(words))
     run.say(round=round_, **figures)
@@ -72,13 +74,15 @@ def learn(run: Run, round_: int, trees: list[Tree]) -> None:
 
 def distil(run: Run, round_: int, trees: list[Tree], pairs: Targets) -> None:
     """Stage 2: SFT of L_cf + beta L_reh, the experience out of view. What it did to each correction is reported."""
-    rows = training_rows(trees, loss_weights(trees, pairs, run.cfg.beta), run.cfg.row_tokens)
+    names = ("L_cf", "beta_L_reh", "gamma_L_ref")[:3 if pairs.D_ref else 2]
+    rows = training_rows(trees, loss_weights(trees, pairs, run.cfg.beta, run.cfg.gamma), run.cfg.row_tokens)
     with report_file().distilled(run, round_, trees, pairs):
-        fit(run, round_, ("L_cf", "beta_L_reh"), rows)
+        fit(run, round_, names, rows)
 
 
-def loss_weights(trees: list[Tree], pairs: Targets, beta: float) -> list[Weights]:
-    """For each tree: turn -> what each of its action's tokens weighs (in L_cf, in beta L_reh)."""
+def loss_weights(trees: list[Tree], pairs: Targets, beta: float, gamma: float = 1.0) -> list[Weights]:
+    """For each tree: turn -> what each of its action's tokens weighs (in L_cf, in beta L_reh; with reflections rehearsed
+    also in gamma L_ref)."""
     alone = beta == float("inf")                       # L_reh alone
     weights: list[Weights] = [{} for _ in trees]
     for k, i in [] if alone else pairs.D_cf:
@@ -86,6 +90,10 @@ def loss_weights(trees: list[Tree], pairs: Targets, beta: float) -> list[Weights
     for k, i in pairs.D_reh:
         in_cf = weights[k].get(i, (0.0, 0.0))[0]
         weights[k][i] = (in_cf, (1 if alone else min(beta, 1e30)) / len(pairs.D_reh))
+    if pairs.D_ref:
+        weights = [{i: (*weight, 0.0) for i, weight in tree.items()} for tree in weights]
+    for k, i in pairs.D_ref:
+        weights[k][i] = (0.0, 0.0, gamma / len(pairs.D_ref))
     return weights
 
 
@@ -294,6 +302,12 @@ def warm_start():
     """The door of methods/warm_start.py."""
     from methods import warm_start as module
     return module
+
+
+def rehearsal():
+    """The door of methods/rehearse.py."""
+    from methods import rehearse
+    return rehearse
 
 
 def whole_run(cfg: Config) -> None:

@@ -33,6 +33,7 @@ DOORS = {                                          # the function that asks for 
     "run.report_file": "tools.report",
     "eval.main": "tools.compare",
     "train.warm_start": "methods.warm_start",
+    "train.rehearsal": "methods.rehearse",
     "leafe.main": "tools.show",
     "worlds.crossing.library": "any package",
 }

@@ -363,6 +363,7 @@ def stage_1(trees: list[Tree], pairs: Targets, env: Env) -> tuple[dict[str, int]
     """What exploration cost and gave, and how good the reflections were: as figures, and in words."""
     figures, reflections = stage1_figures(trees, pairs), reflection_figures(trees, env)
     words = STAGE_1.format(**figures)
+    words += f", |D_ref| = {len(pairs.D_ref)}" * bool(pairs.D_ref)
     if figures["clipped"]:
         words += f"; {figures['clipped']} observations shown in part (observation_tokens)"
     record = {f"stage_1/{key}": count for key, count in figures.items()}
@@ -378,7 +379,8 @@ def stage1_figures(trees: list[Tree], pairs: Targets) -> dict[str, int]:
                 solved_first=sum(tree.branches[0].success for tree in trees), attempts=len(branches),
                 env_steps=sum(b.steps for b in branches), replayed=sum(b.replayed for b in branches),
                 sampled=sum(b.tokens for b in branches), mismatch=ends["mismatch"], context=ends["context"],
-                clipped=sum(b.clipped for b in branches), D_cf=len(pairs.D_cf), D_reh=len(pairs.D_reh))
+                clipped=sum(b.clipped for b in branches), D_cf=len(pairs.D_cf), D_reh=len(pairs.D_reh),
+                **(dict(D_ref=len(pairs.D_ref)) if pairs.D_ref else {}))
 
 
 def reflection_figures(trees: list[Tree], env: Env) -> dict[str, int]:
@@ -596,7 +598,7 @@ def distilled(run: Run, round_: int, trees: list[Tree], pairs: Targets) -> Itera
 def chat_pairs(run: Run, trees: list[Tree], pairs: Targets) -> Iterator[str]:
     """The targets as text, a line each, for other trainers (TRL: a conversational prompt and completion)."""
     chat, rules = run.policy.chat, run.world().rules
-    for part in ("D_cf", "D_reh"):
+    for part in ("D_cf", "D_reh", "D_ref"):
         for k, i in getattr(pairs, part):
             messages = [dict(role="system", content=rules)] if chat.system_role else []
             for t, turn in enumerate(trees[k].path(i), 1):
