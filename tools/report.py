@@ -601,8 +601,10 @@ def chat_pairs(run: Run, trees: list[Tree], pairs: Targets) -> Iterator[str]:
     for part in ("D_cf", "D_reh", "D_ref"):
         for k, i in getattr(pairs, part):
             messages = [dict(role="system", content=rules)] if chat.system_role else []
-            for t, turn in enumerate(trees[k].path(i), 1):
-                text = TURN.format(t=t, obs=chat.glimpse(turn.obs, run.cfg.observation_tokens))
+            path = trees[k].path(i)
+            for t, turn in enumerate(path, 1):
+                asked = part == "D_ref" and turn is path[-1]           # to look back: that stays whole
+                text = TURN.format(t=t, obs=turn.obs if asked else chat.glimpse(turn.obs, run.cfg.observation_tokens))
                 messages.append(dict(role="user", content=text if messages else f"{rules}\n\n{text}"))
                 messages.append(dict(role="assistant", content=chat.text(turn.action_ids)))
             yield json.dumps(dict(prompt=messages[:-1], completion=messages[-1:], part=part, task=trees[k].task)) + "\n"
