@@ -13,6 +13,7 @@ from functools import partial
 from typing import Iterator
 
 import torch
+from torch import nn
 
 from config import Check, Config, each, within
 from leafe import Tree
@@ -28,7 +29,7 @@ grpo_group: 8                 # rollouts of one task in a group
 grpo_updates: 4               # optimiser steps a wave
 grpo_clip: 0.2                # the ratio pi' / pi_old is clipped to 1 - this .. 1 + this
 grpo_dual: 3.0                # and the loss, where the advantage is negative, at this times the advantage
-grpo_kl: 0.01                 # weight of the KL to the base
+grpo_kl: 0.01                 # weight of the KL to where the run starts: the base, init=, warm_start=
 grpo_refusal: 0.0             # taken off the reward for each action that the world refused (0.1: docs/differences.md)
 grpo_statistics: episodes     # mean and deviation of a group's rewards over its episodes, or over their steps
 grpo_truncate: 2.0            # of a server's tokens: the weight pi_old / mu is at most this; 0: as if they were pi_old's
@@ -51,18 +52,20 @@ def check(cfg: Config) -> None:
 
 def train(run: Run, round_: int) -> None:
     objective = Objective(("L_clip", "beta_KL"), partial(grpo_loss, run.cfg), None)
-    optimise(run, round_, objective, partial(grpo, run))
+    start = [p.detach().clone() for p in run.policy.parameters()]      # a run that goes on comes by here as it began, too
+    optimise(run, round_, objective, partial(grpo, run, start))
 
 
-def grpo(run: Run, first: int) -> Iterator[Batch]:
+def grpo(run: Run, start: list[torch.Tensor], first: int) -> Iterator[Batch]:
     """Group Relative Policy Optimisation: waves of groups of rollouts until the budget is used; after each wave
-    cfg.grpo_updates optimiser steps, the mean over tokens. Goes on after wave `first`."""
+    cfg.grpo_updates optimiser steps, the mean over tokens. Goes on after wave `first`. The reference of the KL is the
+    adapter `start`."""
     cfg, store = run.cfg, run.store("trees.jsonl")
     group = run.but(roots=cfg.grpo_group, attempts=cfg.grpo_group, max_depth=0)
     for wave, trees in enumerate(waves(group, budget(cfg), cfg.grpo_tasks, first + 1), first + 1):
         mu = [turn.logp for tree in trees for turn in tree.turns]          # where a server says it
         weights = numbered([advantages(tree, cfg) for tree in trees], trees)
-        rows = [with_old(run.policy, pack(pieces)) for pieces in rows_of(trees, weights, cfg.row_tokens)]
+        rows = with_old(run.policy, start, [pack(pieces) for pieces in rows_of(trees, weights, cfg.row_tokens)])
         rows, mismatch = with_mu(rows, mu, cfg.grpo_truncate)
         ended = [branch for tree in trees for branch in tree.branches]
         refused = sum(not turn.valid for branch in ended for turn in branch.turns) / len(ended)
@@ -118,13 +121,25 @@ def grpo_loss(cfg: Config, model, row: Packed) -> torch.Tensor:
 
 
 @torch.no_grad()
-def with_old(policy: Policy, row: Packed) -> Packed:
-    """The row, its weights (A, 1, ...) replaced by (A, log pi_old, log pi_ref, ...); the reference is the adapter off."""
-    old = token_logp(policy.model, [row])
-    with policy.off():
-        ref = token_logp(policy.model, [row])
-    first = torch.stack([row.weights[:, 0], old.cpu(), ref.cpu()], 1)
-    return replace(row, weights=torch.cat([first, row.weights[:, 2:]], 1))
+def with_old(policy: Policy, start: list[torch.Tensor], rows: list[Packed]) -> list[Packed]:
+    """The rows, their weights (A, 1, ...) replaced by (A, log pi_old, log pi_ref, ...); the reference is the adapter
+    `start`."""
+    old = [token_logp(policy.model, [row]).cpu() for row in rows]
+    parameters = policy.parameters()
+    now = [p.clone() for p in parameters]
+    copy_to(parameters, start)
+    ref = [token_logp(policy.model, [row]).cpu() for row in rows]
+    copy_to(parameters, now)
+    found = []
+    for row, *logp in zip(rows, old, ref):
+        first = torch.stack([row.weights[:, 0], *logp], 1)
+        found.append(replace(row, weights=torch.cat([first, row.weights[:, 2:]], 1)))
+    return found
+
+
+def copy_to(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def with_mu(rows: list[Packed], mu: list[list[float]], most: float) -> tuple[list[Packed], dict[str, float]]:

@@ -10,7 +10,7 @@ import yaml
 
 import programs
 from config import UserError, load_config, method_names
-from conftest import ROOT, run_of
+from conftest import ROOT, run_of, shake
 from engine import Job
 from envs import Quest
 from leafe import Branch, Tree, Turn, explore
@@ -297,7 +297,8 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient(own_tiny, setting
     weights = advantages(tree, cfg)
     (group,) = rows_of([tree], [weights], 1024)
     plain = pack(group)
-    grpo_loss(cfg, model, with_old(Policy(model, chat, cfg), plain))[0].backward()
+    (row,) = with_old(Policy(model, chat, cfg), lora_parameters(model), [plain])
+    grpo_loss(cfg, model, row)[0].backward()
     found = [p.grad.clone() for p in lora_parameters(model)]
     for parameter in lora_parameters(model):
         parameter.grad = None
@@ -306,17 +307,25 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient(own_tiny, setting
     assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(lora_parameters(model), found))
 
 
-def test_the_reference_of_the_kl_is_the_base_whatever_the_adapter_has_learned(own_tiny, tiny, settings):
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_reference_of_the_kl_is_what_the_run_started_from_whatever_it_has_learned(own_tiny, tiny, settings, warm):
+    """The base, of an adapter that was new; a warm start, where that is what it goes on from."""
     model, chat = own_tiny
     add_lora(model, 4, 8, seed=0)
+    if warm:
+        shake(model, size=0.05)
+    start, ids = [p.detach().clone() for p in lora_parameters(model)], chat.first(Quest.rules, "step 1")
+    rows = [pack([[Segment(ids[:-n], [(0.5, 1.0)] * len(ids[:-n]), None)]]) for n in (1, 2)]
     with torch.no_grad():
+        expected = [token_logp(model if warm else tiny[0], [row]) for row in rows]
         for parameter in lora_parameters(model):
             parameter.add_(0.05)
-    ids = chat.first(Quest.rules, "step 1")
-    row = with_old(Policy(model, chat, settings()), pack([[Segment(ids, [(0.5, 1.0)] * len(ids), None)]]))
-    assert torch.allclose(row.weights[:, 2], token_logp(tiny[0], [row]).detach(), atol=1e-5)
-    assert torch.allclose(row.weights[:, 1], token_logp(model, [row]).detach(), atol=1e-5)
-    assert not torch.allclose(row.weights[:, 1], row.weights[:, 2], atol=1e-2)
+    learned = [p.detach().clone() for p in lora_parameters(model)]
+    for row, ref in zip(with_old(Policy(model, chat, settings()), start, rows), expected, strict=True):
+        assert torch.equal(row.weights[:, 2], ref)
+        assert torch.allclose(row.weights[:, 1], token_logp(model, [row]).detach(), atol=1e-5)
+        assert not torch.allclose(row.weights[:, 1], row.weights[:, 2], atol=1e-2)
+    assert all(map(torch.equal, learned, lora_parameters(model)))
 
 
 DOOR = '''
@@ -338,7 +347,8 @@ def test_a_server_s_tokens_weigh_pi_old_over_mu_cut_off(own_tiny, settings):
     for turn in tree.turns:
         turn.obs_ids, turn.action_ids = chat.first(Quest.rules, "step 1"), chat.ids("go attic") + [chat.end]
     weights = numbered([advantages(tree, cfg)] * 2, [tree] * 2)
-    rows = [with_old(Policy(model, chat, cfg), pack(group)) for group in rows_of([tree] * 2, weights, 4096)]
+    rows = with_old(Policy(model, chat, cfg), lora_parameters(model),
+                    [pack(group) for group in rows_of([tree] * 2, weights, 4096)])
     (plain,), figures = with_mu(rows, [[]] * 8, 2.0)
     assert figures == {} and plain.weights.shape[1] == 3
     (row,) = rows
