@@ -329,7 +329,7 @@ def whole_run(cfg: Config) -> None:
     if cfg.warm_start:
         warm_start().begin(run)
     if cfg.evaluate_base:
-        sample(run, "warm_start" if cfg.warm_start else "base")
+        sample(run, "warm_start" if cfg.warm_start or Path(cfg.init).name == "warm_start" else "base")
     for round_ in range(1, cfg.rounds + 1):
         done = folder / f"adapter_{round_}"
         # by adapter_<round>/ (without weights of its own, playbook.txt) a rerun knows that a round is done

@@ -2,6 +2,7 @@
 do not know yet how to act or to reflect at all (the paper, too, starts from checkpoints that do).
 
     python train.py config.yaml preset=smollm2 warm_start=48
+    python train.py config.yaml preset=smollm2 warm_start=96 method=compare          one for all methods and seeds
 
 A world that can say what to do next (Env.next_best) shows each task twice: solved at once, by one who knows where
 everything is, and tried half at random until something was refused, then looked back on (the lesson is that refusal,

@@ -3,18 +3,24 @@ import json
 import os
 import re
 import shutil
+import signal
+import time
 from html import escape
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
+from safetensors.torch import load_file
 
 import programs
+from config import kept_config
+from conftest import ROOT
 from envs import Quest
+from methods import warm_start
 from methods.compare import COMPARED
-from run import RunFolder
+from run import RunFolder, read_jsonl
 from test_train import figures, train
-from tools.compare import comparison
+from tools.compare import comparison, page
 from tools.pictures import passk
 from tools.report import spent
 
@@ -56,6 +62,33 @@ def test_a_comparison_is_of_the_split_that_was_asked_for_last(settings, tmp_path
     ended_run(settings, folder, "leafe", dict(base=[0, 0, 0], leafe=[4, 0, 0]), split="test-deep")
     line = next(line for line in comparison(tmp_path).splitlines() if line.startswith("leafe"))
     assert line.split()[1] == "33.3"
+
+
+def test_what_all_started_from_stands_in_place_of_the_base_and_what_it_took_counts_once(settings, tmp_path):
+    start, grpo = tmp_path / "warm_start-0/warm_start", tmp_path / "grpo-0/adapter"
+    for seed in (0, 1):
+        for name, wins, init in [("leafe", dict(warm_start=[0, 1, 1], leafe=[4, 4, 0]), start),
+                                 ("grpo", dict(grpo=[0, 2, 0]), start), ("grpo+leafe", dict(leafe=[4, 4, 4]), grpo)]:
+            ended_run(settings, tmp_path / f"{name}-{seed}", name.rpartition("+")[2], wins, seed=seed, init=init,
+                      evaluate_base=name == "leafe")
+    for folder, record, minutes in [(start.parent, dict(round=0, step=9, tokens=700), 2),
+                                    (grpo.parent, dict(round=1, step=2, tokens=50), 5)]:
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        (folder / "seconds.json").write_text(str(60 * minutes))
+    shown = comparison(tmp_path)
+    lines = {}
+    for line in shown.splitlines():
+        lines.setdefault(line.split()[0], []).append(line.split())
+    assert "base" not in shown and "Pass@4 minus warm_start" in shown and list(lines)[1] == "warm_start"
+    assert shown.endswith("tasks solved that warm_start never solves, and back; what warm_start took is shared, and "
+                          "counts in its row alone")
+    assert [lines[name][0][1] for name in ("warm_start", "leafe", "grpo+leafe")] == ["16.7", "66.7", "100.0"]
+    assert [lines[name][1][-2:] for name in ("warm_start", "grpo+leafe")] == [["0.0", "0.0"], ["1.0", "0.0"]]
+    assert [lines[name][2][3:] for name in ("warm_start", "grpo", "grpo+leafe", "leafe")] == [
+        ["700", "2.0"], ["25", "2.5"], ["50", "5.0"], ["0", "nan"]]    # trained tokens, minutes; grpo-1 took none
+    html = page(tmp_path)
+    assert "warm_start" in html and "base" not in re.findall(r"<text[^>]*>([^<]*)</text>", html)
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +153,80 @@ def test_a_comparison_shows_which_methods_are_unfinished(compared, tmp_path):
     shutil.copytree(out / "leafe-1", out / "leafe-2")
     shown = comparison(out)
     assert "grpo              0 of 2 seeds so far" in shown and "means over 2 seeds" in shown
+
+
+WARM = ["method=compare", "warm_start=8", "warm_steps=6", "lr=0.001", "train_tasks=4", "attempts=4", "horizon=8", "steps=2",
+        "test_tasks=4", "samples=2", "ks=[1,2]"]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A comparison from a warm start, of two seeds: (folder, stdout)."""
+    out = tmp_path_factory.mktemp("warm") / "run"
+    process = train(out, *WARM, "seeds=[0,1]")
+    shown, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    return out, shown
+
+
+@pytest.mark.slow
+def test_every_method_on_every_seed_goes_on_from_the_one_warm_start(warm):
+    out, shown = warm
+    start, names = out / "warm_start-0", {f"{name}-{seed}" for name in COMPARED for seed in (0, 1)}
+    assert {path.name for path in out.iterdir()} == names | {"warm_start-0", "report.html"}
+    assert shown.count("warm start: SFT on") == 1
+    begun = load_file(start / "warm_start/adapter_model.safetensors")
+    trained = {}
+    for name in sorted(names):
+        own = kept_config(out / name)
+        from_grpo = name.startswith("grpo+")
+        assert own.init == str(out / f"grpo-{own.seed}/adapter" if from_grpo else start / "warm_start") and not own.warm_start
+        trained[name] = load_file(out / name / "adapter_1/adapter_model.safetensors")
+        apart = max(float((trained[name][key] - value).abs().max()) for key, value in begun.items())
+        took = [r["tokens"] for r in read_jsonl(out / name / "metrics.jsonl") if "step" in r]
+        assert (apart > 0) == bool(took) and apart < 0.5, name         # ACE alone, and who found nothing, stay there
+    assert trained["leafe-0"].keys() == begun.keys()
+    drawn = [r for seed in (0, 1) for r in read_jsonl(out / f"leafe-{seed}/samples.jsonl") if r["policy"] == "warm_start"]
+    assert len(drawn) == 2 * 4 * 2 and len({r["weights"] for r in drawn}) == 1
+    explored = {r["task"] for name in names for r in read_jsonl(out / name / "trees.jsonl")}
+    shown_to_it = set(warm_start.tasks(kept_config(start)))
+    assert len(shown_to_it) == 8 and explored == set(Quest().tasks("train")[:4])
+    assert not shown_to_it & (explored | {r["task"] for r in drawn})
+    head, *lines = shown[shown.rindex("%  "):].splitlines()
+    assert [line.split()[0] for line in lines[:len(COMPARED) + 1]] == ["warm_start", *sorted(COMPARED)]
+    assert "Pass@2 minus warm_start" in shown and "never solves, and back; what warm_start took is shared" in lines[-2]
+
+
+@pytest.mark.slow
+def test_a_comparison_killed_in_its_warm_start_ends_as_if_it_had_not_been(warm, tmp_path):
+    """And a seed that is run by itself shares it."""
+    out, rows = tmp_path / "run", lambda path: sorted(path.read_text().splitlines())                 # noqa: E731
+    process = train(out, *WARM, "seeds=[1]")
+    while not (out / "warm_start-0/checkpoint.pt").exists():
+        assert process.returncode is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "warm_start-0/warm_start").exists() and not (out / "leafe-1").exists()
+    process = train(out, *WARM, "seeds=[1]")
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    for name in ["warm_start-0/warm_start", *(f"{name}-1/adapter_1" for name in COMPARED)]:
+        (a, b), made = (folder / name for folder in (out, warm[0])), "adapter_model.safetensors"
+        assert (a / made).read_bytes() == (b / made).read_bytes(), name
+    for name in [f"{name}-1" for name in COMPARED]:
+        for made in ("trees.jsonl", "samples.jsonl"):
+            assert rows(out / name / made) == rows(warm[0] / name / made), (name, made)
+    assert figures(out / "warm_start-0") == figures(warm[0] / "warm_start-0")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["warm_start=8", "init=a"], "warm_start is 8, but goes with neither init= nor react=true"),
+    (["warm_start=8", "react=true"], "warm_start is 8, but goes with neither init= nor react=true"),
+    (["warm_start=5000"], "warm_start: quest has 1272 training tasks beside the train_tasks, not 5000"),
+    (["warm_start=8", f"env={ROOT}/tests/test_smollm2.py:Mute"], "does not say how its tasks are solved")])
+def test_a_warm_start_that_cannot_be_is_one_line_before_anything_is_written(args, message, tmp_path):
+    process = train(tmp_path / "run", "method=compare", *args)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and errors.startswith("error: ") and errors.count("\n") == 1, errors
+    assert message in errors and not (tmp_path / "run").exists()

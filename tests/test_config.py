@@ -89,7 +89,7 @@ def brought(method):
     (["method=early_experience", "early_experience=reflection"], "raise action_tokens above reflect_tokens (110)"),
     (["method=other_lessons", "trees=b"], "trees is 'b', but this control explores anew"),
     (["method=ace", "warm_start=4"], "warm_start is 4, but does not go with method=ace"),
-    (["method=compare", "warm_start=4"], "warm_start is 4, but does not go with method=compare"),
+    (["method=compare", "warm_start=4", "react=true"], "warm_start is 4, but goes with neither init= nor react=true"),
     (["method=compare", "seeds=[]"], "seeds is [], but must be a list of numbers of 0 or more, like [0, 1]")])
 def test_a_mistake_in_the_configuration_is_one_line_with_the_key_and_the_fix(args, message):
     with pytest.raises(UserError) as error:

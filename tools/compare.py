@@ -24,24 +24,26 @@ def show(folder: Path) -> None:
 
 
 def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
-    """The ended runs of a folder, <name>-<seed>/ each: name -> seed -> (samples, what training took). The base's
-    samples are those of leafe-<seed>/. Raises UserError if they were not sampled on the same tasks."""
-    runs: dict[str, dict[str, tuple[Samples, dict]]] = {"base": {}}
+    """The ended runs of a folder, <name>-<seed>/ each: name -> seed -> (samples, what training took). The first name is
+    of what they start from, base or warm_start; its samples are those of leafe-<seed>/. What a warm start took, which
+    all share, counts for it alone. Raises UserError if they were not sampled on the same tasks."""
+    warm = any(starts_warm(kept_config(path.parent)) for path in folder.glob("leafe-*/config.yaml"))
+    start = "warm_start" if warm else "base"
+    runs: dict[str, dict[str, tuple[Samples, dict]]] = {start: {}}
     for run in sorted(path.parent for path in folder.glob("*-*/passk.json")):
         (name, _, seed), own = run.name.rpartition("-"), kept_config(run)
         took = spent(run)
-        for start in [Path(own.init)] if own.init else []:                # what its start took counts too
-            start = start if start.name == "warm_start" else start.parent
-            took = {key: value + spent(start)[key] for key, value in took.items()}
+        if own.init and not starts_warm(own):                             # what its start took counts too
+            took = {key: value + spent(Path(own.init).parent)[key] for key, value in took.items()}
         if own.trees and own.method == "leafe":                           # and so do trees that it reused
             took |= {key: took[key] + spent(Path(own.trees))[key] for key in ("steps", "sampled")}
         runs.setdefault(name, {})[seed] = read_samples(str(run)), took
         if name == "leafe" and own.evaluate_base:
-            runs["base"][seed] = read_samples(f"{run}:base"), dict.fromkeys(took, 0)
-    if not runs["base"]:
+            runs[start][seed] = read_samples(f"{run}:{start}"), spent(Path(own.init)) if warm else dict.fromkeys(took, 0)
+    if not runs[start]:
         raise UserError(f"{folder}: no leafe-<seed>/ that has ended; name a comparison's folder (train.py "
                         f"method=compare out=...), or two runs")
-    expected = next(iter(runs["base"].values()))[0]
+    expected = next(iter(runs[start].values()))[0]
     for name, by_seed in runs.items():
         for seed, (samples, _) in by_seed.items():
             if (list(samples.by_task), samples.n) != (list(expected.by_task), expected.n):
@@ -50,23 +52,28 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
     return runs
 
 
+def starts_warm(cfg: Config) -> bool:
+    return Path(cfg.init).name == "warm_start"
+
+
 def comparison(folder: Path) -> str:
     """The runs of a folder side by side. Figures are means over seeds, intervals are over tasks, differences are
-    paired. new: tasks that the policy solves in any of its samples and the base of that seed in none; lost: the
-    other way round."""
+    paired. new: tasks that the policy solves in any of its samples and what it started from, of that seed, in none;
+    lost: the other way round."""
     runs = read_runs(folder)
-    cfg, seeds = kept_config(next(folder.glob("leafe-*/config.yaml")).parent), list(runs["base"])
-    base, leafe = ([runs[name][seed][0] for seed in seeds] for name in ("base", "leafe"))
+    start = next(iter(runs))
+    cfg, seeds = kept_config(next(folder.glob("leafe-*/config.yaml")).parent), list(runs[start])
+    base, leafe = ([runs[name][seed][0] for seed in seeds] for name in (start, "leafe"))
     tasks, last = len(base[0].by_task), f"Pass@{cfg.ks[-1]}"
     figures = [f"Pass@{k}" for k in sorted({cfg.ks[0], cfg.ks[len(cfg.ks) // 2], cfg.ks[-1]})] + ["recovery"]
 
-    gaps = [(f"{last} minus base", last), (f"leafe minus this, {figures[0]}", figures[0]),
+    gaps = [(f"{last} minus {start}", last), (f"leafe minus this, {figures[0]}", figures[0]),
             (f"leafe minus this, {last}", last)]
     first = [f"{'%':18}" + "".join(f"{name:>24}" for name in figures)]
     second = [f"{'':18}" + "".join(f"{title:>28}" for title, _ in gaps) + f"{'new':>6}{'lost':>6}"]
     third = [f"{'training took':18}" + "".join(
         f"{name:>16}" for name in ("env steps", "sampled tokens", "trained tokens", "minutes"))]
-    for name, found in sorted(runs.items(), key=lambda item: (item[0] != "base", item[0])):
+    for name, found in sorted(runs.items(), key=lambda item: (item[0] != start, item[0])):
         if missing := set(seeds) - set(found):
             first.append(f"{name:18}{len(base) - len(missing)} of {len(base)} seeds so far")
             continue
@@ -87,14 +94,15 @@ def comparison(folder: Path) -> str:
                      + f"{took['seconds'] / 60 or float('nan'):16.1f}")
     return "\n".join([*first, *second, *third,
                       f"{tasks} tasks, {base[0].n} samples each, means over {len(base)} seeds"
-                      "; env steps with replays; new, lost: tasks solved that the base never solves, and back"])
+                      f"; env steps with replays; new, lost: tasks solved that {'the ' * (start == 'base')}{start} never solves, and back"
+                      + "; what warm_start took is shared, and counts in its row alone" * (start == "warm_start")])
 
 
 def ended(folder: Path) -> tuple[dict[str, list[Samples]], Config]:
     """Every method of a comparison that has ended on all its seeds: name -> one policy a seed."""
     runs, cfg = read_runs(folder), kept_config(next(folder.glob("leafe-*/config.yaml")).parent)
     return {name: [samples for samples, _ in found.values()] for name, found in runs.items()
-            if set(found) == set(runs["base"])}, cfg
+            if set(found) == set(runs[next(iter(runs))])}, cfg
 
 
 def curves_of(folder: Path) -> str:

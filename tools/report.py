@@ -427,13 +427,15 @@ def nothing_found(trees: list[Tree], cfg: Config, stop: set[int]) -> str:
 
 def spent(folder: Path) -> dict[str, float]:
     """What training took so far: environment steps (replayed ones included), sampled tokens, trained tokens, seconds;
-    from the run's files. Of out/<run>/warm_start, its trained tokens (its seconds are not kept apart)."""
+    from the run's files. Of out/<run>/warm_start, its trained tokens, and its seconds where the run is nothing else
+    (else they are not kept apart)."""
     def records(of: Path, name: str) -> list[dict]:
         return list(read_jsonl(of / name)) if (of / name).exists() else []
     run = folder.parent if folder.name == "warm_start" else folder
     trained = {r.get("round"): r["tokens"] for r in records(run, "metrics.jsonl") if "tokens" in r}  # of the last step
     if folder.name == "warm_start":
-        return dict(steps=0, sampled=0, trained=trained.get(0, 0), seconds=0.0)
+        alone = not (run / "trees.jsonl").exists()
+        return dict(steps=0, sampled=0, trained=trained.get(0, 0), seconds=seconds(run) if alone else 0.0)
     lived = records(folder, "trees.jsonl") + records(folder, "alternatives.jsonl")
     return dict(steps=sum(r["steps"] + r["replayed"] for r in lived), sampled=sum(r["tokens"] for r in lived),
                 trained=sum(trained.values()), seconds=seconds(folder))
