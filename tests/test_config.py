@@ -432,7 +432,7 @@ def test_a_folder_or_a_name_too_long_is_one_line(tmp_path):
 VALUES = ["-1", "0", "1e5", "1e20", "1" + "0" * 20, "9" * 5000, ".nan", ".inf", "-.inf", "1e400", "true", "null", "", "[]",
           "[1]", "{}", "text", "[", "010", "1:30", "'", "*a", "!!int x", "\x1b[31m"]
 ANY_TEXT = {"model", "init", "adapter", "playbook", "env", "data", "out", "trees", "experiences"}
-HUGE_IS_FINE = {"lora_alpha", "lr", "clip", "beta", "grpo_clip", "grpo_dual"}     # what diverges is told as such
+HUGE_IS_FINE = {"lora_alpha", "lr", "clip", "beta", "gamma", "grpo_clip", "grpo_dual"}     # what diverges is told as such
 
 
 @pytest.mark.parametrize("method", METHODS)
