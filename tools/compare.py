@@ -31,12 +31,7 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
     start = "warm_start" if warm else "base"
     runs: dict[str, dict[str, tuple[Samples, dict]]] = {start: {}}
     for run in sorted(path.parent for path in folder.glob("*-*/passk.json")):
-        (name, _, seed), own = run.name.rpartition("-"), kept_config(run)
-        took = spent(run)
-        if own.init and not starts_warm(own):                             # what its start took counts too
-            took = {key: value + spent(Path(own.init).parent)[key] for key, value in took.items()}
-        if own.trees and own.method == "leafe":                           # and so do trees that it reused
-            took |= {key: took[key] + spent(Path(own.trees))[key] for key in ("steps", "sampled")}
+        (name, _, seed), own, took = run.name.rpartition("-"), kept_config(run), whole_cost(run)
         runs.setdefault(name, {})[seed] = read_samples(str(run)), took
         if name == "leafe" and own.evaluate_base:
             runs[start][seed] = read_samples(f"{run}:{start}"), spent(Path(own.init)) if warm else dict.fromkeys(took, 0)
@@ -54,6 +49,20 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
 
 def starts_warm(cfg: Config) -> bool:
     return Path(cfg.init).name == "warm_start"
+
+
+def whole_cost(run: Path) -> dict[str, float]:
+    """What the training of a run took (report.spent), with what its start, if not a warm one, and the trees that it
+    reused took."""
+    own, took = kept_config(run), spent(run)
+    # other folders' names are as seen from where it ran
+    here, out = run.resolve(), Path(own.out)
+    above = Path(*here.parts[:-len(out.parts)]) if here.parts[-len(out.parts):] == out.parts else Path()
+    if own.init and not starts_warm(own):
+        took = {key: value + spent((above / own.init).parent)[key] for key, value in took.items()}
+    if own.trees and own.method == "leafe":
+        took |= {key: took[key] + spent(above / own.trees)[key] for key in ("steps", "sampled")}
+    return took
 
 
 def comparison(folder: Path) -> str:

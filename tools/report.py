@@ -78,6 +78,9 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
 
 # ------------------------------------------------------------------------------------------------- what a run is
 
+CODE = (".", ":!docs", ":!*.md", ":!*.log")        # pages, records and logs change while runs are made, and make none
+
+
 def about() -> dict[str, Any]:
     """What this process is: its command, the project's state, versions, the machine."""
     def git(*words: str) -> str:
@@ -96,7 +99,7 @@ def about() -> dict[str, Any]:
     names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in names.splitlines() if line.startswith("model name")]
     return dict(command=shlex.join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-                commit=commit or None, changed=bool(git("status", "--porcelain")) if commit else None,
+                commit=commit or None, changed=bool(git("status", "--porcelain", "--", *CODE)) if commit else None,
                 python=platform.python_version(),
                 **{package: installed(package) for package in ("torch", "transformers", "bitsandbytes")},
                 processor=models[0] if models else platform.machine(), cores=os.cpu_count(),
@@ -556,7 +559,7 @@ def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, 
             for name in fa if name in fb}
 
 
-def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
+def rates(policies: list[Samples], ks: list[int], resamples: int) -> list[str]:
     """Success in %, with 95 % intervals over tasks; with two policies, their paired difference."""
     columns = [p.figures(ks, resamples) for p in policies]
     heads = [visible(p.label, "") for p in policies]
@@ -569,6 +572,12 @@ def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
         if all(name in column for column in columns):
             lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>{wide}}"
                                                 for i, c in enumerate(columns)))
+    return lines
+
+
+def table(policies: list[Samples], ks: list[int], resamples: int) -> str:
+    """Their rates, and what an episode of each is like."""
+    lines = rates(policies, ks, resamples)
     for policy in policies:
         mean = means(policy)
         lines.append(f"{visible(policy.label, '')}: {len(policy.by_task)} tasks x {policy.n} samples; an episode takes "
