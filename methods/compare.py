@@ -16,7 +16,6 @@ from pathlib import Path
 import eval
 from config import Check, Config, UserError, brought_by, load_config, refuse, shipped, visible
 from methods import ace, early_experience, grpo, rft, warm_start
-from run import open_run, report_file
 from train import whole_run
 
 COMPARED = ("leafe", "rft", "early_experience", "grpo", "grpo+leafe", "ace")
@@ -44,8 +43,8 @@ def several_runs(cfg: Config, args: list[str]) -> None:
     refuse(cfg, trees="method=compare sets it for each of its runs", init="method=compare sets it for each of its runs")
     if cfg.warm_start:
         print(visible("\nwarm start"))
-        make_start(load_config([*arguments(cfg, args, "leafe", cfg.seed), "init=", f"warm_start={cfg.warm_start}",
-                                f"out={start(cfg).parent}"]))
+        warm_start.make(load_config([*arguments(cfg, args, "leafe", cfg.seed), "init=", f"warm_start={cfg.warm_start}",
+                                     f"out={start(cfg).parent}"]))
         gc.collect()
     for seed in cfg.seeds:
         for name in COMPARED:
@@ -58,15 +57,6 @@ def several_runs(cfg: Config, args: list[str]) -> None:
 def start(cfg: Config) -> Path:
     """The adapter that all runs start from."""
     return Path(cfg.out) / f"warm_start-{cfg.seed}" / "warm_start"
-
-
-def make_start(cfg: Config) -> None:
-    """The warm start, in a run's folder of its own; one that is there is kept, if its settings are these."""
-    warm_start.tasks(cfg)
-    run = open_run(cfg, "", training=True)
-    report_file().settle(run)
-    warm_start.begin(run)
-    run.folder.close()
 
 
 def arguments(cfg: Config, args: list[str], name: str, seed: int) -> list[str]:

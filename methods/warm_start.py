@@ -3,6 +3,7 @@ do not know yet how to act or to reflect at all (the paper, too, starts from che
 
     python train.py config.yaml preset=smollm2 warm_start=48
     python train.py config.yaml preset=smollm2 warm_start=96 method=compare          one for all methods and seeds
+    python -m methods.warm_start config.yaml preset=smollm2 warm_start=96 out=out/start     it alone; then init=out/start/warm_start
 
 A world that can say what to do next (Env.next_best) shows each task twice: solved at once, by one who knows where
 everything is, and tried half at random until something was refused, then looked back on (the lesson is that refusal,
@@ -14,12 +15,13 @@ import random
 from tqdm import tqdm
 
 import ranks
-from config import Config, UserError
+from config import Config, UserError, guarded, load_config, visible    # before torch: Ctrl-C
+
 from engine import Chat
 from envs import Env, ask, env_class, make_env, open_env, wait_for
 from leafe import HINT, REFLECT, REFLECTION, TURN
 from packing import Packed, Segment, fill, length, pack
-from run import Run
+from run import Run, open_run, report_file
 from train import fit
 
 LONGEST = 160                          # characters of a refusal that a lesson repeats
@@ -123,3 +125,25 @@ def rows(run: Run) -> list[Packed]:
     for segment in (s for tree in fitting for s in tree):              # each kind: the mean over its tokens
         segment.weights = [(a / count[0], b / count[1]) for a, b in segment.weights]
     return [pack(group) for group in fill(fitting, cfg.row_tokens)]
+
+
+def make(cfg: Config) -> None:
+    """A warm start in a run's folder of its own; one that is there is kept, if its settings are these."""
+    tasks(cfg)
+    run = open_run(cfg, "", training=True)
+    report_file().settle(run)
+    begin(run)
+    run.folder.close()
+
+
+def main(args: list[str]) -> None:
+    cfg = load_config(args)
+    if not cfg.warm_start:
+        raise UserError("warm_start: say of how many episodes, like warm_start=96")
+    ranks.start(cfg.processes)
+    make(cfg)
+    print(visible(f"results: {cfg.out}/warm_start"))
+
+
+if __name__ == "__main__":
+    guarded(main, __doc__)

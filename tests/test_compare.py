@@ -198,6 +198,16 @@ def test_every_method_on_every_seed_goes_on_from_the_one_warm_start(warm):
 
 
 @pytest.mark.slow
+def test_a_warm_start_made_alone_is_the_one_that_a_comparison_makes(warm, tmp_path):
+    done = programs.run(["-m", "methods.warm_start", "config.yaml", "preset=smoke", *WARM[1:], f"out={tmp_path}/start"])
+    assert done.returncode == 0 and f"results: {tmp_path}/start/warm_start\n" in done.stdout, done.stderr
+    (a, b), made = (folder / "warm_start" for folder in (tmp_path / "start", warm[0] / "warm_start-0")), "adapter_model.safetensors"
+    assert (a / made).read_bytes() == (b / made).read_bytes()
+    asked = programs.run(["-m", "methods.warm_start", "config.yaml", f"out={tmp_path}/none"])
+    assert asked.returncode == 1 and asked.stderr == "error: warm_start: say of how many episodes, like warm_start=96\n"
+
+
+@pytest.mark.slow
 def test_a_comparison_killed_in_its_warm_start_ends_as_if_it_had_not_been(warm, tmp_path):
     """And a seed that is run by itself shares it."""
     out, rows = tmp_path / "run", lambda path: sorted(path.read_text().splitlines())                 # noqa: E731

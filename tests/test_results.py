@@ -22,7 +22,7 @@ from tools.results import main, rebuild
 SMALL = """
 small:
   shows: Small ones.
-  arguments: preset=smoke train_tasks=3 test_tasks=2 samples=2 ks=[1,2] steps=2 processes=1
+  arguments: preset=smoke train_tasks=2 attempts=3 test_tasks=2 samples=2 ks=[1,2] steps=2 processes=1
   seeds: [0, 1]
   rows:
     base: "{leafe}:base"
@@ -89,15 +89,19 @@ def test_every_command_of_the_experiments_is_understood():
         asked = [Made(name, row.name, seed) for row in table.rows.values() if not row.shows for seed in table.set["seeds"]]
         order = missing(tables, asked, [])
         for run in order:
-            script, _, *settings = command(tables, run)
+            settings = [word for word in command(tables, run) if "=" in word]
             cfg = load_config([str(ROOT / "config.yaml"), *settings])
-            assert script in ("train.py", "eval.py") and cfg.out == run.folder and cfg.seed == run.seed
+            assert cfg.out == run.folder and cfg.seed == run.seed
+            assert len({word.partition("=")[0] for word in settings}) == len(settings)
             for word in settings:                      # what it builds on comes before it
                 if found := re.search(r"=out/results/([\w.+-]+)/([\w.+-]+)-(\d+)(/|$)", word):
                     if not word.startswith("out="):
                         assert order.index(Made(found[1], found[2], int(found[3]))) < order.index(run)
                         seen += 1
     assert seen > 40
+    first, second = [command(tables, run) for run in missing(tables, [Made("smollm2", "leafe", 2)], [])]
+    assert first == "-m methods.warm_start config.yaml preset=smollm2 warm_start=96 seed=0 out=out/results/smollm2/warm_start-0".split()
+    assert second[0] == "train.py" and "init=out/results/smollm2/warm_start-0/warm_start" in second    # one for all seeds
 
 
 def test_counts_give_the_figures_that_samples_give():
@@ -170,7 +174,8 @@ def killed(tmp_path_factory):
     copy = tmp_path_factory.mktemp("project") / "leafe"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("out", ".git", "__pycache__", ".*_cache", "tests", "docs"))
     place(copy)
-    process = programs.start(["-m", "tools.results", "small", "seeds=[0]"], cwd=copy)
+    words = ["-m", "tools.results", "small", "leafe", "again", "seeds=[0]"]
+    process = programs.start(words, cwd=copy)
     samples = copy / "out/results/small/leafe-0/samples.jsonl"
     until = time.time() + 300
     while not samples.exists() and time.time() < until:
@@ -179,7 +184,7 @@ def killed(tmp_path_factory):
     programs.os.kill(process.pid, programs.signal.SIGKILL)
     process.wait(60)
     begun = samples.read_text()
-    done = programs.run(["-m", "tools.results", "small", "seeds=[0]"], cwd=copy)
+    done = programs.run(words, cwd=copy)
     return copy, children, begun, done
 
 
@@ -191,7 +196,7 @@ def test_a_table_is_run_recorded_and_shown_and_goes_on_where_it_was_killed(kille
     runs = copy / "out/results/small"
     assert begun and (runs / "leafe-0/samples.jsonl").read_text().startswith(begun[:begun.rindex("\n") + 1])
     kept = json.loads((copy / "docs/results/small.json").read_text())
-    assert list(kept) == ["again-0", "leafe-0", "rft-0"] and list(kept["leafe-0"]["counts"]) == ["base", "leafe"]
+    assert list(kept) == ["again-0", "leafe-0"] and list(kept["leafe-0"]["counts"]) == ["base", "leafe"]
     for name, one in kept.items():                                             # the figures of the run's own table
         for policy, figures in json.loads((runs / name / "passk.json").read_text()).items():
             found = Counted(one, policy).figures([1, 2], 2000)
@@ -206,11 +211,12 @@ def test_a_table_is_run_recorded_and_shown_and_goes_on_where_it_was_killed(kille
 @pytest.mark.slow
 def test_what_is_recorded_is_not_run_again(killed):
     copy = killed[0]
-    again = programs.run(["-m", "tools.results", "small", "seeds=[0]", "plan=true"], cwd=copy)
-    assert again.stdout == "nothing is missing\n", again.stderr
-    lists = programs.run(["-m", "tools.results", "small", "rft", "seeds=[1]", "plan=true"], cwd=copy)
-    assert re.findall(r"out=(\S+)", lists.stdout) == ["out/results/small/leafe-1", "out/results/small/rft-1"]
+    lists = programs.run(["-m", "tools.results", "small", "plan=true"], cwd=copy)
+    assert [name.partition("small/")[2] for name in re.findall(r"out=(\S+)", lists.stdout)] == [
+        "rft-0", "leafe-1", "rft-1", "again-1"], lists.stderr
     assert not (copy / "out/results/small/leafe-1").exists()
+    again = programs.run(["-m", "tools.results", "small", "leafe", "again", "seeds=[0]", "plan=true"], cwd=copy)
+    assert again.stdout == "nothing is missing\n", again.stderr
 
 
 @pytest.mark.slow

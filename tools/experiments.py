@@ -23,8 +23,8 @@ from run import write_aside
 from tools.report import odd, read_json
 
 EXPERIMENTS, RUNS = "docs/experiments.yaml", "out/results"
-FIELDS = {"seeds": list[int], "rows": dict, "shows?": str, "arguments?": str, "columns?": list, "each_seed?": bool,
-          "as_printed?": bool, "picture?": str, "whole?": bool}        # what each is stands in docs/experiments.yaml
+FIELDS = {"seeds": list[int], "rows": dict, "shows?": str, "arguments?": str, "warm_start?": str, "columns?": list,
+          "each_seed?": bool, "as_printed?": bool, "picture?": str, "whole?": bool}    # each stands in docs/experiments.yaml
 ROW = {"says?": str, "arguments?": str}
 
 
@@ -60,8 +60,12 @@ class Made:
         return f"{RUNS}/{self.table}/{self.key}"
 
     @property
+    def is_start(self) -> bool:                        # a warm start, made alone
+        return self.row == "warm_start"
+
+    @property
     def ended(self) -> bool:
-        return (ROOT / self.folder / "passk.json").exists()
+        return (ROOT / self.folder / ("warm_start/adapter_config.json" if self.is_start else "passk.json")).exists()
 
 
 # ------------------------------------------------------------------------------------------------- what a table is
@@ -102,7 +106,10 @@ def one_of(names: dict[str, Any], name: str, what: str, where: str = EXPERIMENTS
 def made_by(tables: dict[str, Table], name: str, seed: int) -> tuple[Made, str]:
     """The run that a table/row shows, and the policy of it; "": the one that it ends with."""
     table, _, row = name.partition("/")
-    found = one_of(one_of(tables, table, "table").rows, row, "row", f"{EXPERIMENTS}: {table}")
+    own = one_of(tables, table, "table")
+    if row == "warm_start" and "warm_start" in own.set:
+        return Made(table, row, own.set["seeds"][0]), ""               # one for all seeds
+    found = one_of(own.rows, row, "row", f"{EXPERIMENTS}: {table}")
     if not found.shows:
         return Made(table, row, seed), ""
     run, policy = made_by(tables, found.shows[0], seed)
@@ -110,7 +117,10 @@ def made_by(tables: dict[str, Table], name: str, seed: int) -> tuple[Made, str]:
 
 
 def arguments(tables: dict[str, Table], run: Made) -> list[str]:
-    return [*tables[run.table].words, *tables[run.table].rows[run.row].words]
+    table = tables[run.table]
+    if run.is_start:
+        return [*(word for word in table.words if "{warm_start}" not in word), *table.set["warm_start"].split()]
+    return [*table.words, *table.rows[run.row].words]
 
 
 def needs(tables: dict[str, Table], run: Made) -> list[Made]:
@@ -124,7 +134,9 @@ def command(tables: dict[str, Table], run: Made) -> list[str]:
     folders = iter([need.folder for need in needs(tables, run)])
     settings = [re.sub(r"\{[^{}]+\}", lambda _: next(folders), word) for word in arguments(tables, run)]
     script = "eval.py" if "eval.py" in settings else "train.py"
-    return [script, "config.yaml", *(word for word in settings if word != script), f"seed={run.seed}", f"out={run.folder}"]
+    words = ["-m", "methods.warm_start"] if run.is_start else [script]
+    last = {word.partition("=")[0]: word for word in settings if word != script}       # a row's goes over its table's
+    return [*words, "config.yaml", *last.values(), f"seed={run.seed}", f"out={run.folder}"]
 
 
 # --------------------------------------------------------------------------------------------------- runs are made

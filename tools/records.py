@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Iterator
 
-from config import ROOT, UserError, kept_config, load_config, short
+from config import ROOT, SHIPPED, UserError, kept_config, load_config, short
 
 import torch
 
@@ -29,7 +29,9 @@ def read_records(table: str) -> dict[str, Any]:
 
 
 def keep(tables: dict[str, Table], run: Made) -> None:
-    """Its record goes into docs/results/TABLE.json, a line each, if there is none."""
+    """Its record goes into docs/results/TABLE.json, a line each, if there is none. A warm start has none."""
+    if run.is_start:
+        return
     path = ROOT / RECORDS / f"{run.table}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     check_same(tables, run, ROOT / run.folder)
@@ -52,8 +54,8 @@ def alone() -> Iterator[None]:
 
 def check_same(tables: dict[str, Table], run: Made, folder: Path) -> None:
     """Raises UserError if the run that lies there is not the one that the experiments mean."""
-    _, _, *settings = command(tables, run)
-    meant, have = vars(load_config([str(ROOT / "config.yaml"), *settings])), vars(kept_config(folder))
+    settings = [word for word in command(tables, run) if "=" in word]
+    meant, have = vars(load_config([str(SHIPPED), *settings])), vars(kept_config(folder))
     free = NOT_PART_OF_RESULTS - {"samples", "split", "test_tasks"} | {"trees", "init", "experiences"}
     for key in [key for key in meant if key not in free and have.get(key) != meant[key]]:
         raise UserError(f"{folder} was made with {key}={have.get(key)}, but {EXPERIMENTS} says {meant[key]} for {run.row} of "
