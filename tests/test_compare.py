@@ -20,7 +20,7 @@ from methods import warm_start
 from methods.compare import COMPARED
 from run import RunFolder, read_jsonl
 from test_train import figures, train
-from tools.compare import comparison, page
+from tools.compare import comparison, page, whole_cost
 from tools.pictures import passk
 from tools.report import spent
 
@@ -89,6 +89,20 @@ def test_what_all_started_from_stands_in_place_of_the_base_and_what_it_took_coun
         ["700", "2.0"], ["25", "2.5"], ["50", "5.0"], ["0", "nan"]]    # trained tokens, minutes; grpo-1 took none
     html = page(tmp_path)
     assert "warm_start" in html and "base" not in re.findall(r"<text[^>]*>([^<]*)</text>", html)
+
+
+def test_what_a_start_took_counts_wherever_the_runs_lie(tmp_path, monkeypatch):
+    """A run names its start as seen from where it ran."""
+    runs = tmp_path / "there/out/compare"
+    for name, init, seconds in [("grpo-0", "", 5.0), ("grpo+leafe-0", "out/compare/grpo-0/adapter", 7.0)]:
+        (runs / name).mkdir(parents=True)
+        (runs / name / "config.yaml").write_text(f"out: out/compare/{name}\ninit: '{init}'\n")
+        (runs / name / "seconds.json").write_text(str(seconds))
+    (tmp_path / "here").symlink_to(runs)
+    monkeypatch.chdir(tmp_path)
+    assert [whole_cost(folder / "grpo+leafe-0")["seconds"] for folder in (runs, tmp_path / "here")] == [12.0, 12.0]
+    monkeypatch.chdir(tmp_path / "there")
+    assert whole_cost(runs.relative_to(tmp_path / "there") / "grpo+leafe-0")["seconds"] == 12.0
 
 
 @pytest.fixture(scope="module")

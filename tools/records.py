@@ -7,6 +7,7 @@ import fcntl
 import json
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -92,6 +93,9 @@ def counts(policy: Samples) -> list[list[int]]:
             for (won, met), found in zip(recovery, policy.by_task.values())]
 
 
+known_pass_at_k = lru_cache(None)(pass_at_k)                 # many tasks have the same counts
+
+
 class Counted(Samples):
     """A policy's samples as a record has them, all or those of a difficulty: the same figures."""
     def __init__(self, record: dict[str, Any], policy: str, of: str = ""):
@@ -104,7 +108,7 @@ class Counted(Samples):
         self.n = min(n for n, *_ in self.by_task.values())
 
     def passes(self, k: int) -> torch.Tensor:
-        return torch.tensor([pass_at_k(n, won, k) for n, won, _, _ in self.by_task.values()])
+        return torch.tensor([known_pass_at_k(n, won, k) for n, won, _, _ in self.by_task.values()])
 
     def recovery(self) -> torch.Tensor:
         return torch.tensor([[won, met] for _, _, met, won in self.by_task.values()], dtype=torch.float64)

@@ -48,9 +48,11 @@ def make(tables: dict[str, Table], runs: list[Made]) -> None:
     """One after the other; what fails is told in the end, and so is what builds on it."""
     failed: list[Made] = []
     for n, run in enumerate(runs, 1):
-        line = shlex.join(["python", *command(tables, run)])
-        print(visible(f"\n{run.table}, run {n} of {len(runs)}: {line}"), flush=True)
-        if not run.ended and all(need.ended for need in needs(tables, run)):
+        lacking = [need.folder for need in needs(tables, run) if not need.ended and not run.ended]
+        does = "it has ended" if run.ended else shlex.join(["python", *command(tables, run)])
+        does = f"it builds on {lacking[0]}, which has not ended" if lacking else does
+        print(visible(f"\n{run.folder}, {n} of {len(runs)}: {does}"), flush=True)
+        if not run.ended and not lacking:
             execute(command(tables, run), ROOT / run.folder)
         if run.ended:
             keep(tables, run)
@@ -209,9 +211,10 @@ def footer(table: Table, runs: Runs, one: Found) -> str:
     """Of what it is made, and by what: the command, commits, machines, minutes."""
     record, policy = next(iter(one.values()))
     columns = [column for columns in table.set.get("columns", []) for column in columns]
-    made = f"{commits(runs)}; {machines(runs)}; {took(runs)}."
     if table.set.get("whole"):                         # its page says the rest around it
-        return made
+        seed = f"seed {table.set['seeds'][0]}, " * (len(table.set["seeds"]) == 1)
+        return f"({seed}{commits(runs)}; {machines(runs, '')}; {took(runs)})"
+    made = f"{commits(runs)}; {machines(runs)}; {took(runs)}."
     notes = "".join(f" {text}" for name, text in NOTES.items() if name in columns)
     makers = ", ".join(f"`python -m tools.results {name}`" for name in dict.fromkeys(name for name, _ in runs))
     seeds = f", means over {len(table.set['seeds'])} seeds" * (len(table.set["seeds"]) > 1)
@@ -220,13 +223,13 @@ def footer(table: Table, runs: Runs, one: Found) -> str:
 
 
 def commits(runs: Runs) -> str:
-    found = {f"commit {run['commit'][:9]}" + " (with changes)" * bool(run["changed"]) if run["commit"] else "no commit"
+    found = {f"commit {run['commit'][:7]}" + " (with changes)" * bool(run["changed"]) if run["commit"] else "no commit"
              for run in runs.values()}
     return ", ".join(sorted(found))
 
 
-def machines(runs: Runs) -> str:
-    found = {f"{run['gpu'] or run['processor']}, {run['cores']} cores, torch {run['torch']}" for run in runs.values()}
+def machines(runs: Runs, version: str = ", torch {torch}") -> str:
+    found = {f"{run['gpu'] or run['processor']}, {run['cores']} cores{version.format_map(run)}" for run in runs.values()}
     return "; ".join(sorted(found))
 
 
@@ -242,28 +245,32 @@ def took(runs: Runs) -> str:
 
 # ------------------------------------------------------------------------------------------------ pages and pictures
 def rebuild(tables: dict[str, Table]) -> list[str]:
-    """Every table on its page, and the pictures; what has changed."""
-    book, changed, placed = Book(tables), [], set()
-    texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    """The pages and pictures as the records have them by now; which of them have changed."""
+    with alone():
+        made = pages(Book(tables))
+        changed = [name for name, text in made.items()
+                   if not (ROOT / name).exists() or (ROOT / name).read_text(encoding="utf-8") != text]
+        for name in changed:
+            write_aside(ROOT / name, made[name])
+    return changed
+
+
+def pages(book: Book) -> dict[str, str]:
+    """Every table at its place, and the pictures: file -> its text."""
+    made, placed = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}, set()
     for page in PAGES:
-        for name in re.findall(r"<!-- (\S+) begin -->", texts[page]):
-            table = one_of(tables, name, "table", f"{page}, by its marks")
+        for name in re.findall(r"<!-- (\S+) begin -->", made[page]):
+            table = one_of(book.tables, name, "table", f"{page}, by its marks")
             placed.add(name)
             if not table.set.get("whole") or book.whole(table):
-                texts[page] = put(page, texts[page], name, render(book, table))
-    if lost := [name for name in tables if name not in placed]:
+                made[page] = put(page, made[page], name, render(book, table))
+    if lost := [name for name in book.tables if name not in placed]:
         raise UserError(f"{EXPERIMENTS}: {lost[0]} has no place: put <!-- {lost[0]} begin --> and <!-- {lost[0]} end --> "
                         f"into {PAGES[-1]}")
-    for name, table in tables.items():
+    for table in book.tables.values():
         if "picture" in table.set and book.whole(table):
-            texts[table.set["picture"]] = picture(book, table)
-    with alone():
-        for page, text in texts.items():
-            path = ROOT / page
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
-                write_aside(path, text)
-                changed.append(page)
-    return changed
+            made[table.set["picture"]] = picture(book, table)
+    return made
 
 
 def put(page: str, text: str, name: str, table: str) -> str:
