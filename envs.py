@@ -46,10 +46,11 @@ class Outcome:
 
 class Env:
     """A world. It must have `rules`, `max_turns`, tasks, reset and step; all else has a default that does.
-    step, reset and rollback may answer with a Future (scale/apart.py): the episode goes on when its result is there."""
+    step, reset, rollback and action may answer with a Future (scale/apart.py): the episode goes on when it is there."""
     rules: str                # system prompt: the world, and how an action is written
     max_turns: int            # horizon T
-    apart: bool = False       # True: slow, or cannot run beside another: each episode in a process of its own
+    apart: bool = False       # True: slow, or cannot run beside another: in other processes than the model (scale/apart.py)
+    shares: bool = False      # True: of those, several instances may live in one process, which asks one after the other
 
     def tasks(self, split: str) -> list[str]: ...      # stable ids; the splits (train, valid, test) are disjoint
     def reset(self, task: str) -> str: ...             # o_1, the task q stated in it; a pure function of the task's id
@@ -149,8 +150,6 @@ TEXTS = {"reset": "reset(task) must return the first observation, which is text"
          "rollback": "rollback(task, turns) must return the observation at tau, which is text",
          "difficulty": "difficulty(task) must return the name of a group, which is text",
          "action": "action(reply) must return the action that the reply asks for, which is text"}
-
-
 SCORE = (int, float)
 
 
@@ -390,11 +389,11 @@ def open_env(name: str, data: str = "") -> Env:
         return kind(data) if data else kind()          # type: ignore[call-arg]
 
 
-def make_env(name: str, data: str = "", timeout: float = 1800.0) -> Env:
-    """The environment; where it asks for it by `apart`, in a process of its own, which has so many seconds a call."""
+def make_env(name: str, data: str = "", timeout: float = 1800.0, workers: int = 1) -> Env:
+    """The environment; where it asks for it by `apart`, in one of so many processes, which has so many seconds a call."""
     if env_class(name).apart:
         from scale.apart import Remote
-        return Remote(name, data, timeout)
+        return Remote(name, data, timeout, workers)
     return open_env(name, data)
 
 

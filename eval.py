@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import ranks
 from engine import Job
-from envs import ask
+from envs import ask, closing
 from leafe import Attempt, episode
 from run import Run, open_run, pick_tasks, report_file
 
@@ -33,8 +33,10 @@ STARTS = ("base", "warm_start")                    # policies that a run starts 
 def sample(run: Run, policy: str, round_: int = 0) -> None:
     """Draw what is missing of cfg.samples episodes a test task; `policy`: base (adapter off), warm_start, the method."""
     run = replace(run, playbook="") if policy in STARTS else run
-    cfg, store, world = run.cfg, run.store("samples.jsonl"), run.world()
-    weights = "base" if policy == "base" else run.policy.fingerprint(world.rules if run.playbook else "")
+    cfg, store = run.cfg, run.store("samples.jsonl")
+    with closing(run.world()) as world:
+        weights = "base" if policy == "base" else run.policy.fingerprint(world.rules if run.playbook else "")
+        difficulties = {task: ask(world, "difficulty", task) for task in run.test_tasks}
     held = [record for record in store.records if record["policy"] == policy]
     if others := {record["weights"] for record in held} - {weights}:
         raise UserError(f"{store.path} holds {policy} samples of another policy "
@@ -43,7 +45,7 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
 
     def plain(task: str, i: int):
         branch = yield from episode(run, run.world(), Attempt(task, str(i)), reflect=False)
-        return dict(policy=policy, weights=weights, task=task, sample=i, difficulty=ask(world, "difficulty", task),
+        return dict(policy=policy, weights=weights, task=task, sample=i, difficulty=difficulties[task],
                     success=branch.success, score=branch.turns[-1].score if branch.turns else 0.0,
                     turns=branch.steps, refused=sum(not turn.valid for turn in branch.turns),
                     tokens=branch.tokens, end=branch.end, **(dict(clipped=branch.clipped) if branch.clipped else {}))
@@ -60,12 +62,10 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
             store.append(job.result)
             successes += job.result["success"]
             bar.update()
-            bar.set_postfix_str(f"success {successes / n:.1%}, {engine.pace(bar.format_dict['elapsed'])}",
-                                refresh=False)
+            bar.set_postfix_str(f"success {successes / n:.1%}, {engine.pace(bar.format_dict['elapsed'])}", refresh=False)
     bar.close()
     store.gather()
-    tasks = set(run.test_tasks)
-    found = Samples([r for r in store.records if r["policy"] == policy and r["task"] in tasks], policy)
+    found = Samples([r for r in store.records if r["policy"] == policy and r["task"] in difficulties], policy)
     run.say(round=round_, policy=policy, **report_file().policy_figures(found, cfg.ks))
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import ranks
 from engine import Ask, Episode, Job
-from envs import Env, ReplayMismatch, ask, closing, visit
+from envs import Env, ReplayMismatch, closing, visit
 from run import Run
 
 # All that the policy reads in Stage 1, besides observations and the rules with what run.py puts behind them.
@@ -216,7 +216,7 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
                 branch.end = "context"
                 break
             cut = chat.cut(action_ids)
-            action = ask(env, "action", chat.text(action_ids))
+            action = yield from visit(env, "action", chat.text(action_ids))
             outcome = yield from visit(env, "step", action)
             branch.steps += 1
             branch.tokens += len(action_ids)

@@ -66,7 +66,7 @@ class Policy:
             cfg = cfg.but(slots=plans().slots_of(self.model, cfg))
         if not torch.cuda.is_available():              # one memory for all ranks
             cfg = cfg.but(slots=ranks.part(cfg.slots), snapshot_mb=ranks.part(cfg.snapshot_mb))
-        if env_class(cfg.env).apart:
+        if env_class(cfg.env).apart and not env_class(cfg.env).shares:       # a conversation holds a process
             cfg = cfg.but(slots=min(cfg.slots, ranks.part(cfg.workers or ranks.cores())))
         kind = Engine if getattr(self.model, "forks", True) else general().General
         engine = kind(self.model, self.chat.stop, cfg)
@@ -115,7 +115,7 @@ class Run:
 
     def world(self) -> Env:
         """An environment; behind its rules, with cfg.react, how to answer, and the playbook."""
-        env = make_env(self.cfg.env, self.cfg.data, self.cfg.env_timeout)
+        env = make_env(self.cfg.env, self.cfg.data, self.cfg.env_timeout, ranks.part(self.cfg.workers or ranks.cores()))
         env.rules += (REACT if self.cfg.react else "") + (PLAYBOOK + self.playbook if self.playbook else "")
         return env
 

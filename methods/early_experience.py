@@ -47,7 +47,7 @@ def alternatives(run: Run, tree: Tree, turn: int):
     for _ in range(cfg.alternatives):
         ids = (yield Ask(h + path[-1].obs_ids, cfg.action_tokens)) or []
         tokens += len(ids)
-        action = ask(env, "action", chat.text(ids))
+        action = yield from visit(env, "action", chat.text(ids))
         if ids and action not in tried:
             try:
                 yield from visit(env, "rollback", tree.task, path)

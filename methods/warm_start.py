@@ -48,7 +48,7 @@ class Shown:
         before, success, done = len(self.segments), False, False
         while not done and (reply := ask(self.env, "next_best")):
             parent = self.turn(t, obs, reply, parent, 1.0, e)
-            outcome = wait_for(self.env, "step", ask(self.env, "action", reply))
+            outcome = wait_for(self.env, "step", wait_for(self.env, "action", reply))
             t, obs, e, success, done = t + 1, outcome.obs, "", outcome.success, outcome.done
         if not success:
             del self.segments[before:]
@@ -63,7 +63,7 @@ class Shown:
         while len(path) < turns and not done:
             known = [action for action in ask(self.env, "actions") if "..." not in action]
             reply = ask(self.env, "next_best") if known and rng.random() < 0.5 else rng.choice(known) if known else other
-            outcome = wait_for(self.env, "step", ask(self.env, "action", reply))
+            outcome = wait_for(self.env, "step", wait_for(self.env, "action", reply))
             parents.append(self.turn(len(path) + 1, obs, reply, parents[-1], 0.0))
             path.append((obs, reply))
             obs, done = outcome.obs, outcome.done
@@ -73,7 +73,7 @@ class Shown:
         head = self.chat.next(TURN.format(t=len(path) + 1, obs=obs) + REFLECT, self.cut)
         obs = wait_for(self.env, "reset", task)
         for _, reply in path[:max(0, tau - 1)]:
-            obs = wait_for(self.env, "step", ask(self.env, "action", reply)).obs
+            obs = wait_for(self.env, "step", wait_for(self.env, "action", reply)).obs
         if tau and self.solve(tau, obs, parents[tau - 1], e):
             self.add(head, REFLECTION.format(tau=tau, e=e), parents[-1], (0.0, 1.0))
         else:

@@ -18,7 +18,7 @@ import forward
 import packing
 import ranks
 from config import Config, UserError, visible
-from envs import closing, make_env
+from envs import closing, env_class, make_env
 from lora import (LINEAR, files, find_model, hub_fix, layers_of, linear_layers, lora_layers, lora_parameters, read_config,
                   widths)
 from models.loading import is_whole, leave_out_towers, model_class, stacked
@@ -298,6 +298,15 @@ def cheaper(cfg: Config, place: Place) -> Iterator[tuple[str, str, Any]]:
         yield "training", "context", most
 
 
+def side_by_side(cfg: Config, slots: int) -> int:
+    """Conversations at a time: a world that shares no process takes a worker each (run.Policy.engine)."""
+    return min(slots, workers(cfg)) if env_class(cfg.env).apart and not env_class(cfg.env).shares else slots
+
+
+def workers(cfg: Config) -> int:
+    return cfg.workers or ranks.cores()
+
+
 # ---------------------------------------------------------------------------------------------------- how much it does
 def work_of(cfg: Config) -> list[tuple]:
     """(stage, environment steps, tokens drawn or trained on, optimiser steps), each at most. A baseline has a budget of
@@ -339,7 +348,7 @@ def lines_of(cfg: Config) -> list[str]:
     other = "a GPU" if cfg.slots else "a GPU of 24 GB"
     places = {"this GPU": here(cfg)} if gpu else {other: Place(True, number_of(cfg, True)), "here": cpu}
     rooms = {name: 24e9 * (1 - KEPT_FREE) if place.cuda and not gpu else room_here(place) for name, place in places.items()}
-    plans = [plan_of(shape, cfg, place, cfg.slots or fitting(shape, cfg, place, rooms[name]))
+    plans = [plan_of(shape, cfg, place, side_by_side(cfg, cfg.slots or fitting(shape, cfg, place, rooms[name])))
              for name, place in places.items()]
     heads = [name if place.cuda else f"{name}, {place.processes} processes, each" if place.processes > 1 else name
              for name, place in places.items()]
@@ -353,7 +362,7 @@ def lines_of(cfg: Config) -> list[str]:
     else:
         lines += [*on_cards(shape, cfg), f"here, no GPU: {gb(cpu.processes * rooms['here'])} GB may be taken; "
                   f"{said(changes(shape, cfg, cpu, rooms['here']))}"]
-    return [*lines, "", *work_lines(cfg)]
+    return [*lines, *worlds_lines(cfg), "", *work_lines(cfg)]
 
 
 PARTS: list[tuple[str, Callable[[Plan], str]]] = [
@@ -381,6 +390,16 @@ def on_cards(shape: Shape, cfg: Config) -> list[str]:
     return lines + [f"{f'{card} GB, {KEPT_FREE:.0%} kept free':40}{text}" for card, text in found.items()]
 
 
+def worlds_lines(cfg: Config) -> list[str]:
+    """Of a world that runs apart: what its processes hold."""
+    world, count = env_class(cfg.env), workers(cfg)
+    if not world.apart:
+        return []
+    held = (f"the worlds of all conversations in {count} processes" if world.shares else
+            f"a process for each conversation, at most {count} side by side")
+    return [f"{cfg.env}: {held} (workers=)"]
+
+
 def work_lines(cfg: Config) -> list[str]:
     heads = ("at most", "environment steps", "tokens", "optimiser steps")
     lines = [f"{heads[0]:22}" + "".join(f"{head:>20}" for head in heads[1:])]
@@ -400,7 +419,7 @@ def say(cfg: Config) -> None:
         print(visible(f"plan: none; {error}"), file=sys.stderr)
         return
     room = room_here(place)
-    plan = plan_of(shape, cfg, place, cfg.slots or fitting(shape, cfg, place, room))
+    plan = plan_of(shape, cfg, place, side_by_side(cfg, cfg.slots or fitting(shape, cfg, place, room)))
     print(visible(f"plan: at most {gb(plan.sampling)} GB in sampling (weights {gb(plan.weights)}, {plan.slots} slots "
                   f"{gb(plan.slots * plan.slot)}, prefill {gb(plan.prefill)}), {gb(plan.training)} in training "
                   f"(a row {gb(plan.row)}), of {gb(room)}; snapshots in the host's memory {gb(plan.host)}\n"

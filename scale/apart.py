@@ -1,7 +1,11 @@
-"""Worlds that are slow, or cannot run beside another of their kind, each in a process of its own: while one steps,
-the model goes on with the others. A world asks for it by `apart = True`; then envs.make_env gives a Remote, which
-answers reset, step and rollback with a Future, as any world may (envs.visit): the engine goes on with other episodes
+"""Worlds that are slow, or cannot run beside another of their kind, in processes of their own: while one steps, the
+model goes on with the others. A world asks for it by `apart = True`; then envs.make_env gives a Remote, which answers
+reset, step, rollback and action with a Future, as any world may (envs.visit): the engine goes on with other episodes
 until it is there.
+
+Where a world says `shares = True`, the worlds of all conversations live in workers= processes, several in each, which
+asks one after the other: so conversations are as many as memory has room for, and processes as cores. Else a world has
+its process for itself, and no more conversations run side by side than there are workers (Policy.engine).
 
 In the other process other people's code runs. So what comes back is JSON behind its length, and its shape is checked; a
 call that takes longer than env_timeout is told in a line; and the world's parent, a keeper, ends the world and all that
@@ -18,9 +22,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import getfile
 from queue import SimpleQueue
@@ -29,7 +32,7 @@ from typing import Any, BinaryIO, Callable, Iterator, Sequence
 
 import envs
 from config import ROOT, UserError, blaming, visible
-from envs import Env, Outcome, ReplayMismatch, ask, open_env, wait_for
+from envs import Env, Outcome, ReplayMismatch, ask, closing, env_class, open_env, wait_for
 
 START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from scale.apart import serve; serve(*sys.argv[1:])"
 LONGEST = 1 << 31                      # bytes of a message
@@ -44,7 +47,8 @@ def packed(value: Any) -> bytes:
 
 # ---------------------------------------------------------------------------------------- a process, seen from here
 class Process(subprocess.Popen):
-    """A world's keeper, and behind it the world. What is asked waits in a thread that keeps no program from ending."""
+    """A keeper, and behind it a process with worlds. What they are asked waits in a thread, which keeps no program from
+    ending."""
     started: list["Process"] = []
 
     def __init__(self, key: tuple[str, str]):
@@ -54,7 +58,9 @@ class Process(subprocess.Popen):
         self.ends = self.stdin.fileno(), self.stdout.fileno()              # type: ignore[union-attr]
         for end in self.ends:
             os.set_blocking(end, False)
-        self.busy = self.lost = False                  # lost: it is not asked again
+        self.key, self.busy = key, False
+        self.lost: UserError | None = None             # how; it is not asked again
+        self.held, self.spare = 0, []                  # how many worlds there are in use; the numbers of the others
         self.work: SimpleQueue = SimpleQueue()
         threading.Thread(target=self._answering, daemon=True).start()
         Process.started.append(self)
@@ -67,6 +73,15 @@ class Process(subprocess.Popen):
             except BaseException as error:
                 future.set_exception(error)
             self.busy = not self.work.empty()
+
+    def take(self) -> int:
+        """The number of a world there that nobody uses, for use; a new one is made when it is first asked something."""
+        self.held += 1
+        return self.spare.pop() if self.spare else self.held - 1
+
+    def give(self, number: int) -> None:
+        self.held -= 1
+        self.spare.append(number)
 
     def later(self, asked: Callable[[], Any]) -> Future:
         future: Future = Future()
@@ -113,7 +128,7 @@ class Process(subprocess.Popen):
             return "closed its output"
         number = -code if code < 0 else code - 128
         if number == signal.SIGKILL:
-            return "was killed (SIGKILL; out of memory? then fewer workers= help)"
+            return "was killed (SIGKILL; out of memory? then lower workers= or slots=)"
         return (f"was ended by {signal.Signals(number).name}" if number in list(signal.Signals) else
                 f"ended by itself, with exit code {code},")
 
@@ -135,22 +150,28 @@ def end_all() -> None:
 
 # ---------------------------------------------------------------------------------------- its world, seen from here
 class Remote(Env):
-    """A world in another process. It takes an idle process, or starts one, when it is first asked something, and
-    close() gives it back."""
-    idle: dict[tuple[str, str], list[Process]] = defaultdict(list)
+    """A world in another process. It takes one there that nobody uses when it is first asked something, and close()
+    gives it back."""
     about: dict[tuple[str, str], list] = {}
 
-    def __init__(self, name: str, data: str, timeout: float = 1800.0):
+    def __init__(self, name: str, data: str, timeout: float = 1800.0, workers: int = 1):
         self.key, self.timeout, self.task = (name, data), timeout, ""
+        self.workers, self.shares = workers, env_class(name).shares
+        self.own_action = env_class(name).action is not Env.action
         self.process: Process | None = None
+        self.number = 0                                # of this world, among those there
         if self.key not in Remote.about:
             Remote.about[self.key] = self.submit("about").result()
             self.close()
         self.rules, self.max_turns = Remote.about[self.key]
 
     def _take(self) -> None:
-        idle = Remote.idle[self.key]
-        self.process = idle.pop() if idle else Process(self.key)
+        """In the process with the fewest worlds in use; or in a new one, if it may not be shared, or there may be more."""
+        there = [process for process in Process.started if process.key == self.key and not process.lost]
+        process = min(there, key=lambda process: process.held, default=None)
+        if not process or process.held and (not self.shares or len(there) < self.workers):
+            process = Process(self.key)
+        self.process, self.number = process, process.take()
 
     def submit(self, what: str, *args, calls: int = 1) -> Future:
         """Ask the world something that takes it so many calls at the most."""
@@ -159,17 +180,20 @@ class Remote(Env):
         assert self.process
         if what in ("reset", "rollback"):
             self.task = args[0]
-        return self.process.later(partial(self._ask, self.process, [what, *args], calls * self.timeout))
+        return self.process.later(partial(self._ask, self.process, [self.number, what, *args], calls * self.timeout))
 
-    def _ask(self, process: Process, question: list, limit: float) -> Any:
+    def _ask(self, process: Process, message: list, limit: float) -> Any:
         """In the process's thread: the answer, checked. Raises UserError."""
-        who, doing = f"env: the process of {self.key[0]}", question
+        if process.lost:                               # by what another world there was asked
+            raise process.lost
+        who, question = f"env: the process of {self.key[0]}", message[1:]
+        doing = question
         try:
-            process.send(packed(question), limit)
+            process.send(packed(message), limit)
             said = process.receive(limit)
             while question[0] == "examine" and "doing" in said:
-                doing = [of(str, text) for text in of(list, said["doing"])] or question
-                self.task = doing[-1] if doing[0] == "reset" else self.task
+                self.task, what, *more = (of(str, text) for text in of(list, said["doing"]))
+                doing = [what, *more]
                 said = process.receive(limit)
             if not isinstance(said, dict) or len(said) != 1:
                 raise ValueError
@@ -186,9 +210,9 @@ class Remote(Env):
             why = "gave what is no answer, in {}; it must not write to files that it did not open itself"
         else:
             raise (ReplayMismatch if kind == "mismatch" else UserError)(answer)
-        process.lost = True
+        process.lost = UserError(f"{who} {why.format(self._in_words(doing))}")
         process.terminate()
-        raise UserError(f"{who} {why.format(self._in_words(doing))}")
+        raise process.lost
 
     def _in_words(self, question: list) -> str:
         if question[0] == "about":                     # the first question
@@ -206,12 +230,12 @@ class Remote(Env):
     def rollback(self, task: str, turns: Sequence) -> Any:
         return self.submit("rollback", task, [[turn.obs, turn.action] for turn in turns], calls=max(1, len(turns)))
 
+    def action(self, reply: str) -> Any:
+        return self.submit("action", reply) if self.own_action else super().action(reply)
+
     # these are waited for
     def tasks(self, split: str) -> list[str]:
         return self.submit("tasks", split).result()
-
-    def action(self, reply: str) -> str:
-        return self.submit("action", reply).result()
 
     def actions(self) -> list[str]:
         return self.submit("actions").result()
@@ -219,7 +243,7 @@ class Remote(Env):
     def difficulty(self, task: str) -> str:
         return self.submit("difficulty", task).result()
 
-    def examine(self, split: str, other: Env | None = None) -> list[str]:        # nothing is shared with another
+    def examine(self, split: str, other: Env | None = None) -> list[str]:        # another is there, if it shares
         notes = self.submit("examine", split).result()
         for task in self.tasks(split)[:1]:                   # what it answers must come through to here, too
             wait_for(self, "reset", task)
@@ -227,8 +251,8 @@ class Remote(Env):
         return notes
 
     def close(self) -> None:
-        if self.process and not self.process.lost:
-            Remote.idle[self.key].append(self.process)
+        if self.process:
+            self.process.give(self.number)
         self.process = None
 
 
@@ -255,7 +279,7 @@ def shaped(what: str, answer: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------ the other process
 def keep() -> None:
-    """Fork, before anything else is here: the child returns and becomes the world. This process stays its parent and
+    """Fork, before anything else is here: the child returns and holds the worlds. This process stays its parent and
     that of all orphans that it leaves, waits for it, or for the questions' end to close, and ends them all."""
     libc, keeper, parent = ctypes.CDLL(None), os.getpid(), os.getppid()
     libc.prctl(36, 1, 0, 0, 0)                           # PR_SET_CHILD_SUBREAPER
@@ -317,15 +341,21 @@ def serve(name: str, data: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)         # who asks for input gets none
     os.dup2(2, 1)                                        # what the world prints is no answer
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")         # type: ignore[union-attr]
-    env: Env | None = None
-    while question := heard(questions):
+    worlds: dict[int, Env] = {}
+    while asked := heard(questions):
+        number, *question = asked
         try:
-            env = env or open_env(name, data)
-            message = packed(dict(answer=answer_to(env, answers, *question)))
+            if number not in worlds:
+                worlds[number] = open_env(name, data)
+            if question[0] == "examine":
+                answer: Any = examined(worlds[number], answers, partial(open_env, name, data), *question[1:])
+            else:
+                answer = answer_to(worlds[number], *question)
+            message = packed(dict(answer=answer))
         except ReplayMismatch as error:
             message = packed(dict(mismatch=str(error)))
         except UserError as error:                       # whatever a world raises, `ask` makes it one
-            full = "; out of memory? then fewer workers= help" * isinstance(error.__context__, MemoryError)
+            full = "; out of memory? then lower workers= or slots=" * isinstance(error.__context__, MemoryError)
             message = packed(dict(error=f"{error}{full}"))
         except BaseException as error:                   # but not all: a KeyboardInterrupt, say
             at = traceback.extract_tb(error.__traceback__)[-1]
@@ -333,11 +363,11 @@ def serve(name: str, data: str) -> None:
                                         f"in {at.name}: {type(error).__name__}"))
         if not written(answers, message):
             break
-    try:
-        if env:
+    for env in worlds.values():
+        try:
             ask(env, "close")
-    except UserError as error:
-        print(visible(f"note: {error}"), file=sys.stderr)
+        except UserError as error:
+            print(visible(f"note: {error}"), file=sys.stderr)
 
 
 def heard(questions: BinaryIO) -> list | None:
@@ -360,10 +390,12 @@ def written(file: int, message: bytes) -> bool:
 @contextmanager
 def telling(answers: int) -> Iterator[None]:
     """Tell of each call before it is made: who waits, while a world is examined, knows for what."""
-    plain = envs.ask
+    plain, tasks = envs.ask, {}
 
     def told(env: Env, what: str, *args: Any) -> Any:
-        written(answers, packed(dict(doing=[what, *args[:1]])))
+        if what == "reset":
+            tasks[id(env)] = args[0]
+        written(answers, packed(dict(doing=[tasks.get(id(env), ""), what, *args[:1]])))
         return plain(env, what, *args)
     envs.ask = told
     try:
@@ -372,7 +404,13 @@ def telling(answers: int) -> Iterator[None]:
         envs.ask = plain
 
 
-def answer_to(env: Env, answers: int, what: str, *args) -> Any:
+def examined(env: Env, answers: int, another: Callable[[], Env], split: str) -> list[str]:
+    """Beside another of its process, if it shares that."""
+    with telling(answers), closing(another()) if env.shares else nullcontext() as other:
+        return env.examine(split, other)
+
+
+def answer_to(env: Env, what: str, *args) -> Any:
     """What JSON can say of an answer."""
     file, who = getfile(type(env)), type(env).__name__
     with blaming(file, f"env: {who} failed when it was looked at"):
@@ -381,9 +419,6 @@ def answer_to(env: Env, answers: int, what: str, *args) -> Any:
         return [rules if isinstance(rules, str) else "", turns if type(turns) is int else 0]
     if what == "rollback":
         args = args[0], [SimpleNamespace(obs=obs, action=action) for obs, action in args[1]]
-    if what == "examine":
-        with telling(answers):
-            return env.examine(*args)
     answer = wait_for(env, what, *args)
     if what == "step":
         answer = [answer.obs, answer.score, answer.done, answer.success, answer.valid]

@@ -6,17 +6,19 @@ import subprocess
 import sys
 import time
 from collections import deque
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 
 import programs
-from config import UserError
+from config import SHIPPED, UserError, load_config
 from conftest import ROOT, run_of
 from engine import Job
-from envs import Outcome, Quest, ReplayMismatch, make_env
+from envs import Outcome, Quest, ReplayMismatch, make_env, wait_for
 from leafe import Attempt, episode, explore
-from scale.apart import Remote
+from run import Policy
+from scale.apart import Process, Remote
 
 WORLD = '''
 import os, signal, subprocess, sys, time
@@ -27,6 +29,21 @@ class Slow(Quest):
         print("noise")
         time.sleep(0.001 * (len(action) % 3))
         return super().step(action)
+class Together(Slow):
+    shares = True
+    def step(self, action):
+        if action.startswith("do:"): exec(action[3:])
+        return super().step(action)
+class Wordy(Together):
+    def action(self, reply): return super().action(reply)
+class Careless(Together):
+    def reset(self, task):
+        Careless.moves = 0
+        return super().reset(task)
+    def step(self, action):
+        Careless.moves += 1
+        outcome = super().step(action)
+        return Outcome(f"{Careless.moves} moves", outcome.score, outcome.done, outcome.success)
 class Forgetful(Slow):
     def reset(self, task):
         self.times = getattr(self, "times", 0) + 1
@@ -95,6 +112,10 @@ def world(tmp_path):
     return lambda kind: f"{tmp_path}/slow_world.py:{kind}"
 
 
+def processes(name):
+    return [process for process in Process.started if process.key[0] == name]
+
+
 def rollouts(run):
     jobs = [Job(episode(run, run.world(), Attempt(task, str(i)), True), random.Random(f"{task}/{i}"), task,
                 snapshot=True) for task in Quest().tasks("valid")[:6] for i in range(2)]
@@ -102,9 +123,16 @@ def rollouts(run):
                   for job in run.policy.engine().run(deque(jobs)))
 
 
-def test_episodes_in_processes_of_their_own_are_those_of_one_process(tiny, settings, world):
+@pytest.fixture(scope="module")
+def here(tiny, tmp_path_factory):
+    """The episodes in this process."""
+    cfg = load_config([str(SHIPPED), "preset=smoke", f"out={tmp_path_factory.mktemp('here')}"])
+    return rollouts(run_of(cfg, tiny))
+
+
+def test_episodes_in_processes_of_their_own_are_those_of_one_process(tiny, settings, world, here):
     found = rollouts(run_of(settings(f"env={world('Slow')}", "workers=3"), tiny))
-    assert found == rollouts(run_of(settings(), tiny)) and len(found) == 12
+    assert found == here and len(found) == 12
 
 
 def test_trees_grown_in_processes_of_their_own_are_those_of_one_process(tiny, settings, world, tmp_path):
@@ -112,8 +140,89 @@ def test_trees_grown_in_processes_of_their_own_are_those_of_one_process(tiny, se
     for n, args in enumerate(([f"env={world('Slow')}", "workers=2"], [])):
         run = run_of(settings(*args, f"out={tmp_path}/{n}"), tiny, folder=True)
         trees.append([branch for tree in explore(run, tasks) for branch in tree.branches])
-    assert max(map(len, Remote.idle.values())) <= 3 and any(branch.experience for branch in trees[0])
+    assert len(processes(world('Slow'))) <= 3 and any(branch.experience for branch in trees[0])
     assert sorted(map(str, trees[0])) == sorted(map(str, trees[1]))
+
+
+@pytest.mark.parametrize("kind, workers, slots, side_by_side", [("Slow", 2, 192, 2), ("Together", 1, 192, 192),
+                                                                ("Together", 3, 5, 5), ("Together", 8, 2, 2)])
+def test_conversations_follow_slots_and_only_worlds_that_share_no_process_follow_workers(
+        tiny, settings, world, here, kind, workers, slots, side_by_side):
+    cfg = settings(f"env={world(kind)}", f"workers={workers}", f"slots={slots}")
+    found = rollouts(run_of(cfg, tiny))
+    there = processes(world(kind))
+    assert found == here and len(found) == 12
+    assert Policy(*tiny, cfg).engine().slots == side_by_side
+    assert all(not process.held for process in there) and len(there) == min(workers, side_by_side)
+    assert sum(len(process.spare) for process in there) == min(12, side_by_side)
+
+
+def test_trees_are_the_same_whatever_workers_and_slots_are_of_worlds_that_share_processes(tiny, settings, world, tmp_path):
+    tasks, trees = Quest().tasks("train")[:2], []
+    for n, args in enumerate((["env=quest"], *([f"env={world('Wordy')}", f"workers={workers}", f"slots={slots}"]
+                                               for workers, slots in ((1, 192), (3, 2))))):
+        run = run_of(settings(*args, f"out={tmp_path}/{n}"), tiny, folder=True)
+        trees.append(sorted(str(branch) for tree in explore(run, tasks) for branch in tree.branches))
+    assert trees[0] == trees[1] == trees[2] and len(trees[0]) > 4
+
+
+@pytest.fixture
+def three(world):
+    """Worlds that share a process, each at its task's beginning."""
+    worlds = [make_env(world("Together")) for _ in range(3)]
+    for env, task in zip(worlds, Quest().tasks("valid")):
+        env.reset(task).result()
+    assert len(processes(world("Together"))) == 1
+    return worlds
+
+
+@pytest.mark.parametrize("doing, says", [
+    ("os._exit(3)", r"ended by itself, with exit code 3, in"),
+    ("os.kill(os.getpid(), 9)", r"was killed \(SIGKILL; out of memory\? then lower workers= or slots=\) in"),
+    ("time.sleep(1000)", r"has not answered for 2 seconds, in")])
+def test_what_ends_a_shared_process_is_told_of_the_world_that_did_it_whichever_is_asked(three, world, doing, says):
+    for env in three:
+        env.timeout = 2.0
+    asked = [three[1].step("do:" + doing), three[0].step("look"), three[2].step("look")]
+    said = {str(future.exception()) for future in [*asked, three[0].step("look")]}
+    assert len(said) == 1 and re.match(rf"env: the process of .*:Together {says} step\('do:.*'\) of task "
+                                       rf"'{Quest().tasks('valid')[1]}'", next(iter(said))), said
+    for env in three:
+        env.close()
+    again = make_env(world("Together"))
+    assert again.reset("valid-1-0000").result() and again.process is not three[0].process      # another takes its place
+
+
+def test_a_world_that_waits_for_its_turn_in_a_shared_process_does_not_hang(three):
+    for env in three:
+        env.timeout = 4.0
+    asked = [env.step("do:time.sleep(1.5)") for env in three]              # the last one's answer is there after 4.5
+    assert [future.result().obs for future in asked] == ["you cannot do that."] * 3
+
+
+@pytest.mark.parametrize("doing", ["raise KeyError('attic')", "raise MemoryError", "sys.exit()", "raise KeyboardInterrupt"])
+def test_what_a_world_raises_in_a_shared_process_leaves_the_others_there_as_they_are(three, doing):
+    alone, task = Quest(), Quest().tasks("valid")[0]
+    alone.reset(task)
+    for action in [*alone.actions()[:4], "look"]:
+        failed, outcome = three[1].step("do:" + doing), three[0].step(action)
+        assert isinstance(failed.exception(), UserError) and outcome.result() == alone.step(action)
+    assert three[1].reset("valid-1-0000").result() == Quest().reset("valid-1-0000")
+
+
+def test_worlds_that_share_a_process_and_what_changes_are_found_out_when_they_are_examined(world):
+    assert make_env(world("Together")).examine("train") == []
+    with pytest.raises(UserError, match="class Careless: .*keep all that changes in self, not in the class or the file"):
+        make_env(world("Careless")).examine("train")
+
+
+def test_the_action_of_a_reply_is_not_waited_for_behind_what_other_worlds_are_asked(three, world, tmp_path):
+    asked = three[0].step(f"do:while not os.path.exists({str(tmp_path / 'now')!r}): time.sleep(0.01)")
+    assert three[1].action("a\nb") == "b" and not asked.done()            # the default needs no world
+    (tmp_path / "now").touch()
+    assert asked.result().obs == "you cannot do that."
+    env = make_env(world("Wordy"))
+    assert isinstance(env.action("a"), Future) and wait_for(env, "action", "a\nb") == "b"
 
 
 def test_a_world_that_does_not_replay_is_found_out_there_too(world):
@@ -254,7 +363,7 @@ def test_ctrl_c_ends_a_run_whose_world_hangs_at_the_first_time(world, tmp_path):
 
 @pytest.mark.parametrize("action, says", [
     ("os._exit(3)", r"ended by itself, with exit code 3, in"), ("os._exit(0)", "with exit code 0, in"),
-    ("os.kill(os.getpid(), 9)", r"was killed \(SIGKILL; out of memory\? then fewer workers= help\) in"),
+    ("os.kill(os.getpid(), 9)", r"was killed \(SIGKILL; out of memory\? then lower workers= or slots=\) in"),
     ("os.kill(os.getpid(), 11)", "was ended by SIGSEGV in"), ("os.abort()", "was ended by SIGABRT in"),
     ("os.kill(os.getpid(), 15)", "was ended by SIGTERM in")])
 def test_how_a_process_ended_is_told_and_memory_is_suspected_only_of_a_kill(world, action, says):
@@ -291,7 +400,7 @@ def test_big_texts_and_halves_of_letters_come_through_as_they_are(world):
     task = env.tasks("valid")[0]
     assert env.reset(task).result() == Quest().reset(task) + odd
     assert env.step(odd).result() == Outcome("True " + odd, 0.1, valid=False)
-    assert env.actions() == [odd] and env.difficulty(task) == odd and env.action(odd) == odd
+    assert env.actions() == [odd] and env.difficulty(task) == odd and wait_for(env, "action", odd) == odd
     turns = [SimpleNamespace(obs=Quest().reset(task) + odd, action=odd), SimpleNamespace(obs="True " + odd, action="")]
     assert env.rollback(task, turns).result() == "True " + odd
 

@@ -346,6 +346,21 @@ def test_a_run_takes_no_more_steps_and_tokens_than_the_plan_says(grown, settings
     assert learned == 6 and evaluated[1] == 2 * 8 * 8 * (steps // 80)
 
 
+@pytest.mark.parametrize("env, slots, says", [
+    ("scienceworld", 3, "scienceworld: a process for each conversation, at most 3 side by side (workers=)"),
+    ("alfworld", 64, "alfworld: the worlds of all conversations in 3 processes (workers=)"),
+    ("code", 64, "code: the worlds of all conversations in 3 processes (workers=)"), ("quest", 64, None)])
+def test_the_plan_says_how_many_conversations_and_worlds_there_are_side_by_side(env, slots, says, settings, tiny):
+    cfg = settings(f"env={env}", "workers=3", "slots=64")
+    assert plan.side_by_side(cfg, 64) == slots == Policy(*tiny, cfg).engine().slots
+    assert plan.worlds_lines(cfg) == ([says] if says else [])
+
+
+def test_the_plan_of_a_world_that_runs_apart_has_its_slots_and_its_processes(settings):
+    told = "\n".join(plan.lines_of(settings("env=code", f"data={ROOT}/tests/data/mbpp_sample.jsonl", "workers=3", "slots=64")))
+    assert "64 slots" in told and "code: the worlds of all conversations in 3 processes" in told
+
+
 def test_a_server_s_memory_is_not_planned_here(preset):
     cfg, shape = preset("qwen7b", "engine=http://localhost:8000/v1")
     found = plan_of(shape, cfg, Place(cuda=True), 48)

@@ -270,9 +270,10 @@ def test_what_has_nothing_to_sample_needs_no_server(tiny, settings, tmp_path):
         sample(replace(run, cfg=cfg, policy=Policy(*tiny, cfg), test_tasks=["test-2-0001"]), "base")
 
 
-def test_a_world_that_runs_apart_has_no_more_processes_with_a_server(tiny, settings):
-    cfg = settings("engine=http://localhost:9/v1", "env=code", "data=tests/data/mbpp_sample.jsonl", "workers=3")
-    assert Policy(*tiny, cfg).engine().slots == 3
+def test_a_world_that_shares_no_process_has_no_more_of_them_with_a_server(tiny, settings):
+    for env, slots in (("scienceworld", 3), ("code", 50), ("alfworld", 50)):
+        cfg = settings("engine=http://localhost:9/v1", f"env={env}", "workers=3", "slots=50")
+        assert Policy(*tiny, cfg).engine().slots == slots
 
 
 # ------------------------------------------------------------------------------------------- what a server may refuse

@@ -13,7 +13,7 @@ import pytest
 from conftest import SHARED, needs_shared_data
 import worlds.alfworld as alfworld
 from config import UserError, installed
-from envs import make_env
+from envs import Outcome, make_env
 from worlds.alfworld import games
 
 DATA = Path(__file__).parent / "data" / "alfworld_sample.jsonl"
@@ -148,6 +148,21 @@ def test_twenty_alfworld_games_are_won_by_the_planner_and_replay_byte_for_byte()
         walk = wander(env, task, 8, rng)
         assert walk[0].obs == said and other.rollback(task, walk) == walk[-1].obs
         assert env.rollback(task, walk[:3]) == walk[:3][-1].obs
+
+
+def test_alfworld_conversations_in_one_process_are_those_of_each_alone(house):
+    def going(env, task: str, seed: int):
+        rng, outcome = random.Random(seed), Outcome(env.reset(task))
+        while True:
+            yield outcome, env.actions()
+            outcome = env.step(rng.choice(env.actions()) if rng.random() < 0.9 else "sing a song")
+    episodes = [(task, seed) for task in house.tasks("valid") for seed in range(2)]
+    worlds = [going(type(house)(str(DATA)), *episode) for episode in episodes]
+    beside = [[next(world) for world in worlds] for _ in range(10)]               # a turn of each, then the next turn
+    for n, episode in enumerate(episodes):
+        alone = going(house, *episode)
+        assert [next(alone) for _ in range(10)] == [turn[n] for turn in beside]
+    assert len({outcome.obs for turn in beside for outcome, _ in turn}) > 20
 
 
 def test_alfworld_speaks_as_published_and_refuses_in_two_words(house):

@@ -301,7 +301,7 @@ def waits(run: Run, count: int) -> dict[str, float]:
                       random.Random(n), tasks[n % len(tasks)]) for n in range(count))
     model, calls, turns, remote = [], [], 0, type(worlds[0])
     began = time.perf_counter()
-    with timed(engine, "wait", model), timed(remote, "action", model), timed(remote, "_ask", calls):
+    with timed(engine, "wait", model), timed(remote, "_ask", calls):
         for job in run.policy.engine().run(queue):
             turns += job.result.steps
     took = time.perf_counter() - began

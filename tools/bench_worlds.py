@@ -32,8 +32,8 @@ def words(seed: str, count: int) -> str:
 
 
 class Busy(Env):
-    """It computes at every step, in a process of its own. `data`: milliseconds of a processor's time."""
-    rules, max_turns, apart = "go.", 8, True
+    """It computes at every step, in another process than the model. `data`: milliseconds of a processor's time."""
+    rules, max_turns, apart, shares = "go.", 8, True, True
 
     def __init__(self, data: str = "50"):
         if not data.isdigit():

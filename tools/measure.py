@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Iterator
 
 from config import UserError, guarded, visible
-from envs import Env, Outcome, ReplayMismatch, ask, closing, make_env, wait_for
+from envs import Env, Outcome, ReplayMismatch, ask, closing, env_class, make_env, wait_for
 from tools.examine import texts
 
 TASKS, TURNS = 20, 25                                    # of a measurement
@@ -108,6 +108,8 @@ def measure(name: str, data: str) -> str:
         first = next((split for split, tasks in splits.items() if tasks), "")
         if not first:
             raise UserError(f"env: {name} has no tasks in train, valid or test")
+        process = memory() - before if env_class(name).shares else 0       # that instances share
+        before += process
         notes, tasks = env.examine(first), splits[first]
         walks = [Walk(task) for task in rng.sample(tasks, min(TASKS, len(tasks)))]
         odd = {}
@@ -124,7 +126,8 @@ def measure(name: str, data: str) -> str:
         text = (f"{name}: {sizes} tasks; {len(walks) - len(odd)} of {len(walks)} random episodes replay byte for byte, "
                 f"beside another and alone, on the same instance and on another; "
                 f"{steps / sum(own.seconds for own in walks):.0f} steps a second; "
-                f"{(memory() - before) / 2**21:.0f} MB an instance")
+                f"{(memory() - before) / 2**21:.0f} MB an instance"
+                + (f", beside {process / 2**20:.0f} MB of the process that they share" if process else ""))
     return "\n".join([text, *(f"  differs: {said}" for said in odd.values()), *(f"  note: {note}" for note in notes)])
 
 

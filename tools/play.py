@@ -19,7 +19,7 @@ def play(env: Env, task: str) -> None:
             turns = turns[:-1] or turns
             say(wait_for(env, "rollback", task, turns))
         elif typed:
-            turns[-1].action = ask(env, "action", typed)
+            turns[-1].action = wait_for(env, "action", typed)
             outcome = wait_for(env, "step", turns[-1].action)
             turns.append(SimpleNamespace(obs=outcome.obs, action=""))
             say(outcome.obs if outcome.valid else f"(refused) {outcome.obs}")

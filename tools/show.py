@@ -43,7 +43,7 @@ class Watched(Env):
         say(f"step {self.t}: {self.obs}", "dim" if self.t <= self.replayed else "")
 
     def action(self, reply: str) -> str:
-        return ask(self.env, "action", reply)
+        return wait_for(self.env, "action", reply)
 
     def step(self, action: str) -> Outcome:
         again, outcome = self.t <= self.replayed, wait_for(self.env, "step", action)

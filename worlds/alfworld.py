@@ -1,4 +1,4 @@
-"""ALFWorld, the paper's, on its own package, each episode in a process of its own (scale/apart.py).
+"""ALFWorld, the paper's, on its own package, in processes apart from the model's (scale/apart.py).
 
     pip install alfworld
     python envs.py alfworld data=json_2.1.1       the official download's folder, or files of problems as JSON lines
@@ -36,7 +36,7 @@ class ALFWorld(Env):
              "RECEP, slice OBJ with OBJ, examine OBJ, inventory, look. names have numbers, like cabinet 1. "
              "answer with one action")
     max_turns = 50
-    apart = True
+    apart = shares = True
     folders = {"train": "train", "valid": "valid_seen", "test": "valid_unseen"}
 
     def __init__(self, data: str = ""):

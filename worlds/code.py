@@ -321,7 +321,7 @@ class Code(Env):
     rules = ("you write python programs. answer with a whole program in a block that opens with ```python and closes "
              "with ```. you are told what goes wrong, and can answer again.")
     max_turns = 4                                  # the paper's horizon for CodeContests
-    apart = True
+    apart = shares = True
 
     def __init__(self, data: str = ""):
         if not data:
