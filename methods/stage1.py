@@ -1,14 +1,17 @@
 """The contenders of Stage 1 (the paper's Table 3): who solves more of the training tasks with the environment steps
 that the rollback trees of a run took?
 
-    python -m methods.stage1 config.yaml out=out/quest      on that run's training tasks
+    python -m methods.stage1 config.yaml out=out/quest                  on that run's training tasks, into its folder
+    python -m methods.stage1 config.yaml trees=out/quest out=out/other  the same, into another
 
     IS, IR, IR-1      independent sampling; iterative refinement: on failure reflect, and retry from the start with
                       all reflections so far in view, or with the latest alone
 """
+import json
 import math
 import random
 from collections import deque
+from pathlib import Path
 
 from config import UserError, guarded, load_config, visible    # before torch: Ctrl-C
 
@@ -17,8 +20,9 @@ from tqdm import tqdm
 
 from engine import Job
 from eval import spread
+from envs import ask
 from leafe import Attempt, Branch, Tree, episode, read_trees
-from run import Policy, Run, RunFolder, pick_tasks, report_file
+from run import Policy, Run, RunFolder, pick_tasks, read_jsonl, report_file, write_aside
 
 CONTENDERS = ("IS", "IR", "IR-1")
 
@@ -56,39 +60,51 @@ def run_contenders(run: Run, trees: list[Tree]) -> None:
         store.append(job.result)
 
 
-def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
-    """Share of training tasks solved, with 95 % intervals over tasks; differences are paired."""
-    solved = {"tree": torch.tensor([float(any(b.success for b in tree.branches)) for tree in trees])}
-    spent = {"tree": (sum(b.steps for tree in trees for b in tree.branches),
-                      sum(b.replayed for tree in trees for b in tree.branches),
-                      sum(b.tokens for tree in trees for b in tree.branches))}
+def outcome(trees: list[Tree], records: list[dict]) -> dict[str, dict]:
+    """Of the tree and of each contender: was a task solved, and what did all of them take?"""
+    branches = [b for tree in trees for b in tree.branches]
+    found = {"tree": dict(solved=[any(b.success for b in tree.branches) for tree in trees],
+                          steps=sum(b.steps for b in branches), replayed=sum(b.replayed for b in branches),
+                          sampled=sum(b.tokens for b in branches))}
     for method in CONTENDERS:
         by_task = {r["task"]: r for r in records if r["method"] == method}
         rows = [by_task[tree.task] for tree in trees]
-        solved[method] = torch.tensor([float(r["solved"]) for r in rows])
-        spent[method] = (sum(r["steps"] for r in rows), 0, sum(r["tokens"] for r in rows))
-    cell = report_file().cell
+        found[method] = dict(solved=[r["solved"] for r in rows], steps=sum(r["steps"] for r in rows), replayed=0,
+                             sampled=sum(r["tokens"] for r in rows))
+    return found
+
+
+def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
+    """Share of training tasks solved, with 95 % intervals over tasks; differences are paired."""
+    found, cell = outcome(trees, records), report_file().cell
+    solved = {method: torch.tensor(one["solved"], dtype=torch.float) for method, one in found.items()}
     lines = [f"{'%':6}{'tasks solved':>24}{'tree minus this':>24}{'steps':>10}{'replayed':>10}{'tokens':>10}"]
     for method, hits in solved.items():
         own, gap = (spread(lambda index, values=values: values[index].mean(-1), len(trees), resamples)
                     for values in (hits, solved["tree"] - hits))
         difference = cell(gap, "+") if method != "tree" else ""
-        lines.append(f"{method:6}{cell(own):>24}{difference:>24}" + "".join(f"{n:10}" for n in spent[method]))
+        lines.append(f"{method:6}{cell(own):>24}{difference:>24}"
+                     + "".join(f"{found[method][key]:10}" for key in ("steps", "replayed", "sampled")))
     return "\n".join(lines)
 
 
 def main(args: list[str]) -> None:
     cfg = load_config(args)
+    source = Path(cfg.trees or cfg.out)
+    path = source / "trees.jsonl"
+    grown = list(read_jsonl(path)) if path.exists() else []
+    if not grown:
+        raise UserError(f"{source} has no trees yet; run python train.py with out={source} first")
     folder = RunFolder(cfg)
-    records = folder.store("trees.jsonl").records
-    if not records:
-        raise UserError(f"{folder.path} has no trees yet; run python train.py with out={folder.path} first")
-    trees = read_trees(records, 1, pick_tasks(cfg, "train"))
-    start = str(folder.path / "warm_start") if cfg.warm_start else cfg.init
+    trees = read_trees(grown, 1, pick_tasks(cfg, "train"))
+    start = str(source / "warm_start") if cfg.warm_start else cfg.init
     run = Run(cfg, Policy.open(cfg, start, "init"), folder)
     run_contenders(run, trees)
-    print(visible(table(trees, run.store("stage1.jsonl").records, cfg.resamples)))
-    print(visible(f"results: {folder.path}/stage1.jsonl"))
+    records, world = run.store("stage1.jsonl").records, run.world()
+    found = dict(tasks={tree.task: ask(world, "difficulty", tree.task) for tree in trees}, found=outcome(trees, records))
+    write_aside(folder.path / "stage1.json", json.dumps(found) + "\n")
+    print(visible(table(trees, records, cfg.resamples)))
+    print(visible(f"results: {folder.path}/stage1.jsonl, {folder.path}/stage1.json"))
 
 
 if __name__ == "__main__":

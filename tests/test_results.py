@@ -10,12 +10,13 @@ import programs
 import tools.experiments
 import tools.records
 import tools.results
-from config import UserError, load_config
+from config import SHIPPED, UserError, load_config
 from conftest import ROOT
 from eval import Samples
+from methods import stage1
 from test_eval import records
 from tools.experiments import Made, command, missing, read_tables
-from tools.records import Counted, counts
+from tools.records import Counted, counts, record_of
 from tools.report import percent
 from tools.results import main, rebuild
 
@@ -136,6 +137,36 @@ def test_a_table_shows_means_over_seeds_paired_differences_and_what_is_missing(p
     assert "commit 0123456; EPYC, 2 cores, torch 2.13.0; 6.0 minutes (9.0 of one core's)." in " ".join(page.split())
     readme = (project / "README.md").read_text()                               # as train.py prints it: the first seed
     assert re.search(r"    %  +base +leafe +difference\n    Pass@1 +25.0 .* 75.0 .*\+50.0 ", readme)
+
+
+STAGE1 = """
+small:
+  seeds: [0]
+  rows: {tree: "{IR-1}:tree", IS: "{IR-1}:IS", IR-1: "methods.stage1 trees={one}", one: ""}
+  columns: [[tasks solved, tasks solved minus tree, steps, sampled tokens, minutes]]
+"""
+
+
+def test_the_contenders_of_stage_1_are_a_table_too_and_leave_the_runs_folder_as_it_is(grown, project):
+    place(project, STAGE1)
+    (project / "README.md").write_text("")
+    before = {path.name: path.stat().st_mtime for path in grown[0].iterdir()}
+    out = project / "out/results/small/IR-1-0"
+    stage1.main([str(SHIPPED), "preset=smoke", "train_tasks=3", f"trees={grown[0]}", f"out={out}"])
+    assert {path.name: path.stat().st_mtime for path in grown[0].iterdir()} == before and Made("small", "IR-1", 0).ended
+    one = record_of(out)
+    assert list(one["counts"]) == ["tree", *stage1.CONTENDERS] and one["minutes"]
+    solved = [any(branch.success for branch in tree.branches) for tree in grown[1][:3]]
+    assert one["counts"]["tree"] == [[1, int(hit), 0, 0] for hit in solved]
+    took = [sum(getattr(b, name) for tree in grown[1][:3] for b in tree.branches) for name in ("steps", "replayed", "tokens")]
+    assert one["took"]["tree"] == dict(steps=took[0] + took[1], sampled=took[2])
+    write_records(project, **{"IR-1-0": one})
+    rebuild(read_tables())
+    lines = re.findall(r"\| (\S+) \| (\S+) \[.*?\| ([^ ]*).*\| (\d+) \| (\d+) \| ", (project / "docs/results.md").read_text())
+    rate = 100 * sum(solved) / 3
+    assert lines[0] == ("tree", f"{rate:.1f}", "", f"{sum(took[:2])}", f"{took[2]}") and len(lines) == 3
+    for name, own, gap, steps, _ in lines[1:]:
+        assert float(gap) == pytest.approx(float(own) - rate, abs=0.11) and int(steps) == one["took"][name]["steps"]
 
 
 def test_what_is_not_run_yet_says_so_and_a_page_that_waits_for_all_runs_stays(project):

@@ -65,7 +65,13 @@ class Made:
 
     @property
     def ended(self) -> bool:
-        return (ROOT / self.folder / ("warm_start/adapter_config.json" if self.is_start else "passk.json")).exists()
+        return has_ended(ROOT / self.folder, self.is_start)
+
+
+def has_ended(folder: Path, is_start: bool = False) -> bool:
+    """Of a run (of train.py, eval.py, methods.stage1), or of a warm start alone, which samples nothing."""
+    last = ["warm_start/adapter_config.json"] if is_start else ["passk.json", "stage1.json"]
+    return any((folder / name).exists() for name in last)
 
 
 # ------------------------------------------------------------------------------------------------- what a table is
@@ -119,7 +125,8 @@ def made_by(tables: dict[str, Table], name: str, seed: int) -> tuple[Made, str]:
 def arguments(tables: dict[str, Table], run: Made) -> list[str]:
     table = tables[run.table]
     if run.is_start:
-        return [*(word for word in table.words if "{warm_start}" not in word), *table.set["warm_start"].split()]
+        return ["methods.warm_start", *(word for word in table.words if "{warm_start}" not in word),
+                *table.set["warm_start"].split()]
     return [*table.words, *table.rows[run.row].words]
 
 
@@ -133,9 +140,9 @@ def command(tables: dict[str, Table], run: Made) -> list[str]:
     """Its script, config.yaml, its settings."""
     folders = iter([need.folder for need in needs(tables, run)])
     settings = [re.sub(r"\{[^{}]+\}", lambda _: next(folders), word) for word in arguments(tables, run)]
-    script = "eval.py" if "eval.py" in settings else "train.py"
-    words = ["-m", "methods.warm_start"] if run.is_start else [script]
+    script = next((word for word in settings if "=" not in word), "train.py")
     last = {word.partition("=")[0]: word for word in settings if word != script}       # a row's goes over its table's
+    words = [script] if script.endswith(".py") else ["-m", script]
     return [*words, "config.yaml", *last.values(), f"seed={run.seed}", f"out={run.folder}"]
 
 

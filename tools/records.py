@@ -66,12 +66,17 @@ def check_same(tables: dict[str, Table], run: Made, folder: Path) -> None:
 def record_of(folder: Path) -> dict[str, Any]:
     """All that the tables need of a run."""
     cfg, told = kept_config(folder), read_json(folder / "run.json", MADE, {})
+    maker = {key: told.get(key) for key in MAKER} | dict(minutes=minutes(folder, told))
+    if not (folder / "passk.json").exists():           # Stage 1's contenders: a task is tried once by each, so to speak
+        said = read_json(folder / "stage1.json", dict(tasks=dict, found=dict), {})
+        took = {name: dict(steps=one["steps"] + one["replayed"], sampled=one["sampled"]) for name, one in said["found"].items()}
+        return dict(**maker, ks=[1], rounds=1, took=took, stage1={}, tasks=said["tasks"],
+                    counts={name: [[1, int(hit), 0, 0] for hit in one["solved"]] for name, one in said["found"].items()})
     policies, metrics, stage1 = read_policies(folder, pick_tasks(cfg, "test")), folder / "metrics.jsonl", {}
     for said in read_jsonl(metrics) if metrics.exists() else []:
         if "stage_1/tasks" in said:
             stage1[said["round"]] = {key.partition("/")[2]: value for key, value in said.items() if "/" in key}
-    return dict(**{key: told.get(key) for key in MAKER}, minutes=minutes(folder, told), ks=cfg.ks, rounds=cfg.rounds,
-                took=whole_cost(folder), stage1=stage1,
+    return dict(**maker, ks=cfg.ks, rounds=cfg.rounds, took=whole_cost(folder), stage1=stage1,
                 tasks={task: found[0]["difficulty"] for task, found in policies[-1].by_task.items()},
                 counts={policy.label: counts(policy) for policy in policies})
 
@@ -83,7 +88,8 @@ def minutes(folder: Path, told: dict[str, Any]) -> list[float]:
     if told.get("continued") or "date" not in told:
         return []                                      # nobody knows
     began = datetime.strptime(told["date"], "%Y-%m-%d %H:%M:%S %z").timestamp()
-    return [round(((folder / "samples.jsonl").stat().st_mtime - began) / 60, 2)]
+    last = next(folder / name for name in ("samples.jsonl", "stage1.jsonl") if (folder / name).exists())
+    return [round((last.stat().st_mtime - began) / 60, 2)]
 
 
 def counts(policy: Samples) -> list[list[int]]:

@@ -23,19 +23,21 @@ from config import Config, ROOT, UserError, fits, guarded, nearest, short, shipp
 from eval import STARTS, Samples, spread
 from run import write_aside
 from tools.compare import curves
-from tools.experiments import EXPERIMENTS, Made, Table, command, execute, made_by, missing, needs, one_of, read_tables
+from tools.experiments import (EXPERIMENTS, Made, Table, command, execute, has_ended, made_by, missing, needs, one_of,
+                               read_tables)
 from tools.records import RECORDS, Counted, alone, check_same, keep, read_records
 from tools.report import over_seeds, percent, rates
 
 PAGES = ("README.md", "docs/results.md")
 COUNTS = {                                             # column -> what it shows of a row: means over its seeds
     "trees solved": "{solved:.4g} of {tasks:.0f}", "by the first rollout": "{solved_first:.4g}",
-    "env steps + replayed": "{env_steps:.0f} + {replayed:.0f}", "D_cf": "{D_cf:.0f}", "D_reh": "{D_reh:.0f}", "D_ref": "{D_ref:.0f}",
+    "env steps + replayed": "{env_steps:.0f} + {replayed:.0f}",
+    "D_cf": "{D_cf:.0f}", "D_reh": "{D_reh:.0f}", "D_ref": "{D_ref:.0f}",
     "reflections right": "{named_share:.1%}", "and from a turn that serves": "{works_share:.1%}",
     "steps": "{took_steps:.0f}", "sampled tokens": "{took_sampled:.0f}", "trained tokens": "{took_trained:.0f}",
     "minutes": "{took_minutes:.1f}"}
 OTHERS = ("arguments", "new", "lost")                  # columns of other kinds
-FIGURE = re.compile(r"(?P<figure>Pass@(?P<k>\d+)|recovery)(?: of (?P<of>.+?))?(?: minus (?P<minus>\S+))?")
+FIGURE = re.compile(r"(?P<figure>Pass@(?P<k>\d+)|tasks solved|recovery)(?: of (?P<of>.+?))?(?: minus (?P<minus>\S+))?")
 NOTES = {
     "recovery": "Recovery: success among episodes that met a refused action.",
     "new": "New, lost: tasks solved in any sample that the first row never solves, and the other way round.",
@@ -60,8 +62,8 @@ def make(tables: dict[str, Table], runs: list[Made]) -> None:
         else:
             failed.append(run)
     if failed:
-        raise UserError(f"{failed[0].folder} has not ended (see above){f', nor have {len(failed) - 1} others' * (len(failed) > 1)}; "
-                        f"the same command goes on with what is missing")
+        others = f", nor have {len(failed) - 1} others" * (len(failed) > 1)
+        raise UserError(f"{failed[0].folder} has not ended (see above){others}; the same command goes on with what is missing")
 
 
 def link(tables: dict[str, Table], table: Table, source: Path) -> list[Made]:
@@ -71,7 +73,7 @@ def link(tables: dict[str, Table], table: Table, source: Path) -> list[Made]:
         for seed in table.set["seeds"]:
             run = Made(table.name, row.name, seed)
             theirs, own = source / run.key, ROOT / run.folder
-            if not (theirs / "passk.json").exists():
+            if not has_ended(theirs):
                 print(visible(f"{theirs} {'has not ended' if theirs.is_dir() else 'is not there'}"))
                 continue
             if not own.exists():
@@ -113,7 +115,7 @@ class Book:
 def success(own: Found, asked: re.Match, other: Found | None) -> str:
     """A figure of a policy in %, or what it has more than the other, paired by task and seed."""
     seeds = [seed for seed in own if other is None or seed in other]
-    ks, name = [int(asked["k"] or 1)], asked["figure"]
+    ks, name = [int(asked["k"] or 1)], asked["figure"].replace("tasks solved", "Pass@1")    # of one try
     mine: list[Samples] = [Counted(*own[seed], asked["of"] or "") for seed in seeds]
     theirs: list[Samples] = [Counted(*other[seed], asked["of"] or "") for seed in seeds] if other else []
     if not seeds or ks[0] > min(policy.n for policy in mine + theirs):
@@ -138,13 +140,15 @@ def flat(record: dict[str, Any], policy: str) -> dict[str, float]:
     """What Stage 1 gave and what training took, of a policy that comes out of it."""
     if policy in STARTS:
         return {}
-    ending, round_ = policy == list(record["counts"])[-1], policy.rpartition("-")[2]
+    ending, round_ = policy in (list(record["counts"])[-1], *record["took"]), policy.rpartition("-")[2]
     found = dict(record["stage1"].get(str(record["rounds"]) if ending else round_, {}))
     if found.get("told"):
         found |= {f"{name}_share": found[name] / found["told"] for name in ("named", "works")}
     if ending:
-        found |= {f"took_{key}": value for key, value in record["took"].items()}
-        found["took_minutes"] = record["took"]["seconds"] / 60
+        took = record["took"].get(policy, record["took"])
+        found |= {f"took_{key}": value for key, value in took.items()}
+    if "took_seconds" in found:
+        found["took_minutes"] = found["took_seconds"] / 60
     return found
 
 
@@ -218,7 +222,8 @@ def footer(table: Table, runs: Runs, one: Found) -> str:
     notes = "".join(f" {text}" for name, text in NOTES.items() if name in columns)
     makers = ", ".join(f"`python -m tools.results {name}`" for name in dict.fromkeys(name for name, _ in runs))
     seeds = f", means over {len(table.set['seeds'])} seeds" * (len(table.set["seeds"]) > 1)
-    return fill(f"{len(record['tasks'])} tasks, {Counted(record, policy).n} samples each{seeds}; success in %, 95 % intervals over "
+    each = f", {Counted(record, policy).n} samples each" * (record["ks"] != [1])
+    return fill(f"{len(record['tasks'])} tasks{each}{seeds}; success in %, 95 % intervals over "
                 f"tasks.{notes} {makers}: {made}", 128, break_long_words=False, break_on_hyphens=False)
 
 
