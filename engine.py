@@ -169,8 +169,7 @@ class Engine:
         if self.kept and self.device.type == "cpu":
             return self._relieve()
         if self.slots == 1:
-            raise UserError("slots: out of memory with a single conversation; lower context=, or take "
-                            "a smaller model")
+            raise UserError("slots: out of memory with a single conversation; lower context=, or take a smaller model")
         self.slots = max(1, min(self.slots, len(self.live)) // 2)
         print(f"out of memory: going on with slots={self.slots}", file=sys.stderr)
         self.drop()

@@ -303,8 +303,7 @@ class Quest(Env):
     def _take(self, thing: str) -> tuple[str, bool]:
         here = self.things.get(self.place, [])
         if thing not in here:
-            return (f"there is no {thing} here." if thing in (*NEEDS, *JUNK, *TREASURES)
-                    else "you cannot do that."), False
+            return (f"there is no {thing} here." if thing in (*NEEDS, *JUNK, *TREASURES) else "you cannot do that."), False
         here.remove(thing)
         obs = f"you take the {thing}."
         if self.hand:

@@ -25,7 +25,7 @@ import ranks
 from engine import Job
 from envs import ask, closing
 from leafe import Attempt, episode
-from run import Run, open_run, pick_tasks, report_file
+from run import Run, open_run, pick_tasks, plans, report_file
 
 STARTS = ("base", "warm_start")                    # policies that a run starts from
 
@@ -57,9 +57,10 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
                disable=not queue or ranks.rank() > 0)
     successes = 0
     with run.policy.off(policy == "base"):
-        engine = run.policy.engine()
+        engine, pace = run.policy.engine(), plans().hours.Pace(run, "sampling")
         for n, job in enumerate(engine.run(queue), 1):
             store.append(job.result)
+            pace.tell(engine.sampled)
             successes += job.result["success"]
             bar.update()
             bar.set_postfix_str(f"success {successes / n:.1%}, {engine.pace(bar.format_dict['elapsed'])}", refresh=False)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import ranks
 from engine import Ask, Episode, Job
 from envs import Env, ReplayMismatch, closing, visit
-from run import Run
+from run import Run, plans
 
 # All that the policy reads in Stage 1, besides observations and the rules with what run.py puts behind them.
 TURN = "step {t}: {obs}"                          # a user message: turn t's observation
@@ -289,7 +289,7 @@ def explore(run: Run, tasks: list[str], round_: int = 1, reflect: bool = True,
             lessons: dict[str, list[str]] | None = None) -> list[Tree]:
     """Stage 1: a rollback tree for every task. Attempts that trees.jsonl already holds are not run again.
     reflect=False: plain rollouts, cfg.roots of them a task. `lessons`: experiences by task, see requests."""
-    cfg, store, engine = run.cfg, run.store("trees.jsonl"), run.policy.engine()
+    cfg, store, engine, pace = run.cfg, run.store("trees.jsonl"), run.policy.engine(), plans().hours.Pace(run, "sampling")
     trees = {task: Tree(task) for task in tasks}
     ended: dict[str, dict[str, Branch]] = {task: {} for task in tasks}
     for record in store.records:
@@ -324,6 +324,7 @@ def explore(run: Run, tasks: list[str], round_: int = 1, reflect: bool = True,
         store.append(branch.record(round_))
         ended[branch.task][branch.name] = branch
         advance(branch.task)
+        pace.tell(engine.sampled)
         solved = sum(any(b.success for b in attempts.values()) for attempts in ended.values())
         bar.set_postfix_str(f"{solved} solved, {engine.pace(bar.format_dict['elapsed'])}", refresh=False)
     bar.close()

@@ -123,7 +123,7 @@ def optimise(run: Run, round_: int, objective: Objective, batches: Callable[[int
     room = Room(cfg.gradient_checkpointing, cfg.row_tokens, 2.0**16 if half(model) else 1.0)
     bar = tqdm(total=objective.steps, initial=state["step"], desc=f"train, round {round_}", unit="step",
                disable=ranks.rank() > 0)
-    began, before = time.time(), state["tokens"]
+    began, before, pace = time.time(), state["tokens"], plans().hours.Pace(run, "training")
     for batch in batches(state["resume"]):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * batch.lr
@@ -142,6 +142,7 @@ def optimise(run: Run, round_: int, objective: Objective, batches: Callable[[int
         if not any(told.items() <= record.items() for record in run.metrics.records):    # before a kill it may have been told
             run.metrics.append(dict(**told, **shown, gradient_norm=norm, lr=cfg.lr * batch.lr,
                                     tokens=state["tokens"], seconds=round(time.time() - began, 2)))
+        pace.tell(state["tokens"] - before)
         bar.update()
         bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in shown.items())
                             + f", {(state['tokens'] - before) / (time.time() - began):.0f} tokens/s")

@@ -3,6 +3,8 @@ alone. No weight is loaded: the model is made on the meta device, where tensors 
 
     python train.py config.yaml preset=qwen7b plan=true
 
+How much is done, and how many hours that takes, is hours.py's.
+
 The formulas count what is alive at once where the code's memory peaks; tests/test_plan.py holds them against a measured 135M, and
 against this code at 7B shapes, run on the meta device, too. Bytes throughout; GB are 10^9 of them.
 """
@@ -18,9 +20,10 @@ import forward
 import packing
 import ranks
 from config import Config, UserError, visible
-from envs import closing, env_class, make_env
+from envs import env_class
 from lora import (LINEAR, files, find_model, hub_fix, layers_of, linear_layers, lora_layers, lora_parameters, read_config,
                   widths)
+from models import hours
 from models.loading import is_whole, leave_out_towers, model_class, stacked
 
 CARDS = (8, 16, 24, 48, 80)             # GB
@@ -307,25 +310,6 @@ def workers(cfg: Config) -> int:
     return cfg.workers or ranks.cores()
 
 
-# ---------------------------------------------------------------------------------------------------- how much it does
-def work_of(cfg: Config) -> list[tuple]:
-    """(stage, environment steps, tokens drawn or trained on, optimiser steps), each at most. A baseline has a budget of
-    steps, and makes of it what it makes."""
-    with closing(make_env(cfg.env, cfg.data, cfg.env_timeout)) as env:
-        horizon = min(env.max_turns, cfg.horizon or env.max_turns)
-    attempts = cfg.rounds * cfg.train_tasks * cfg.attempts
-    drawn = horizon * cfg.action_tokens + (horizon // cfg.reflect_every + 1) * cfg.reflect_tokens
-    policies = 1 + cfg.evaluate_base + (cfg.rounds - 1) * cfg.evaluate_rounds
-    episodes = policies * cfg.test_tasks * cfg.samples
-    steps = cfg.rounds * cfg.steps + cfg.warm_steps * bool(cfg.warm_start)
-    per_step = max(1, cfg.batch_tokens // cfg.row_tokens) * cfg.row_tokens
-    learned = [("explore", attempts * horizon, attempts * drawn, 0), ("distil", 0, steps * per_step, steps)]
-    if cfg.method != "leafe":
-        learned = [(Path(cfg.method).stem, getattr(cfg, "env_steps", None) or "as trees= took", "", "")]
-    return [*learned, (f"evaluate, {policies} policies" if policies > 1 else "evaluate", episodes * horizon,
-                       episodes * horizon * cfg.action_tokens, 0)]
-
-
 # ------------------------------------------------------------------------------------------------------------- in words
 def gb(size: float) -> str:
     return f"{size / 1e9:.1f}" if size >= 10e9 else f"{size / 1e9:.2f}" if size >= 1e8 else f"{size / 1e9:.2g}"
@@ -403,10 +387,10 @@ def worlds_lines(cfg: Config) -> list[str]:
 def work_lines(cfg: Config) -> list[str]:
     heads = ("at most", "environment steps", "tokens", "optimiser steps")
     lines = [f"{heads[0]:22}" + "".join(f"{head:>20}" for head in heads[1:])]
-    for name, *counts in work_of(cfg):
+    for name, *counts in hours.work_of(cfg):
         shown = [f"{count:,}" if isinstance(count, int) else count for count in counts]
         lines.append(f"{name:22}" + "".join(f"{count:>20}" for count in shown))
-    return [*lines, "hours: not before a pace is measured; a run's bars show tokens/s and the time that is left"]
+    return [*lines, hours.line_of(cfg, hours.paces(Path(cfg.out)))]
 
 
 def say(cfg: Config) -> None:

@@ -19,7 +19,7 @@ from config import SHIPPED, UserError, load_config
 from conftest import ROOT
 from models import plan
 from models.loading import model_class
-from models.plan import Place, changes, fitting, plan_of, row_of, shape_of, work_of
+from models.plan import Place, changes, fitting, plan_of, row_of, shape_of
 from packing import Segment, pack
 from run import Policy
 
@@ -340,7 +340,7 @@ def test_a_run_on_a_gpu_begins_with_the_plan_in_short(preset, monkeypatch, capsy
 
 def test_a_run_takes_no_more_steps_and_tokens_than_the_plan_says(grown, settings):
     _, trees = grown
-    (_, steps, tokens, _), (_, _, _, learned), evaluated = work_of(settings("train_tasks=10", "attempts=8"))
+    (_, steps, tokens, _), (_, _, _, learned), evaluated = plan.hours.work_of(settings("train_tasks=10", "attempts=8"))
     branches = [branch for tree in trees for branch in tree.branches]
     assert 0 < sum(branch.steps for branch in branches) <= steps and sum(branch.tokens for branch in branches) <= tokens
     assert learned == 6 and evaluated[1] == 2 * 8 * 8 * (steps // 80)
