@@ -5,18 +5,20 @@ import shutil
 import time
 
 import pytest
+import yaml
 
 import programs
 import tools.experiments
 import tools.records
 import tools.results
-from config import SHIPPED, UserError, load_config
+from config import SHIPPED, Dumper, UserError, load_config
 from conftest import ROOT
 from eval import Samples
-from methods import stage1
+from methods import compare, stage1
+from methods.compare import COMPARED
 from test_eval import records
 from tools.experiments import Made, command, missing, read_tables
-from tools.records import Counted, counts, record_of
+from tools.records import Counted, check_same, counts, record_of
 from tools.report import percent
 from tools.results import main, rebuild
 
@@ -103,6 +105,21 @@ def test_every_command_of_the_experiments_is_understood():
     first, second = [command(tables, run) for run in missing(tables, [Made("smollm2", "leafe", 2)], [])]
     assert first == "-m methods.warm_start config.yaml preset=smollm2 warm_start=96 seed=0 out=out/results/smollm2/warm_start-0".split()
     assert second[0] == "train.py" and "init=out/results/smollm2/warm_start-0/warm_start" in second    # one for all seeds
+
+
+@pytest.mark.parametrize("table, words", [("quest", []), ("sokoban", ["preset=sokoban"]),
+                                          ("smollm2", ["preset=smollm2", "warm_start=96"])])
+def test_the_runs_of_a_comparison_are_those_of_its_table(table, words, tmp_path):
+    """So that `from=out/compare` takes them."""
+    tables, args = read_tables(), [str(SHIPPED), *words, "method=compare", "out=out/compare"]
+    assert set(COMPARED) == {row.name for row in tables[table].rows.values() if not row.shows}
+    for name in COMPARED:
+        cfg = load_config(compare.arguments(load_config(args), args, name, 1))
+        (tmp_path / "config.yaml").write_text(yaml.dump(dict(vars(cfg)), Dumper=Dumper))
+        check_same(tables, Made(table, name, 1), tmp_path)
+        (tmp_path / "config.yaml").write_text(yaml.dump(vars(cfg) | dict(lr=0.5), Dumper=Dumper))
+        with pytest.raises(UserError, match="was made with lr=0.5"):
+            check_same(tables, Made(table, name, 1), tmp_path)
 
 
 def test_counts_give_the_figures_that_samples_give():

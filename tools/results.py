@@ -68,10 +68,10 @@ def make(tables: dict[str, Table], runs: list[Made]) -> None:
 
 def link(tables: dict[str, Table], table: Table, source: Path) -> list[Made]:
     """The ended runs of another folder, ROW-SEED/ each, as if they had been made here: by links."""
-    found = []
-    for row in [row for row in table.rows.values() if not row.shows]:
+    found, names = [], [row.name for row in table.rows.values() if not row.shows]
+    for name in names:
         for seed in table.set["seeds"]:
-            run = Made(table.name, row.name, seed)
+            run = Made(table.name, name, seed)
             theirs, own = source / run.key, ROOT / run.folder
             if not has_ended(theirs):
                 print(visible(f"{theirs} {'has not ended' if theirs.is_dir() else 'is not there'}"))
@@ -82,7 +82,7 @@ def link(tables: dict[str, Table], table: Table, source: Path) -> list[Made]:
                 own.symlink_to(theirs.resolve())
             found.append(run)
     if not found:
-        raise UserError(f"from: {source} holds no ended run of {table.name}, in a folder like {next(iter(table.rows))}-0")
+        raise UserError(f"from: {source} holds no ended run of {table.name}, in a folder like {[*names, 'ROW'][0]}-0")
     return found
 
 
