@@ -109,6 +109,8 @@ class Engine:
         self.cache_name = "cache" if "cache" in forward.takes(self.decoder) else "past_key_values"     # of old
         self.ragged = getattr(model, "ragged", True)     # False: its attention is its own, and takes batches alone
         self.padded = self.device.type != "cpu"          # a GPU attends to all rows at once, padded
+        self.captures = cfg.captured and self.ragged and self.device.type == "cuda" and getattr(model, "captured", True)
+        self.steps: Any = None                           # a run's captured ones
         self.stop, self.slots, self.context, self.temperature = stop, cfg.slots, cfg.context, cfg.temperature
         self.budget = cfg.snapshot_mb * 2**20
         self.capacity = -(-cfg.context // 64) * 64
@@ -129,6 +131,7 @@ class Engine:
     def run(self, queue: deque[Job]) -> Iterator[Job]:
         """Run jobs until none is left, yielding each as it ends; the caller may append to `queue` meanwhile
         (first in, first out). The order in which jobs end depends on the schedule, their results do not."""
+        self.steps = self._captured() if self.captures else None
         try:
             while queue or self.live or self.parked:
                 short = False
@@ -145,7 +148,7 @@ class Engine:
         finally:
             for job in [*self.live, *self.parked]:
                 job.episode.close()
-            self.live, self.parked = [], deque()
+            self.live, self.parked, self.steps = [], deque(), None
 
     def _step(self, queue: deque[Job]) -> None:
         # waiting episodes take the free rows; each forks the longest prefix that a snapshot of its family holds
@@ -173,6 +176,7 @@ class Engine:
         self.slots = max(1, min(self.slots, len(self.live)) // 2)
         print(f"out of memory: going on with slots={self.slots}", file=sys.stderr)
         self.drop()
+        self.steps = self.steps and self._captured()     # graphs hold the larger cache
         self.cache = SlotCache(self.slots, self.capacity, self.ragged)
         for job in self.live:
             job.cached = 0
@@ -254,16 +258,23 @@ class Engine:
         token, and sample nothing."""
         tails = {row: self.live[row].ids[self.live[row].cached:upto] for row in rows}
         for part in self._groups(tails, alike=not self.ragged):
-            jobs = [self.live[row] for row in part]
-            hidden, draws = self._hidden({row: tails[row] for row in part}, self._draws(jobs) if upto is None else [])
+            jobs, fed = [self.live[row] for row in part], {row: tails[row] for row in part}
+            draws = self._draws(jobs) if upto is None else []
+            captured = self.steps.logits(fed, draws) if self.steps and draws else None
+            states, there = captured or self._hidden(fed, draws)
             for row, job in zip(part, jobs):
                 job.cached += len(tails[row])
                 self.fed += len(tails[row])
             if upto is None:
                 self.sampled += len(part)
-                for job, token in zip(jobs, self._sample(forward.logits(self.model, hidden), jobs, draws)):
+                logits = states if captured else forward.logits(self.model, states)
+                for job, token in zip(jobs, self._sample(logits, jobs, there)):
                     job.ids.append(token)
                     job.u = None
+
+    def _captured(self) -> Any:                          # the door of scale/captured.py: decode steps as CUDA graphs
+        from scale.captured import Steps
+        return Steps(self)
 
     def _groups(self, tails: dict[int, list[int]], alike: bool = False) -> list[list[int]]:
         """Rows in groups of bounded size, of tails of like length (a GPU pads to the longest), or of the same one."""
@@ -318,6 +329,8 @@ class Engine:
         shapes round differently, by about 1e-6. A draw closer than `self.close` to the edge between two tokens is settled
         by a forward of that conversation alone, so that (in fp32) samples do not depend on slots, schedule or resumption
         (test_samples_do_not_depend_on_...). Of 50,000 tokens some edge would always be close: see _race."""
+        if hasattr(logits, "drawn"):                     # in a captured step, by _draw
+            return logits.drawn.tolist()
         us, heat = draws.view(2, -1, 1)                                                             # (B, 1) each
         greedy = [not job.temperature for job in jobs]   # the host knows it; to ask the device is to wait for it
         settle = logits.dtype == torch.float32

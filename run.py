@@ -31,7 +31,7 @@ from lora import (adapter_off, adapters, add_lora, checks, find_model, general, 
 REACT = ("\nthink first, then act. answer in this form:\n<think>what you know, and what to try next</think>\n"
          "<action>one action</action>")          # behind the rules, with react: true
 PLAYBOOK = "\nwhat earlier episodes taught:\n"   # behind the rules, then a lesson a line (methods/ace.py)
-NOT_PART_OF_RESULTS = {"out", "engine", "engine_patience", "engine_sleep", "engine_timeout", "env_timeout", "processes", "slots",
+NOT_PART_OF_RESULTS = {"out", "captured", "engine", "engine_patience", "engine_sleep", "engine_timeout", "env_timeout", "processes", "slots",
                        "plan", "workers", "snapshot_mb", "checkpoint_every", "ks", "resamples", "evaluate_base", "evaluate_rounds",
                        "test_tasks", "samples", "split", "adapter", "playbook"}
 

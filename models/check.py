@@ -95,6 +95,9 @@ def check(policy: Policy) -> None:
                                   f"{'; '.join(filter(None, why)) or 'so another rank found'}; choose another model")
     for way in (SAMPLING[taken[0]], TRAINING[taken[1]]):
         vars(model).update(way)
+    model.captured = policy.cfg.captured and model.forks and model.ragged and on_gpu(model)
+    if model.captured:
+        check_captured(judge)
     uses = [use for use, fast in (("sampled", model.forks), ("trained", model.packs)) if not fast]
     if uses and ranks.rank() == 0:
         print(visible(f"note: {name} is {' and '.join(uses)} another way than the fast one ({'; '.join(dict.fromkeys(filter(None, why))) or 'so another rank found'}): "
@@ -126,7 +129,7 @@ def chosen(judge: Judge, ways: list[dict[str, bool]], test: Callable) -> tuple[i
     """(the first way that agrees, why it is not the fastest one)."""
     model, first = judge.policy.model, ""
     for n, way in enumerate(ways):
-        vars(model).update(way)
+        vars(model).update(way, captured=False)
         try:
             found = test(judge)
             if judge.agrees(found):
@@ -152,6 +155,21 @@ def agreed(numbers: list[int]) -> list[int]:
     if ranks.world() > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.tolist()
+
+
+def on_gpu(model: Any) -> bool:
+    return model.get_input_embeddings().weight.device.type == "cuda"
+
+
+def check_captured(judge: Judge) -> None:
+    """A GPU's decode steps stay captured (scale/captured.py) where these agree, too, on all ranks."""
+    model, name = judge.policy.model, judge.policy.cfg.model
+    found = sampling(judge)                              # a capture that fails says so itself
+    if model.captured and not judge.agrees(found):
+        model.captured = False
+        print(visible(f"note: {name}: decode steps are not captured: captured they differ from the model's own forward by "
+                      f"{mean(found['log-probability']):.2g} in log-probability"), file=sys.stderr)
+    model.captured = not agreed([int(not model.captured)])[0]
 
 
 @torch.no_grad()
@@ -235,7 +253,8 @@ def sampled(policy: Policy, talks: list[list[int]]) -> list[tuple[int, int, torc
     """(conversation, position, log-probabilities (V,) behind it) of what the engine samples: half of the longer conversation
     alone; then the whole of it side by side with the one that forks from it and the shorter one."""
     kind: Any = Engine if policy.model.forks else lora.general().General
-    engine = kind(policy.model, set(), policy.cfg.but(slots=len(talks), context=max(map(len, talks)), snapshot_mb=1024))
+    # a captured step of three rows has one that is no conversation's
+    engine = kind(policy.model, set(), policy.cfg.but(slots=len(talks) + 1, context=max(map(len, talks)), snapshot_mb=1024))
     found, of = [], {}
 
     def told(logits: torch.Tensor, jobs: list[Job], _) -> list[int]:

@@ -77,13 +77,14 @@ class Plan:
     host: float                         # those of a GPU, in the host's memory
     prefill: float                      # a forward of the most tokens that are fed at once
     draw: float                         # logits of all slots, and what a token is drawn by
+    graphs: float                       # what a captured step takes, which is a memory of its own
     plain: float                        # a training row, everything kept for the gradient
     recomputed: float                   # the same with gradient_checkpointing
     row: float                          # the one that is set
 
     @property
     def sampling(self) -> float:
-        return self.weights + self.adapter + self.slots * self.slot + self.snapshots + max(self.prefill, self.draw)
+        return self.weights + self.adapter + self.slots * self.slot + self.snapshots + max(self.prefill, self.draw) + self.graphs
 
     @property
     def training(self) -> float:
@@ -170,6 +171,9 @@ def plan_of(shape: Shape, cfg: Config, place: Place, slots: int) -> Plan:
     slots = 0 if cfg.engine else -(-slots // place.processes)          # a server has a memory of its own
     plain, recomputed = (row_of(shape, cfg, b, again) + unpacked for again in (False, True))
     kept = min(1, slots) * cfg.snapshot_mb * 2**20
+    rows = min(slots, shape.limits(b)[1])
+    draw = rows * shape.vocab * (20 if b == 4 else 18)                  # engine._race and _draw, fp64 sums among them
+    step = max(draw, forward_of(shape, cfg, place, rows) + min(1, slots) * unpacked)
     # gradients of a row and, where a step has more than one, the sum of those before
     gradients = 4 if cfg.batch_tokens < 2 * cfg.row_tokens else 8
     return Plan(
@@ -179,27 +183,30 @@ def plan_of(shape: Shape, cfg: Config, place: Place, slots: int) -> Plan:
         # pinned, each piece of them takes a power of two
         snapshots=0 if place.cuda else kept / place.processes, host=2 * kept if place.cuda else 0,
         prefill=prefill_of(shape, cfg, place, slots) + unpacked,
-        # engine._race and _draw, fp64 sums among them
-        draw=min(slots, shape.limits(b)[1]) * shape.vocab * (20 if b == 4 else 18),
+        draw=draw, graphs=step + b * rows * shape.vocab if place.cuda and cfg.captured else 0,          # the logits stay
         plain=plain, recomputed=recomputed, row=recomputed if cfg.gradient_checkpointing else plain)
 
 
 def prefill_of(shape: Shape, cfg: Config, place: Place, slots: int) -> float:
+    # a conversation that is longer than the limit is fed alone
+    tokens = min(max(shape.limits(place.number)[0], cfg.context), slots * cfg.context)
+    # on a CPU heads that share keys are asked one conversation after the other
+    masks = shape.groups * cfg.context if shape.groups > 1 and not place.cuda else 0
+    return forward_of(shape, cfg, place, tokens) + min(1, slots) * place.number * cfg.context * masks
+
+
+def forward_of(shape: Shape, cfg: Config, place: Place, tokens: float) -> float:
     """A layer of a forward without gradient: the larger of its MLP and its attention."""
     b = place.number
-    # a conversation that is longer than the limit is fed alone
-    tokens = min(max(shape.limits(b)[0], cfg.context), slots * cfg.context)
     # one of the MLP's halves is done; of the other there is W x, and that with B A x
     mlp = 3 * b * shape.wide
     attention = 4 * b * shape.queries
     stream = 4 * b * shape.hidden + (b + 1) * cfg.context              # states, the mask
-    # heads that share keys are asked as one, each with its mask
-    masks = shape.groups * cfg.context if shape.groups > 1 else 0
     if place.cuda:                      # side by side: masks of all, padded before
-        attention += b * masks
+        # heads that share keys are asked as one, each with its mask
+        attention += b * shape.groups * cfg.context if shape.groups > 1 else 0
         stream += b * cfg.context
-        masks = 0
-    return tokens * (stream + max(mlp, attention)) + min(1, slots) * b * cfg.context * masks
+    return tokens * (stream + max(mlp, attention))
 
 
 def row_of(shape: Shape, cfg: Config, b: int, again: bool) -> float:
@@ -356,6 +363,7 @@ PARTS: list[tuple[str, Callable[[Plan], str]]] = [
     ("cache, all slots", lambda plan: f"{plan.slots:,} slots: {gb(plan.slots * plan.slot)}"),
     ("snapshots, at most", lambda plan: f"in the host's memory: {gb(plan.host)}" if plan.host else gb(plan.snapshots)),
     ("largest prefill", lambda plan: gb(plan.prefill)),
+    ("captured decode steps", lambda plan: gb(plan.graphs)),
     ("training row of {cfg.row_tokens:,} tokens", lambda plan: gb(plan.plain)),
     ("the same, recomputed", lambda plan: gb(plan.recomputed)),
     ("peak of sampling", lambda plan: gb(plan.sampling)),

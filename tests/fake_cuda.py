@@ -3,12 +3,17 @@ two devices may not meet, and what copies between them or waits for the device i
 
 Tensors stay plain CPU tensors, so autograd, recomputation, bitsandbytes and safetensors run as they are. Which device a
 tensor claims hangs on its storage, which views share; torch.Tensor.device tells the claim, and a dispatch mode sees every
-operation, those of the backward pass too. Kernels, speed, streams and NCCL are not simulated.
+operation, those of the backward pass too. Kernels, speed, what streams do side by side and NCCL are not simulated.
+
+A CUDA graph is: inside torch.cuda.graph() nothing changes that was there before, to wait or to copy from the host is an error, and
+what was made is rubbish afterwards, and again when the graph is gone. replay() does the same operations on the same memory, with the
+numbers that Python had then; if some of it was freed since, that is an error.
 
     gpu.counts      Counter of (kind, "file.py:function"); kinds: to device, to host, waits
     gpu.large       the largest copy to the device, in bytes
     gpu.places      with track=True, Counter of the places at which memory is taken; `gpu.fail = place, n`: the n-th time there is none
-    gpu.calls       operations on the device that are no views
+    gpu.calls       operations on the device that are no views; of a graph one, "replay"
+    gpu.graphs      how often one was captured
 """
 import sys
 from collections import Counter
@@ -22,7 +27,7 @@ import torch
 import torch.utils._device
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 ROOT = Path(__file__).parent.parent
 WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
@@ -61,9 +66,12 @@ class FakeCuda(TorchDispatchMode):
         self.track, self.bfloat16, self.inside, self.claims, self.generators = track, bfloat16, 0, {}, set()
         self.wild: dict[int, StorageWeakRef] = {}        # made by C++ in a backward pass, of a device that it does not tell
         self.fail: tuple[str, int] | None = None
+        self.home = self.stream = Stream()               # the one that all begins on; the current one
+        self.capturing: Graph | None = None
         self.clear()
 
     def clear(self) -> None:
+        self.graphs = 0
         self.counts, self.places, self.calls, self.large = Counter(), Counter(), Counter(), 0
 
     def total(self, kind: str) -> int:
@@ -80,6 +88,9 @@ class FakeCuda(TorchDispatchMode):
         return "elsewhere"
 
     def note(self, kind: str, x=None) -> None:
+        if self.capturing:
+            self.capturing.broken = True
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({kind}, {self.place()})")
         self.counts[kind, self.place()] += 1
         if kind == "to device" and x is not None:
             self.large = max(self.large, x.nbytes)
@@ -143,7 +154,7 @@ class FakeCuda(TorchDispatchMode):
         if generator is not None and cuda != (generator._cdata in self.generators):
             raise RuntimeError(f"Expected a {'cuda' if cuda else 'cpu'!r} device type for generator ({self.place()})")
         with self.aside():
-            out = func(*args, **kwargs)
+            out = self.capturing.recorded(func, args, kwargs) if self.capturing and cuda else func(*args, **kwargs)
         made = [x for x in tree_iter(out) if isinstance(x, torch.Tensor)]
         if cuda:
             if not func.is_view and name not in TAKES_NOTHING:
@@ -200,16 +211,21 @@ class FakeCuda(TorchDispatchMode):
             return lambda *_, **__: value
         properties = SimpleNamespace(name="simulated", major=8, minor=9, total_memory=24 << 30, multi_processor_count=128,
                                      gcnArchName="")
-        stream = SimpleNamespace(is_capturing=lambda: False, synchronize=lambda: self.note("waits"), cuda_stream=0)
         cuda = dict(is_available=True, _lazy_init=None, is_initialized=True, device_count=1, current_device=0, set_device=None,
                     empty_cache=None, manual_seed_all=None, manual_seed=None, is_bf16_supported=self.bfloat16,
                     get_device_capability=(8, 9), get_device_name="simulated", get_device_properties=properties,
                     mem_get_info=(24 << 30, 24 << 30), memory_allocated=0, max_memory_allocated=0,
-                    reset_peak_memory_stats=None, current_stream=stream, is_current_stream_capturing=False)
+                    reset_peak_memory_stats=None, graph_pool_handle=(0, 1))
         for name, value in cuda.items():
             yield torch.cuda, name, always(value)
         yield torch.cuda, "synchronize", lambda *_: self.note("waits")
-        yield torch.accelerator, "current_stream", always(stream)
+        yield torch.accelerator, "current_stream", lambda *_: self.stream
+        yield torch.cuda, "current_stream", lambda *_: self.stream
+        yield torch.cuda, "is_current_stream_capturing", lambda: bool(self.capturing)
+        yield torch.cuda, "Stream", Stream
+        yield torch.cuda, "stream", on_stream
+        yield torch.cuda, "CUDAGraph", Graph
+        yield torch.cuda, "graph", captured
         yield torch.Tensor, "device", property(claimed)
         yield torch.Tensor, "is_cuda", property(lambda x: claimed(x).type == "cuda")
         yield torch.Tensor, "is_cpu", property(lambda x: claimed(x).type == "cpu")
@@ -221,6 +237,101 @@ class FakeCuda(TorchDispatchMode):
         yield torch.Tensor, "__array__", numpy
         yield torch, "tensor", tensor
         yield torch, "Generator", Generator
+
+
+# ----------------------------------------------------------------------------------------------------------- CUDA graphs
+class Stream:
+    cuda_stream = 0
+
+    def is_capturing(self):
+        return bool(now.capturing)
+
+    def synchronize(self):
+        now.note("waits")
+
+    def wait_stream(self, other):
+        assert isinstance(other, Stream) and not now.capturing
+
+
+@contextmanager
+def on_stream(stream):
+    before, now.stream = now.stream, stream
+    try:
+        yield
+    finally:
+        now.stream = before
+
+
+class Outside:
+    """A tensor of the device that a graph did not make: it knows no more of it than where it lies."""
+    def __init__(self, x):
+        self.ref, self.dtype = StorageWeakRef(x.untyped_storage()), x.dtype
+        self.shape = x.storage_offset(), x.shape, x.stride()
+
+    def tensor(self):
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.ref.cdata)
+        if storage is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered (a graph's tensor was freed)")
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.shape)
+
+
+class Graph:
+    def __init__(self):
+        self.steps, self.made, self.broken = [], {}, False
+
+    def __del__(self):
+        if now:                                          # its memory is others' from here on
+            self.spoil()
+
+    def spoil(self):
+        with now.aside(), torch.inference_mode():
+            for x in self.made.values():
+                x.fill_(torch.nan if x.is_floating_point() else x.dtype == torch.bool or torch.iinfo(x.dtype).max // 2)
+
+    def recorded(self, func, args, kwargs):
+        """What an operation returns while it is captured: tensors, whose values are for a replay to make."""
+        given = args, kwargs
+        changed = [x for x, about in zip(args, func._schema.arguments) if about.alias_info and about.alias_info.is_write]
+        elsewhere = [x for x in changed if self.outside(x)]
+        # a number of the host's is what it is now
+        kept = tree_map_only(torch.Tensor, lambda x: Outside(x) if self.outside(x) else x if now.on_device(x) else x.clone(), given)
+        out = elsewhere[0] if elsewhere else func(*args, **kwargs)
+        fresh = [x for x in tree_iter(out) if isinstance(x, torch.Tensor) and not any(
+            x.untyped_storage()._cdata == y.untyped_storage()._cdata for y in tree_iter(given) if isinstance(y, torch.Tensor))]
+        self.made |= {x.untyped_storage()._cdata: x for x in fresh}
+        if fresh or changed:                             # .to() and .reshape() may be views
+            self.steps.append((func, kept, out if fresh else None))
+        return out
+
+    def outside(self, x):
+        return now.on_device(x) and x.untyped_storage()._cdata not in self.made
+
+    def replay(self):
+        """Kernels alone: Python is not asked again."""
+        now.calls["replay"] += 1
+        with now.aside():
+            for func, kept, out in self.steps:
+                args, kwargs = tree_map_only(Outside, Outside.tensor, kept)
+                found = func(*args, **kwargs)
+                if out is not None:
+                    for old, new in zip(tree_iter(out), tree_iter(found)):
+                        old.copy_(new)
+
+
+@contextmanager
+def captured(graph, pool=None, stream=None):
+    """As torch.cuda.graph: after an error of CUDA's it stays on its own stream."""
+    torch.cuda.synchronize()
+    before, now.stream, now.capturing = now.stream, stream or Stream(), graph
+    try:
+        yield
+        now.graphs += 1
+    finally:
+        now.capturing = None
+        if graph.broken:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        now.stream = before
+        graph.spoil()
 
 
 def told(function):

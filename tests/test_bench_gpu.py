@@ -57,6 +57,8 @@ def test_the_whole_script_runs_on_a_simulated_gpu_and_all_its_figures_are_in_the
     assert exact["exact: tiny, fp32"]["equal"] == exact["exact: 135m, fp32"]["equal"] == 1.0
     assert all(one[key] <= one[f"{key}_limit"] for one in exact.values() for key in bench_gpu.FIGURES)
     assert found["fork"]["tokens"] == 30 and found["prefill"]["tokens_a_second"] > 0
+    decoded = [one for name, one in found.items() if name.startswith("decode: ")]
+    assert len(decoded) == 2 and all(one["captured"] and one["not_captured"]["step_s"] > 0 for one in decoded)
     assert set(found["attention"]) == {"without_cudnn", "with_cudnn"} and not torch.backends.cuda.cudnn_sdp_enabled()
     assert found["preset=smoke"]["Pass@1 of base"] == found["smollm2"]["Pass@1 of base"] == 0.25
     kept = json.loads((bench_gpu.Path(cfg.out) / "gpu-7b.json").read_text())

@@ -241,4 +241,4 @@ def test_what_fits_is_what_a_7b_is_known_to_take(settings):
     sizes = plan.plan_of(plan.measured(model, policy.cfg), policy.cfg, plan.Place(cuda=True), 48)
     assert sizes.weights == pytest.approx(5.55e9, rel=0.02) and sizes.learned == pytest.approx(0.65e9 * 18 / 16, rel=0.02)
     fits = [card.conversations_on(gb, policy, True, 28672) for gb in plan.CARDS]
-    assert fits[0] == "8" and 240 < int(fits[2]) < 270 and card.conversations_on(16, policy, False, 28672) == "-"
+    assert fits[0] == "6" and 240 < int(fits[2]) < 270 and card.conversations_on(16, policy, False, 28672) == "-"

@@ -88,7 +88,8 @@ def test_a_decode_step_copies_once_and_waits_once_however_many_rows_and_layers(s
     with FakeCuda() as gpu:
         model, chat = model_of()
         for slots in (2, 6):
-            engine = Engine(model, set(), settings(f"slots={slots}", "context=256"))
+            # not captured; what a captured step is: test_captured.py
+            engine = Engine(model, set(), settings(f"slots={slots}", "context=256", "captured=false"))
             ended = engine.run(deque(Job(one_reply(n), random.Random(n), str(n)) for n in range(slots)))
             steps, forwards = [], engine._forward
 

@@ -1,5 +1,6 @@
 """The plan: what it says a run takes, against what a process takes, and against what our code makes of tensors at 7B shapes."""
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +18,13 @@ import train
 from cache import SlotCache
 from config import SHIPPED, UserError, load_config
 from conftest import ROOT
+from engine import Engine
 from models import plan
 from models.loading import model_class
 from models.plan import Place, changes, fitting, plan_of, row_of, shape_of
 from packing import Segment, pack
 from run import Policy
+from scale.captured import Steps
 
 GIB = 2**30
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=152064, max_position_embeddings=32768)
@@ -221,6 +224,27 @@ def test_the_largest_prefill_is_what_our_code_takes_at_a_7b_s_shape(name, shadow
     taken = meter.most - sum(x.nbytes for layer in cache.layers for x in layer)
     assert plan.prefill_of(shape, cfg, Place(cuda=True), 64) == pytest.approx(taken, rel=0.03)
     assert 0.85 < taken / GIB < 1.05                                 # what the engine promises
+
+
+@pytest.mark.parametrize("name", ["qwen7b", "llama8b", "8gb"])
+def test_a_captured_step_is_what_our_code_takes_at_a_7b_s_shape(name, shadow, preset):
+    """Its graphs share one memory: of a step, and of the logits that it leaves."""
+    model, cfg, shape = shadow(name)
+    slots = 48
+    with torch.inference_mode(), torch.device("meta"):
+        cache = SlotCache(slots, cfg.context)
+        cache.hold(slots, cfg.context)
+        steps = Steps.__new__(Steps)
+        steps.engine = SimpleNamespace(model=model, device=torch.device("meta"), cache=cache, cache_name="cache", slots=slots,
+                                       _draw=partial(Engine._draw, None))
+        steps.numbers, steps.out = torch.empty(5 * slots, dtype=torch.long), None
+        with Meter(model) as meter:
+            steps.work(slots, cfg.context, True)              # some are greedy: the larger kind
+    taken = meter.most - sum(x.nbytes for layer in cache.layers for x in layer)
+    planned = plan_of(shape, cfg.but(load_in_4bit=False), Place(cuda=True), slots).graphs
+    assert planned == pytest.approx(taken, rel=0.1)
+    for other, place in ((cfg.but(captured=False), Place(cuda=True)), (cfg, Place(False))):
+        assert not plan_of(shape, other, place, slots).graphs
 
 
 @pytest.mark.parametrize("name", ["qwen7b", "llama8b", "8gb"])

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -243,11 +243,14 @@ def engine_of(one: Policy, rows: int, context: int, snapshot_mb: int) -> Engine:
 
 
 def decode(bench: Bench, rows: int) -> dict:
-    """Without an adapter and with one, beside the least that reading the weights and keys takes."""
+    """Without an adapter and with one, beside the least that reading the weights and keys takes; and with its steps not
+    captured (scale/captured.py)."""
     one, sizes = large(bench), bench.sizes
     with adapter_off(one.model):
         plain = decoding(one, rows, sizes)
     told = dict(decoding(one, rows, sizes), without_adapter=plain)
+    told["captured"] = getattr(one.model, "captured", True)        # False where a capture failed: stderr says why
+    told["not_captured"] = decoding(replace(one, cfg=one.cfg.but(captured=False)), rows, sizes)
     read = bytes_read(one.model) + rows * (sizes.prompt + sizes.new / 2) * keys_read(one.model)
     least = read / bench.own["machine"]["gb_a_second"] / 1e9
     return told | dict(limit_tokens_a_second=rows / least, of_limit=least / told["step_s"])
@@ -410,11 +413,12 @@ def decoded(model: str, found: dict[str, dict]) -> list[str]:
     if not found:
         return []
     ordered = sorted(found.items(), key=lambda item: int(item[0].split()[1]))
-    lines = ["", "| decode, " + model + " | tokens/s, no adapter | with one | ms a step | the bandwidth's limit, tokens/s "
-             "| of it | peak GB |", "|---|---|---|---|---|---|---|"]
+    lines = ["", "| decode, " + model + " | tokens/s, no adapter | with one | ms a step | not captured | the bandwidth's limit, tokens/s "
+             "| of it | peak GB |", "|---|---|---|---|---|---|---|---|"]
     for name, one in ordered:
         lines.append(f"| {name.removeprefix('decode: ')} | {one['without_adapter']['tokens_a_second']:,.0f} | "
-                     f"{one['tokens_a_second']:,.0f} | {1000 * one['step_s']:.1f} | {one['limit_tokens_a_second']:,.0f} | "
+                     f"{one['tokens_a_second']:,.0f} | {1000 * one['step_s']:.1f}{'' if one['captured'] else ' (not captured)'} | "
+                     f"{1000 * one['not_captured']['step_s']:.1f} | {one['limit_tokens_a_second']:,.0f} | "
                      f"{one['of_limit']:.0%} | {one['peak_gb']:.1f} |")
     return lines
 
