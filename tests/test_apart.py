@@ -337,10 +337,10 @@ def test_a_time_that_is_none_is_one_line(settings, value):
 
 
 def test_a_long_replay_has_the_time_of_all_its_steps(world):
-    env = make_env(world("Hangs"), timeout=1.0)
+    env = make_env(world("Hangs"), timeout=3.0)
     task = env.tasks("test")[0]
     turns, obs = [], env.reset(task).result()
-    for action in ["hang:time.sleep(0.4)"] * 4 + ["end"]:
+    for action in ["hang:time.sleep(1.1)"] * 4 + ["end"]:
         turns.append(SimpleNamespace(obs=obs, action=action))
         obs = env.step(action).result().obs if action != "end" else obs
     assert env.rollback(task, turns).result() == turns[-1].obs
