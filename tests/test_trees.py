@@ -36,6 +36,8 @@ def grow_in(order):
 class Scripted:
     """In place of the engine: answers out of the episode's own generator, as one who reads refusals would. Attempts
     end in an order of no sense."""
+    sampled = 0
+
     def __init__(self, chat):
         self.chat = chat
 
