@@ -1,6 +1,6 @@
 """docs/leafe.ipynb: run in a copy of the project, and stored with what came out.
 
-    python tests/lesson.py        after a change of a cell, or of what it shows; four minutes on two cores
+    python tests/lesson.py        after a change of a cell, or of what it shows; three minutes on two cores
 """
 import os
 import re

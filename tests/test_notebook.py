@@ -22,7 +22,7 @@ def shows(notebook):
     assert "attempt 0: " in trained and "looks back: " not in trained and "(refused)" in trained
     quest, K, sokoban = [text for text in texts if "python train.py" in text]
     assert gain(quest)[1] > 20 and len(gain(sokoban)) == 3
-    assert re.search(r"stage 1: \d+ of 64 tasks solved", K) and "reflect_every=4" in K
+    assert re.search(r"stage 1: \d+ of 48 tasks solved", K) and "reflect_every=4" in K
     assert re.search(r"^ +\d+ .* <- tau\n", "".join(texts), re.M) and re.search(r"%  *-> +\d+\.\d+%", "".join(texts))
 
     tree, before_after, with_K, worlds = [ElementTree.fromstring(picture) for picture in drawn(notebook)]
