@@ -84,6 +84,11 @@ def test_no_figure_is_shown_for_more_samples_than_there_are():
     assert "Pass@16" not in table([Samples(records([0.1], n=8), "a")], [8, 16], 10)
 
 
+def test_a_table_of_three_policies_has_rates_alone():
+    three = [Samples(records([0.2, 0.8]), name) for name in ("round-1", "round-2", "round-3")]
+    assert "+" not in table(three, [1], 100) and "+" in table(three[:2], [1], 100)
+
+
 def test_sampling_goes_on_where_it_stopped_and_refuses_another_adapter(own_tiny, settings):
     cfg = settings("samples=4", "ks=[1,4]")
 

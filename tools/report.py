@@ -562,16 +562,16 @@ def compare(a: Samples, b: Samples, ks: list[int], resamples: int) -> dict[str, 
 def rates(policies: list[Samples], ks: list[int], resamples: int) -> list[str]:
     """Success in %, with 95 % intervals over tasks; with two policies, their paired difference."""
     columns = [p.figures(ks, resamples) for p in policies]
-    heads = [visible(p.label, "") for p in policies]
+    heads, signs = [visible(p.label, "") for p in policies], [""] * len(policies)
     if len(policies) == 2:
         columns.append(compare(policies[0], policies[1], ks, resamples))
-        heads.append("difference")
+        heads, signs = [*heads, "difference"], [*signs, "+"]
     wide = max(24, *(len(head) + 2 for head in heads))
     lines = [f"{'%':10}" + "".join(f"{head:>{wide}}" for head in heads)]
     for name in columns[0]:
         if all(name in column for column in columns):
-            lines.append(f"{name:10}" + "".join(f"{cell(c[name], '+' if i == 2 else ''):>{wide}}"
-                                                for i, c in enumerate(columns)))
+            lines.append(f"{name:10}" + "".join(f"{cell(column[name], sign):>{wide}}"
+                                                for column, sign in zip(columns, signs)))
     return lines
 
 
