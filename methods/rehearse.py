@@ -1,7 +1,7 @@
-"""Reflections as targets of their own, off by default and not in the paper: a policy that was tuned on actions alone
-forgets how to reflect, and its next round has little to learn from.
+"""Reflections as targets of their own, off by default and not in the paper: a policy that was tuned on actions alone may
+forget how to reflect, and its next round has little to learn from (with preset=rounds it does not: docs/results.md).
 
-    python train.py config.yaml preset=rounds
+    python train.py config.yaml preset=rounds rehearse_reflections=0.2 gamma=0.1
 
 D_ref holds a share of the reflections that led to a success: pi's own answers, at the contexts that they answered.
 L = L_cf + beta * L_reh + gamma * L_ref, where L_ref is the mean over D_ref of -log pi'(reflection | h_{t+1}, q).
