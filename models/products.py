@@ -19,7 +19,8 @@ STEP, FEW = 64, 8                        # rows: oneDNN makes, and keeps, code f
 
 
 def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:           # (..., in) -> (..., out)
-    if torch.is_grad_enabled() or x.numel() * layer.out_features < WORTH:
+    # a layer that has since been cast, or moved, is torch's again: without AVX-512, oneDNN here has no bf16
+    if torch.is_grad_enabled() or x.numel() * layer.out_features < WORTH or not ours(layer):
         return nn.functional.linear(x, layer.weight, layer.bias)
     rows = x.reshape(-1, layer.in_features)                              # (M, in)
     padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % (STEP if len(rows) > STEP else FEW)))
@@ -27,11 +28,14 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:           # (...,
     return y[:len(rows)].view(*x.shape[:-1], layer.out_features)
 
 
+def ours(layer: nn.Linear) -> bool:
+    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+
+
 def quicken(model: Any) -> None:
     if processor() != "AuthenticAMD":
         return
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
-    layers = [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and ours(layer)]
     if layers and agrees(layers[0]):
         for layer in layers:
             layer.forward = partial(linear, layer)                       # type: ignore[method-assign]

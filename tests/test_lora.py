@@ -73,6 +73,18 @@ def test_products_of_sampling_are_torch_s_own_and_those_of_learning_are_left_to_
     assert len(asked) == 3 * len(layers) and all("forward" in vars(layer) for layer in layers)
 
 
+def test_layers_that_are_cast_after_loading_are_torch_s_again(own_tiny, monkeypatch):
+    model, ids, asked = own_tiny[0], torch.randint(6, 400, (1, 200)), []
+    monkeypatch.setattr("models.products.processor", lambda: "AuthenticAMD")
+    loading().quicken(model)
+    layers = [m for m in model.to(torch.bfloat16).modules() if type(m) is torch.nn.Linear]
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: (asked.append(1), plain(*args))[1])
+    with torch.inference_mode():
+        model(input_ids=ids)
+    assert len(asked) == len(layers) and all("forward" in vars(layer) for layer in layers)
+
+
 def test_a_torch_without_quick_products_uses_its_own(monkeypatch):
     def without(*args):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
