@@ -1,7 +1,6 @@
 """The machine under a measurement: what it can do at most, and what a piece of work takes of it, seconds and memory."""
 import ctypes
 import gc
-import os
 import platform
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Callable
 
 import torch
 
+import ranks
 from lora import loading
 from tools.measure import below
 
@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
     loading().quicken(layer)
     with torch.no_grad():
         product = min(seconds(work) for work in (lambda: square @ square, lambda: layer(square)) for _ in range(5))
-    return dict(processor=names[0] if names else platform.machine(), cores=os.cpu_count(),
+    return dict(processor=names[0] if names else platform.machine(), cores=ranks.cores(),
                 threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if cuda else None,
                 torch=torch.__version__, gb_a_second=round(big.nbytes / read / 1e9, 1),
                 gflop_a_second=round(2 * len(square)**3 / product / 1e9, 1))

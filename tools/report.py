@@ -4,7 +4,6 @@
 """
 import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -102,7 +101,7 @@ def about() -> dict[str, Any]:
                 commit=commit or None, changed=bool(git("status", "--porcelain", "--", *CODE)) if commit else None,
                 python=platform.python_version(),
                 **{package: installed(package) for package in ("torch", "transformers", "bitsandbytes")},
-                processor=models[0] if models else platform.machine(), cores=os.cpu_count(),
+                processor=models[0] if models else platform.machine(), cores=ranks.cores(),
                 threads=torch.get_num_threads(), processes=ranks.world(),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
