@@ -674,7 +674,7 @@ def made(folder: Path) -> str:
         return ""
     commit = f"commit {told['commit'][:12]}" + " (with changes)" * told["changed"] if told["commit"] else "no commit"
     versions = ", ".join(f"{name} {told[name]}" for name in ("python", "torch", "transformers", "bitsandbytes"))
-    machine = told["gpu"] or f"{told['processor']}, {told['cores']} cores, {told['threads']} threads"
+    machine = told["gpu"] or f"{told['processor']}, {told['cores']} core{'s' * (told['cores'] != 1)}, {told['threads']} thread{'s' * (told['threads'] != 1)}"
     again = f"; {len(told['continued'])} starts went on with it" * bool(told["continued"])
     where = f"{commit}; {versions}; {machine}; {told['date']}{again}"
     return f"<p>{escape(told['command'])}<br>{escape(where)}</p>"

@@ -234,7 +234,7 @@ def commits(runs: Runs) -> str:
 
 
 def machines(runs: Runs, version: str = ", torch {torch}") -> str:
-    found = {f"{run['gpu'] or run['processor']}, {run['cores']} cores{version.format_map(run)}" for run in runs.values()}
+    found = {f"{run['gpu'] or run['processor']}, {run['cores']} core{'s' * (run['cores'] != 1)}{version.format_map(run)}" for run in runs.values()}
     return "; ".join(sorted(found))
 
 
