@@ -115,7 +115,7 @@ def test_a_page_says_what_made_its_run(explored, tmp_path):
         assert "python train.py &#x27;a &amp; b&#x27;" in text and expected in text
     assert "torch 2.9" in text and "a processor, 2 cores" not in text and "went on with it" not in text
     (folder / "run.json").write_text(json.dumps(made | told | dict(continued=[dict(date="later")] * 2)))
-    assert "a processor, 2 cores, 1 threads; today; 2 starts went on with it" in page(folder)
+    assert "a processor, 2 cores, 1 thread; today; 2 starts went on with it" in page(folder)
     (folder / "run.json").unlink()                                     # a run from before there was one
     assert "<h2>Settings</h2>" in page(folder)
 

@@ -674,10 +674,14 @@ def made(folder: Path) -> str:
         return ""
     commit = f"commit {told['commit'][:12]}" + " (with changes)" * told["changed"] if told["commit"] else "no commit"
     versions = ", ".join(f"{name} {told[name]}" for name in ("python", "torch", "transformers", "bitsandbytes"))
-    machine = told["gpu"] or f"{told['processor']}, {told['cores']} core{'s' * (told['cores'] != 1)}, {told['threads']} thread{'s' * (told['threads'] != 1)}"
+    machine = told["gpu"] or f"{told['processor']}, {many(told['cores'], 'core')}, {many(told['threads'], 'thread')}"
     again = f"; {len(told['continued'])} starts went on with it" * bool(told["continued"])
     where = f"{commit}; {versions}; {machine}; {told['date']}{again}"
     return f"<p>{escape(told['command'])}<br>{escape(where)}</p>"
+
+
+def many(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def framed(title: str, verdict_: str, parts: list[tuple[str, str]], trees: list[dict]) -> str:

@@ -26,7 +26,7 @@ from tools.compare import curves
 from tools.experiments import (EXPERIMENTS, Made, Table, command, execute, has_ended, made_by, missing, needs, one_of,
                                read_tables)
 from tools.records import RECORDS, Counted, alone, check_same, keep, read_records
-from tools.report import over_seeds, percent, rates
+from tools.report import many, over_seeds, percent, rates
 
 PAGES = ("README.md", "docs/results.md")
 COUNTS = {                                             # column -> what it shows of a row: means over its seeds
@@ -234,7 +234,7 @@ def commits(runs: Runs) -> str:
 
 
 def machines(runs: Runs, version: str = ", torch {torch}") -> str:
-    found = {f"{run['gpu'] or run['processor']}, {run['cores']} core{'s' * (run['cores'] != 1)}{version.format_map(run)}" for run in runs.values()}
+    found = {f"{run['gpu'] or run['processor']}, {many(run['cores'], 'core')}{version.format_map(run)}" for run in runs.values()}
     return "; ".join(sorted(found))
 
 
