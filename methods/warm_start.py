@@ -6,8 +6,8 @@ do not know yet how to act or to reflect at all (the paper, too, starts from che
     python -m methods.warm_start config.yaml preset=smollm2 warm_start=96 out=out/start     it alone; then init=out/start/warm_start
 
 A world that can say what to do next (Env.next_best) shows each task twice: solved at once, by one who knows where
-everything is, and tried half at random until something was refused, then looked back on (the lesson is that refusal,
-the step the refused one), then solved from that step on with the lesson in view. The tried part bears no loss.
+everything is, and tried half at random, then looked back on (the lesson is the first refusal, the step the refused one:
+behind a later one there is less time left), then solved from that step on with the lesson in view. The tried part bears no loss.
 To heed a refusal without being told is not shown: that is left to LEAFE. The tasks are none of those explored.
 """
 import random
@@ -68,7 +68,7 @@ class Shown:
             path.append((obs, reply))
             obs, done = outcome.obs, outcome.done
             refused += [(len(path), obs)] if not outcome.valid or reply == other else []
-        tau, told = refused[-1] if refused and not outcome.success else (0, "")
+        tau, told = refused[0] if refused and not outcome.success else (0, "")
         e = " ".join(told.split())[:LONGEST]
         head = self.chat.next(TURN.format(t=len(path) + 1, obs=obs) + REFLECT, self.cut)
         obs = wait_for(self.env, "reset", task)
