@@ -2,8 +2,8 @@
 do not know yet how to act or to reflect at all (the paper, too, starts from checkpoints that do).
 
     python train.py config.yaml preset=smollm2 warm_start=48
-    python train.py config.yaml preset=smollm2 warm_start=96 method=compare          one for all methods and seeds
-    python -m methods.warm_start config.yaml preset=smollm2 warm_start=96 out=out/start     it alone; then init=out/start/warm_start
+    python train.py config.yaml preset=smollm2 warm_start=256 method=compare         one for all methods and seeds
+    python -m methods.warm_start config.yaml preset=smollm2 warm_start=256 out=out/start    it alone; then init=out/start/warm_start
 
 A world that can say what to do next (Env.next_best) shows each task twice: solved at once, by one who knows where
 everything is, and tried half at random, then looked back on (the lesson is the first refusal, the step the refused one:

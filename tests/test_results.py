@@ -103,12 +103,12 @@ def test_every_command_of_the_experiments_is_understood():
                         seen += 1
     assert seen > 40
     first, second = [command(tables, run) for run in missing(tables, [Made("smollm2", "leafe", 2)], [])]
-    assert first == "-m methods.warm_start config.yaml preset=smollm2 warm_start=96 seed=0 out=out/results/smollm2/warm_start-0".split()
+    assert first == "-m methods.warm_start config.yaml preset=smollm2 dtype=bfloat16 warm_start=256 seed=0 out=out/results/smollm2/warm_start-0".split()
     assert second[0] == "train.py" and "init=out/results/smollm2/warm_start-0/warm_start" in second    # one for all seeds
 
 
 @pytest.mark.parametrize("table, words", [("quest", []), ("sokoban", ["preset=sokoban"]),
-                                          ("smollm2", ["preset=smollm2", "warm_start=96"])])
+                                          ("smollm2", ["preset=smollm2", "dtype=bfloat16", "warm_start=256"])])
 def test_the_runs_of_a_comparison_are_those_of_its_table(table, words, tmp_path):
     """So that `from=out/compare` takes them."""
     tables, args = read_tables(), [str(SHIPPED), *words, "method=compare", "out=out/compare"]
