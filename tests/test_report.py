@@ -269,3 +269,11 @@ def test_why_exploration_found_nothing_is_said_by_what_happened(explored):
             branch.end = "context"
     assert re.search(r"context: (\d+) of \1 attempts ended for want of room; raise context=768",
                      nothing_found(trees, explored[1], set(ends)))
+
+
+def test_a_run_notes_its_command_without_a_path_of_the_machine_and_the_cores_that_it_may_use(monkeypatch):
+    monkeypatch.setattr(report_.ranks, "cores", lambda: 7)
+    for argv, command in [([f"{ROOT}/methods/stage1.py", "seed=1"], "python -m methods.stage1 seed=1"),
+                          (["train.py", "a b"], "python train.py 'a b'")]:
+        monkeypatch.setattr("sys.argv", argv)
+        assert (told := report_.about())["command"] == command and told["cores"] == 7

@@ -141,6 +141,46 @@ def test_a_lesson_that_is_shown_leads_to_success_and_no_other_is_shown(tiny):
     assert led + dropped == 40 and led > 10 and dropped > 10
 
 
+class Doors(Env):
+    """Three doors, one behind the other; it keeps the turns at which each try met a refusal."""
+    rules, max_turns = "go to the vault.", 12
+
+    def __init__(self):
+        self.refused = []
+
+    def reset(self, task):
+        self.turn = self.opened = 0
+        self.refused.append([])
+        return "you are in the hall."
+
+    def actions(self):
+        return ["go hall", "go vault"]
+
+    def next_best(self):
+        return "" if self.opened == 3 else "go vault"
+
+    def step(self, action):
+        self.turn += 1
+        self.opened += action == "go vault"
+        if action == "go hall":
+            self.refused[-1].append(self.turn)
+        return Outcome("you are in the hall.", 0.0, self.opened == 3, self.opened == 3, valid=action == "go vault")
+
+
+def test_the_lesson_that_is_shown_goes_back_to_the_first_refusal(tiny):
+    chat, several = tiny[1], 0
+    for seed in range(30):
+        world = Doors()
+        seen = warm_start.Shown(world, chat)
+        seen.mistake("train-0", "go hall", 4, random.Random(seed))
+        if seen.segments:                                              # else nothing was refused, or it was solved
+            reflection = seen.segments[-1]
+            tau = read_reflection(chat.text([i for i, w in zip(reflection.ids, reflection.weights) if w[1]]), 12).tau
+            assert tau == world.refused[0][0]
+            several += len(world.refused[0]) > 1
+    assert several > 5
+
+
 class Mute(Env):
     """A world that does not say how it is solved."""
     rules, max_turns = "say something.", 2

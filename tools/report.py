@@ -80,6 +80,14 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
 CODE = (".", ":!docs", ":!*.md", ":!*.log")        # pages, records and logs change while runs are made, and make none
 
 
+def said(argv: list[str]) -> list[str]:
+    """As it was typed: of `python -m tools.results` Python itself makes a file's path on this machine."""
+    script = Path(argv[0])
+    if not (script.is_absolute() and script.is_relative_to(ROOT)):
+        return argv
+    return ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts), *argv[1:]]
+
+
 def about() -> dict[str, Any]:
     """What this process is: its command, the project's state, versions, the machine."""
     def git(*words: str) -> str:
@@ -97,7 +105,7 @@ def about() -> dict[str, Any]:
     commit = git("rev-parse", "HEAD") if git("rev-parse", "--show-toplevel") == str(ROOT) else ""
     names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in names.splitlines() if line.startswith("model name")]
-    return dict(command=shlex.join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    return dict(command=shlex.join(["python", *said(sys.argv)]), date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
                 commit=commit or None, changed=bool(git("status", "--porcelain", "--", *CODE)) if commit else None,
                 python=platform.python_version(),
                 **{package: installed(package) for package in ("torch", "transformers", "bitsandbytes")},
