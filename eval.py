@@ -25,7 +25,7 @@ import ranks
 from engine import Job
 from envs import ask, closing
 from leafe import Attempt, episode
-from run import Run, open_run, pick_tasks, plans, report_file
+from run import Run, open_run, pick_tasks, plans, provenance, report_file
 
 STARTS = ("base", "warm_start")                    # policies that a run starts from
 
@@ -53,11 +53,11 @@ def sample(run: Run, policy: str, round_: int = 0) -> None:
     missing = [(task, i) for task in run.test_tasks for i in range(cfg.samples) if (task, i) not in done]
     queue = deque(Job(plain(task, i), random.Random(f"{cfg.seed}/sample/{task}/{i}"), task)
                   for task, i in ranks.lot(missing))
-    bar = tqdm(total=len(queue), desc=visible(f"sample {policy}", ""), unit="episode",
-               disable=not queue or ranks.rank() > 0)
     successes = 0
     with run.policy.off(policy == "base"):
         engine, pace = run.policy.engine(), plans().hours.Pace(run, "sampling")
+        bar = tqdm(total=len(queue), desc=visible(f"sample {policy}", ""), unit="episode",
+                   disable=not queue or ranks.rank() > 0)
         for n, job in enumerate(engine.run(queue), 1):
             store.append(job.result)
             pace.tell(engine.sampled)
@@ -145,7 +145,7 @@ def main(args: list[str]) -> None:
                warm_start="is what train.py does first; eval.py samples with adapter=out/<run>/warm_start")
         ranks.start(cfg.processes)
         run = open_run(cfg, cfg.adapter, training=False)
-        report_file().settle(run)
+        provenance().settle(run)
         sample(run, report_file().policy_name(cfg))
         run.folder.close()
         print(visible(report_file().report(run.folder.path, cfg, run.test_tasks)))

@@ -52,7 +52,7 @@ class Policy:
             adapters().read_config(f"{key}: ", Path(adapter))          # before minutes go into loading a large model
         plans().say(cfg)
         model, tokenizer = load_model(cfg.model, cfg.load_in_4bit, cfg.context, cfg.dtype)
-        policy = Policy(model, Chat(tokenizer, cfg.thinking, report_file().today(cfg)), cfg)
+        policy = Policy(model, Chat(tokenizer, cfg.thinking, provenance().today(cfg)), cfg)
         if adapter:
             policy.load(Path(adapter), f"{key}: ")
         checks().check(policy)                         # is what the engine and packed rows compute the model's own?
@@ -70,7 +70,7 @@ class Policy:
             cfg = cfg.but(slots=min(cfg.slots, ranks.part(cfg.workers or ranks.cores())))
         kind = Engine if getattr(self.model, "forks", True) else general().General
         engine = kind(self.model, self.chat.stop, cfg)
-        self.drawn["drawn_by"] = report_file().precision(self.model)
+        self.drawn["drawn_by"] = provenance().precision(self.model)
         if not cfg.engine:
             return engine
         from scale.serving import Server
@@ -206,9 +206,9 @@ class Jsonl:
 
 
 def read_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
-    """Every record of a file, once, if it is one (report.RECORDS). Only the last line may be damaged: it is left out,
-    and cut off if `repair`."""
-    fresh = report_file().inspector(Path(path))
+    """Every record of a file, once, if it is one (tools/provenance.py, RECORDS). Only the last line may be damaged: it is
+    left out, and cut off if `repair`."""
+    fresh = provenance().inspector(Path(path))
     with open(path, "rb") as file:
         good = 0
         for number, line in enumerate(file, 1):
@@ -256,7 +256,7 @@ class RunFolder:
         if ranks.rank() == 0:
             self._hold(config)
             self._settle(config)
-            report_file().tell(self.path, report_file().today(config))       # run.json
+            provenance().tell(self.path, provenance().today(config))       # run.json
             for name in {part.name.split(".")[0] for part in self.path.glob("*.part")}:      # killed before
                 Jsonl(self.path / f"{name}.jsonl")                                           # repairs it
                 absorb(self.path / f"{name}.jsonl")
@@ -298,7 +298,7 @@ class RunFolder:
     @contextmanager
     def metered(self) -> Iterator[None]:
         """Add the seconds that the block takes to seconds.json (those of a process that was killed are lost)."""
-        before, began = report_file().seconds(self.path), time.time()
+        before, began = provenance().seconds(self.path), time.time()
         try:
             yield
         finally:
@@ -312,7 +312,13 @@ def plans() -> ModuleType:
     return plan
 
 
+def provenance() -> ModuleType:
+    """The door of tools/provenance.py: what made a run, and whether what its files hold is of that."""
+    from tools import provenance
+    return provenance
+
+
 def report_file() -> ModuleType:
-    """The door of the report: what a run is, what Stage 1 gave, what training took, the tables, the page."""
+    """The door of the report: what Stage 1 gave, what training took, the tables, the page."""
     from tools import report
     return report

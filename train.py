@@ -43,7 +43,7 @@ from forward import ran_out
 from leafe import Targets, Tree, explore, read_trees, targets
 from lora import aside, files, finite
 from packing import Batch, Packed, Weights, halves, packed_nll, training_rows
-from run import Run, open_run, plans, read_jsonl, report_file, write_aside
+from run import Run, open_run, plans, provenance, read_jsonl, report_file, write_aside
 
 
 # ------------------------------------------------------------------------------------------------- one round of LEAFE
@@ -325,7 +325,7 @@ def whole_run(cfg: Config) -> None:
     run = open_run(cfg, cfg.init, training=True)
     with recomputing(run.policy.model, cfg.gradient_checkpointing):
         pass                                           # it can be: known before anything is sampled
-    report_file().settle(run)                          # is what lies there, or in trees=, of this model and world?
+    provenance().settle(run)                          # is what lies there, or in trees=, of this model and world?
     folder = run.folder.path
     if cfg.warm_start:
         warm_start().begin(run)

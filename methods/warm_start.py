@@ -21,7 +21,7 @@ from engine import Chat
 from envs import Env, ask, env_class, make_env, open_env, wait_for
 from leafe import HINT, REFLECT, REFLECTION, TURN
 from packing import Packed, Segment, fill, length, pack
-from run import Run, open_run, report_file
+from run import Run, open_run, provenance
 from train import fit
 
 LONGEST = 160                          # characters of a refusal that a lesson repeats
@@ -131,7 +131,7 @@ def make(cfg: Config) -> None:
     """A warm start in a run's folder of its own; one that is there is kept, if its settings are these."""
     tasks(cfg)
     run = open_run(cfg, "", training=True)
-    report_file().settle(run)
+    provenance().settle(run)
     begin(run)
     run.folder.close()
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 import ranks
 from config import Config, visible
 from envs import closing, make_env
-from run import Run, report_file, write_aside
+from run import Run, provenance, write_aside
 
 PACED = 20.0                            # seconds of a stage until its pace is told, and between two times that it is kept
 
@@ -56,7 +56,7 @@ class Pace:
 
 def paces(folder: Path) -> dict[str, dict[str, float]]:
     kind = {"tokens": int, "seconds": float}
-    return report_file().read_json(folder / "pace.json", {"sampling?": kind, "training?": kind}, {})
+    return provenance().read_json(folder / "pace.json", {"sampling?": kind, "training?": kind}, {})
 
 
 def line_of(cfg: Config, found: dict[str, dict[str, float]]) -> str:

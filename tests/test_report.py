@@ -18,7 +18,7 @@ from eval import main as eval_main
 from eval import sample
 from leafe import explore, read_trees
 from run import read_jsonl
-from tools import report as report_
+from tools import provenance, report as report_
 from tools.pictures import tree
 from tools.report import SHOWN, main, nothing_found, page, read_samples
 
@@ -272,8 +272,8 @@ def test_why_exploration_found_nothing_is_said_by_what_happened(explored):
 
 
 def test_a_run_notes_its_command_without_a_path_of_the_machine_and_the_cores_that_it_may_use(monkeypatch):
-    monkeypatch.setattr(report_.ranks, "cores", lambda: 7)
+    monkeypatch.setattr(provenance.ranks, "cores", lambda: 7)
     for argv, command in [([f"{ROOT}/methods/stage1.py", "seed=1"], "python -m methods.stage1 seed=1"),
                           (["train.py", "a b"], "python train.py 'a b'")]:
         monkeypatch.setattr("sys.argv", argv)
-        assert (told := report_.about())["command"] == command and told["cores"] == 7
+        assert (told := provenance.about())["command"] == command and told["cores"] == 7

@@ -16,7 +16,7 @@ from envs import Quest
 from leafe import Branch, explore
 from lora import load_model
 from run import PLAYBOOK, REACT, Jsonl, RunFolder, absorb, read_jsonl
-from tools import report
+from tools import provenance
 
 
 # the folder
@@ -200,10 +200,10 @@ def test_a_record_that_stands_there_twice_is_taken_once_and_two_that_differ_are_
 def test_a_damaged_file_of_one_value_is_one_line_that_says_to_delete_it(name, read, text, tmp_path):
     (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=f"{name}: .*(restore it, or delete it|not UTF-8)") as error:
-        getattr(report, read)(tmp_path)
+        getattr(provenance, read)(tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / name).unlink()
-    getattr(report, read)(tmp_path)
+    getattr(provenance, read)(tmp_path)
 
 
 def test_damaged_seconds_are_told_before_the_work_they_would_measure(settings):
@@ -278,7 +278,7 @@ def made(tiny, tmp_path_factory):
     """A folder with the trees of two tasks, as train.py leaves them."""
     cfg = load_config([str(ROOT / "config.yaml"), "preset=smoke", "attempts=2", f"out={tmp_path_factory.mktemp('made')}/run"])
     run = run_of(cfg, tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
-    report.settle(run)
+    provenance.settle(run)
     explore(run, TASKS)
     run.folder.close()
     run.folder.lock.close()
@@ -323,16 +323,16 @@ def test_trees_of_another_model_template_or_world_are_refused_before_anything_is
             shutil.copy(made / "trees.jsonl", run.folder.path)
         if fault:
             with pytest.raises(UserError, match=f"trees: .*trees.jsonl was made with {fault}"):
-                report.settle(run)
+                provenance.settle(run)
         else:
-            report.settle(run)
+            provenance.settle(run)
             assert json.loads((run.folder.path / "run.json").read_text())["made_by"].startswith("model ")
 
 
 def test_a_run_is_not_gone_on_with_by_another_model_of_the_same_name(made, settings, tmp_path):
     cfg = load_config([f"{made}/config.yaml"])
     with pytest.raises(UserError, match=rf"out: {made} holds a run with other weights \(model=\); choose another out="):
-        report.settle(run_of(cfg, other_tiny(tmp_path / "model", "weights"), folder=True, test_tasks=TASKS).but(
+        provenance.settle(run_of(cfg, other_tiny(tmp_path / "model", "weights"), folder=True, test_tasks=TASKS).but(
             model=str(tmp_path / "model")))
 
 
@@ -341,7 +341,7 @@ def test_trees_from_before_they_said_who_made_them_are_taken_with_a_note(made, t
     records = [without(record, "made_by") for record in read_jsonl(made / "trees.jsonl")]
     (tmp_path / "old/trees.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run = run_of(settings(f"trees={tmp_path}/old"), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
-    report.settle(run)
+    provenance.settle(run)
     assert f"note: {tmp_path}/old/trees.jsonl is of before its records said who made them" in capsys.readouterr().err
 
 
@@ -359,7 +359,7 @@ def test_trees_that_are_not_whole_are_told_before_anything_is_sampled(spoil, fau
     (tmp_path / "bad/trees.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run = run_of(settings(f"trees={tmp_path}/bad"), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
     with pytest.raises(UserError, match=f"^trees: {tmp_path}/bad.*{fault}"):
-        report.settle(run)
+        provenance.settle(run)
 
 
 # is there room?
@@ -373,11 +373,11 @@ def test_trees_that_are_not_whole_are_told_before_anything_is_sampled(spoil, fau
 def test_settings_that_leave_no_room_are_told_before_anything_is_sampled(args, fault, tiny, settings):
     run = run_of(settings(*args), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
     with pytest.raises(UserError, match=f"^{fault}"):
-        report.settle(run)
+        provenance.settle(run)
 
 
 def test_a_group_that_a_world_cannot_name_is_told_before_anything_is_sampled(tiny, settings, monkeypatch):
     monkeypatch.setattr(Quest, "difficulty", lambda world, task: {TASKS[0]: "easy"}.get(task))
     run = run_of(settings(), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
     with pytest.raises(UserError, match="difficulty.* must return the name of a group, which is text, not NoneType"):
-        report.settle(run)
+        provenance.settle(run)

@@ -20,7 +20,7 @@ from engine import Chat
 from methods import warm_start
 from models.template import clock_at, describe, eos_of
 from run import Policy, RunFolder
-from tools import report
+from tools import provenance
 
 TRL, AXOLOTL = "trl/chat_templates/", "axolotl/utils/chat_templates/templates/"
 MODELS = {                                  # template -> (the end of a turn, has a system role, has a thought)
@@ -318,10 +318,10 @@ def test_a_run_keeps_its_date_and_what_builds_on_it_takes_it_over(settings, tmp_
     RunFolder(cfg).lock.close()
     assert Policy.open(cfg, "", "init").chat.head.startswith("2001-02-03 ")
     for other in (f"adapter={cfg.out}/adapter", f"init={cfg.out}/adapter", f"trees={cfg.out}"):
-        assert report.today(settings(f"out={tmp_path}/other", other)) == datetime(2001, 2, 3)
+        assert provenance.today(settings(f"out={tmp_path}/other", other)) == datetime(2001, 2, 3)
     path.write_text(json.dumps(told | dict(today="yesterday")))
     with pytest.raises(UserError, match="run.json: its date is 'yesterday'"):
-        report.today(cfg)
+        provenance.today(cfg)
 
 
 def test_a_warm_start_says_the_header_that_ends_a_reply_in_the_template():

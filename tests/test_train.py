@@ -21,7 +21,7 @@ from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCaus
                           MixtralForCausalLM)
 
 import programs
-import tools.report
+import tools.provenance
 from config import UserError
 from conftest import ROOT, SHAPE, run_of
 from engine import Chat
@@ -30,7 +30,8 @@ from lora import load_model, lora_parameters
 from packing import Segment, pack, packed_nll, rows_of, training_rows
 from run import Jsonl, open_run, read_jsonl
 from test_leafe import grow, tree_by_hand
-from tools.report import STAGE_1, about, chat_pairs, reflections_in_words
+from tools.provenance import about
+from tools.report import STAGE_1, chat_pairs, reflections_in_words
 from train import Objective, epoch, fit, loss_weights, optimise, recomputable, recomputing, sft_batches
 
 
@@ -145,7 +146,7 @@ def test_run_json_says_what_made_a_run_and_who_went_on_with_it(whole, tmp_path):
 
 
 def test_a_copy_without_git_has_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(tools.report, "ROOT", tmp_path)
+    monkeypatch.setattr(tools.provenance, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert (about()["commit"], about()["changed"]) == (None, None)
     monkeypatch.setenv("PATH", "")                                     # nor is there a git

@@ -20,7 +20,7 @@ from typing import Any, Container
 
 from config import ROOT, UserError, nearest, read_yaml, short
 from run import write_aside
-from tools.report import odd, read_json
+from tools.provenance import odd, read_json
 
 EXPERIMENTS, RUNS = "docs/experiments.yaml", "out/results"
 FIELDS = {"seeds": list[int], "rows": dict, "shows?": str, "arguments?": str, "warm_start?": str, "columns?": list,

@@ -19,7 +19,8 @@ from eval import Samples, pass_at_k
 from run import NOT_PART_OF_RESULTS, pick_tasks, read_jsonl, write_aside
 from tools.compare import whole_cost
 from tools.experiments import EXPERIMENTS, RUNS, Made, Table, command
-from tools.report import MADE, read_json, read_policies
+from tools.provenance import MADE, read_json
+from tools.report import read_policies
 
 RECORDS = "docs/results"
 MAKER = ("command", "commit", "changed", "date", "python", "torch", "transformers", "bitsandbytes", "processor", "cores", "gpu")
