@@ -21,7 +21,7 @@ from engine import Ask, Chat, Engine, Job
 from eval import sample
 from leafe import Attempt, episode, explore, read_trees
 from lora import add_lora, adapter_off, load_adapter, load_model, save_adapter
-from run import Policy, report_file
+from run import Policy, provenance
 
 GREEDY = ["temperature=0", "reflect_temperature=0", "train_tasks=2", "test_tasks=2", "attempts=3",
           "engine_patience=5"]
@@ -451,7 +451,7 @@ def test_what_may_be_another_model_is_said_in_a_line(vllm, tiny, settings, capsy
     state["reply"], state["logp"] = whole, -3.0
     assert "sampled by" in said("temperature=0") and "log-probabilities differ by" in said("temperature=0")
     state["logp"] = None
-    monkeypatch.setattr(report_file(), "precision", lambda model: "nf4")
+    monkeypatch.setattr(provenance(), "precision", lambda model: "nf4")
     assert "trained here in nf4" in (line := said("temperature=0")) and "--quantization bitsandbytes" in line
 
 
@@ -479,7 +479,7 @@ def test_each_record_says_what_drew_it_and_another_engine_is_said(vllm, tiny, se
 
     def begin(cfg, tasks):
         run = run_of(cfg, tiny, folder=True, test_tasks=tasks)
-        report_file().settle(run)
+        provenance().settle(run)
         sample(run, "base")
         run.folder.close()
         run.folder.lock.close()

@@ -30,7 +30,7 @@ from tools.report import many, over_seeds, percent, rates
 
 PAGES = ("README.md", "docs/results.md")
 COUNTS = {                                             # column -> what it shows of a row: means over its seeds
-    "trees solved": "{solved:.4g} of {tasks:.0f}", "by the first rollout": "{solved_first:.4g}",
+    "trees solved": "{solved:.3g} of {tasks:.0f}", "by the first rollout": "{solved_first:.3g}",
     "env steps + replayed": "{env_steps:.0f} + {replayed:.0f}",
     "D_cf": "{D_cf:.0f}", "D_reh": "{D_reh:.0f}", "D_ref": "{D_ref:.0f}",
     "reflections right": "{named_share:.1%}", "and from a turn that serves": "{works_share:.1%}",
