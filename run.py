@@ -256,7 +256,7 @@ class RunFolder:
         if ranks.rank() == 0:
             self._hold(config)
             self._settle(config)
-            provenance().tell(self.path, provenance().today(config))       # run.json
+            provenance().tell(self.path, provenance().today(config))      # run.json
             for name in {part.name.split(".")[0] for part in self.path.glob("*.part")}:      # killed before
                 Jsonl(self.path / f"{name}.jsonl")                                           # repairs it
                 absorb(self.path / f"{name}.jsonl")
