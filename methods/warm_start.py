@@ -1,7 +1,7 @@
 """A warm start, off by default: SFT on a handful of solved training episodes before anything else, for models that
 do not know yet how to act or to reflect at all (the paper, too, starts from checkpoints that do).
 
-    python train.py config.yaml preset=smollm2 warm_start=48
+    python train.py config.yaml preset=smollm2 warm_start=256
     python train.py config.yaml preset=smollm2 warm_start=256 method=compare         one for all methods and seeds
     python -m methods.warm_start config.yaml preset=smollm2 warm_start=256 out=out/start    it alone; then init=out/start/warm_start
 
