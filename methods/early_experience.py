@@ -23,7 +23,7 @@ KEYS = BUDGET + """
 early_experience: world       # world: foresee what actions bring; reflection: reason why one is the best
 alternatives: 4               # other actions tried at a demonstrated state
 alternatives_share: 0.25      # of the environment steps, for them
-lr: 0.001                     # chosen on the validation split (docs/results.md)
+lr: 0.001                     # chosen on the validation split (docs/tuning.md)
 """
 CHECKS: list[Check] = [
     *shared.CHECKS,

@@ -33,7 +33,7 @@ grpo_kl: 0.01                 # weight of the KL to where the run starts: the ba
 grpo_refusal: 0.0             # taken off the reward for each action that the world refused (0.1: docs/differences.md)
 grpo_statistics: episodes     # mean and deviation of a group's rewards over its episodes, or over their steps
 grpo_truncate: 2.0            # of a server's tokens: the weight pi_old / mu is at most this; 0: as if they were pi_old's
-lr: 0.003                     # chosen on the validation split (docs/results.md)
+lr: 0.003                     # chosen on the validation split (docs/tuning.md)
 """
 CHECKS: list[Check] = [
     *shared.CHECKS,

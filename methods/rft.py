@@ -9,7 +9,7 @@ from run import Run
 from train import fit
 
 KEYS = BUDGET + """
-lr: 0.001                     # these two were chosen on the validation split (docs/results.md)
+lr: 0.001                     # these two were chosen on the validation split (docs/tuning.md)
 steps: 120
 """
 
