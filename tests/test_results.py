@@ -33,7 +33,7 @@ small:
     rft: method=rft trees={leafe} evaluate_base=false
     again: eval.py adapter={leafe}/adapter
   columns:
-    - [Pass@1, recovery, Pass@2 minus base, Pass@1 of 1 needs]
+    - [Pass@1, recovery, Pass@2 minus base, Pass@1 of 1 needs, Pass@1 minus base by seed]
     - [arguments, trees solved, env steps + replayed, D_cf, steps, sampled tokens, minutes, new, lost]
   each_seed: true
   picture: docs/small.svg
@@ -144,10 +144,10 @@ def test_a_table_shows_means_over_seeds_paired_differences_and_what_is_missing(p
                           for line in part.splitlines() if line.startswith("|") and not line.startswith("| seed"))
                      for part in page.split("|  | arguments")]
     estimates = {name: [cell.split(" [")[0] for cell in cells] for name, cells in first.items()}
-    assert estimates["base"] == ["25.0", "25.0", "", "25.0"]                   # recovery: (0 + 1/2) / 2
-    assert estimates["LEAFE"] == ["62.5", "50.0", "+25.0", "100.0"]
-    assert estimates["rft (1 of 2 seeds)"] == ["25.0", "25.0", "+0.0", "0.0"]    # paired with the base of that seed alone
-    assert estimates["again (0 of 2 seeds)"] == ["", "", "", ""]
+    assert estimates["base"] == ["25.0", "25.0", "", "25.0", ""]                   # recovery: (0 + 1/2) / 2
+    assert estimates["LEAFE"] == ["62.5", "50.0", "+25.0", "100.0", "+50.0, +25.0"]
+    assert estimates["rft (1 of 2 seeds)"] == ["25.0", "25.0", "+0.0", "0.0", "+0.0"]    # paired with the base of that seed alone
+    assert estimates["again (0 of 2 seeds)"] == ["", "", "", "", ""]
     assert second["LEAFE"] == ["", "2 of 3", "80 + 20", "7", "100", "300", "0.5", "0.5", "0.0"]
     assert second["base"] == [""] * 9 and second["rft (1 of 2 seeds)"][-2:] == ["1.0", "1.0"]
     assert page.count("| seed 1 |") == 4 and page.count("| seed 0 |") == 4

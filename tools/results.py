@@ -16,9 +16,11 @@ import shlex
 import sys
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, Callable
 
 from config import Config, ROOT, UserError, fits, guarded, nearest, short, shipped, visible, words    # before torch: Ctrl-C
+
+import torch
 
 from eval import STARTS, Samples, spread
 from run import write_aside
@@ -37,7 +39,8 @@ COUNTS = {                                             # column -> what it shows
     "steps": "{took_steps:.0f}", "sampled tokens": "{took_sampled:.0f}", "trained tokens": "{took_trained:.0f}",
     "minutes": "{took_minutes:.1f}"}
 OTHERS = ("arguments", "new", "lost")                  # columns of other kinds
-FIGURE = re.compile(r"(?P<figure>Pass@(?P<k>\d+)|tasks solved|recovery)(?: of (?P<of>.+?))?(?: minus (?P<minus>\S+))?")
+FIGURE = re.compile(r"(?P<figure>Pass@(?P<k>\d+)|tasks solved|recovery)(?: of (?P<of>.+?))?(?: minus (?P<minus>\S+))?"
+                    "(?P<each> by seed)?")
 NOTES = {
     "recovery": "Recovery: success among episodes that met a refused action.",
     "new": "New, lost: tasks solved in any sample that the first row never solves, and the other way round.",
@@ -113,7 +116,7 @@ class Book:
 
 
 def success(own: Found, asked: re.Match, other: Found | None) -> str:
-    """A figure of a policy in %, or what it has more than the other, paired by task and seed."""
+    """A figure of a policy in %, or what it has more than the other, paired by task and seed; by seed without intervals."""
     seeds = [seed for seed in own if other is None or seed in other]
     ks, name = [int(asked["k"] or 1)], asked["figure"].replace("tasks solved", "Pass@1")    # of one try
     mine: list[Samples] = [Counted(*own[seed], asked["of"] or "") for seed in seeds]
@@ -123,10 +126,17 @@ def success(own: Found, asked: re.Match, other: Found | None) -> str:
     if len({tuple(policy.by_task) for policy in mine + theirs}) > 1:
         raise UserError(f"{asked[0]}: these were not sampled on the same tasks: "
                         f"{', '.join(record['command'] for record, _ in own.values())}")
-    high = over_seeds(mine, ks, name)
-    low = over_seeds(theirs, ks, name) if theirs else lambda index: 0
-    figure = spread(lambda index: high(index) - low(index), len(mine[0].by_task), shipped()["resamples"])
-    return percent(figure, "+" if theirs else "")
+    sign, tasks = "+" if theirs else "", len(mine[0].by_task)
+    if asked["each"]:
+        each = [gap(mine[i:i + 1], theirs[i:i + 1], ks, name)(torch.arange(tasks)[None]) for i in range(len(seeds))]
+        return ", ".join(f"{100 * found.item():{sign}.1f}" for found in each)
+    return percent(spread(gap(mine, theirs, ks, name), tasks, shipped()["resamples"]), sign)
+
+
+def gap(mine: list[Samples], theirs: list[Samples], ks: list[int], name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """As over_seeds; what mine has more than theirs, if there is a theirs."""
+    high, low = over_seeds(mine, ks, name), over_seeds(theirs, ks, name) if theirs else None
+    return lambda index: high(index) - low(index) if low else high(index)
 
 
 def only(own: Found, other: Found) -> str:
