@@ -57,8 +57,8 @@ class Env:
     def step(self, action: str) -> Outcome: ...
 
     def action(self, reply: str) -> str:
-        """What a model's reply asks for, its thoughts left out: what stands in its last <action>...</action> (one cut
-        off needs no end), or else its last line."""
+        """What a model's reply asks for, its thoughts left out: the last line of what stands in its last <action>...</action>
+        (one cut off needs no end), or else of the reply."""
         return re.sub(r"</action>.*", "", reply.rpartition("<action>")[2], flags=re.S).strip().rpartition("\n")[2]
 
     def actions(self) -> list[str]:                    # admissible actions, for people and tests
@@ -76,15 +76,15 @@ class Env:
         """Reset(E), then replay a_1 .. a_{tau-1} (Algorithm 1, backtrack): len(turns) - 1 environment steps. `turns` are
         those before and including tau (anything with .obs and .action); the last one's action is not replayed; without
         turns it is a reset. Returns o_tau. Raises ReplayMismatch if any observation differs from the recorded one."""
-        obs = checked(self, "reset", self.reset(task))
+        obs = wait_for(self, "reset", task)
         for t, turn in enumerate(turns, 1):
             if obs != turn.obs:
                 raise ReplayMismatch(f"{task}: turn {t} read {turn.obs!r} and now reads {obs!r}")
             if t == len(turns):
                 break
-            outcome = checked(self, "step", self.step(turn.action))
+            outcome = wait_for(self, "step", turn.action)
             obs = outcome.obs
-            if outcome.done and t + 1 < len(turns):
+            if outcome.done:
                 raise ReplayMismatch(f"{task}: the replay ended at turn {t} of {len(turns)}")
         return obs
 
@@ -338,7 +338,7 @@ class Quest(Env):
         told: dict[str, str] = {}                   # thing -> the room whose refusal named it
         for action in actions:
             if need := re.search(r"needs the ([a-z-]+)", self.step(action).obs):
-                told[need[1]] = action.lower().split()[-1]
+                told[need[1]] = action.lower().strip().rstrip(".").split()[-1]
         told = {thing: room for thing, room in told.items() if room in self.bars}
         named = [thing for thing in told if thing in re.findall(r"[a-z-]+", e.lower())]
         if not named or not tau:

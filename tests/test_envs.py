@@ -1,6 +1,8 @@
 import gzip
 import random
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import islice
 from types import SimpleNamespace
@@ -114,6 +116,32 @@ def test_rollback_refuses_an_environment_that_does_not_replay():
     turns = wander(env, "train-4-0003", 4, random.Random(1))
     with pytest.raises(ReplayMismatch, match="turn 2 read"):
         env.rollback("train-4-0003", turns)
+
+
+def test_rollback_refuses_a_world_in_which_the_action_before_tau_now_ends_the_episode():
+    class Ending(Quest):
+        def step(self, action):
+            outcome = super().step(action)
+            return replace(outcome, done=ending and self.left < 15)             # the third of 17 turns
+    ending, env = False, Ending()
+    turns = wander(env, "train-4-0003", 4, random.Random(1))
+    assert env.rollback("train-4-0003", turns) == turns[3].obs
+    ending = True
+    assert env.rollback("train-4-0003", turns[:3]) == turns[2].obs
+    with pytest.raises(ReplayMismatch, match="the replay ended at turn 3 of 4"):
+        env.rollback("train-4-0003", turns)
+
+
+def test_a_world_that_answers_with_futures_is_rolled_back_too():
+    class Later(Quest):
+        def reset(self, task):
+            return pool.submit(super().reset, task)
+
+        def step(self, action):
+            return pool.submit(super().step, action)
+    with ThreadPoolExecutor(1) as pool:
+        turns = wander(Quest(), "train-4-0003", 4, random.Random(1))
+        assert Later().rollback("train-4-0003", turns) == turns[-1].obs
 
 
 def test_quest_tasks_are_a_pure_function_of_their_id_and_splits_share_none():
@@ -261,6 +289,7 @@ def test_judge_tells_a_useful_reflection_from_a_useless_one():
     assert env.judge(task, actions, 2, f"the {room} needs the {thing} from somewhere.") == (True, True, True)
     assert env.judge(task, actions, 8, f"the {room} needs the {thing}.") == (True, True, False)  # too late
     assert env.judge(task, actions, 2, "try harder.") == (True, False, False)
+    assert env.judge(task, [f"{a}." for a in actions], 2, f"the {thing}.") == (True, True, True)     # read as step reads it
     assert env.judge(task, ["go " + free] * 8, 1, f"the {room} needs the {thing}.")[0] is False  # never told
 
 
@@ -484,7 +513,7 @@ def test_the_page_s_gymnasium_world_is_examined_rolled_back_and_played(tmp_path,
     env, other = make_env(cfg.env), make_env(cfg.env)
     for task in env.tasks("train")[:9]:
         said = env.reset(task)
-        actions = ["look", "open green door", f"open {env.world.door}", ""]
+        actions = ["look", "look", f"open {env.world.door}", ""]
         outcomes = [env.step(action) for action in actions[:3]]
         observations = [said, *(outcome.obs for outcome in outcomes)]
         turns = [SimpleNamespace(obs=obs, action=action) for obs, action in zip(observations, actions)]

@@ -55,9 +55,9 @@ def wander(env, task: str, steps: int, rng: random.Random) -> list[SimpleNamespa
     for _ in range(steps):
         turns[-1].action = rng.choice(env.actions()) if rng.random() < 0.9 else "sing a song"
         outcome = env.step(turns[-1].action)
-        turns.append(SimpleNamespace(obs=outcome.obs, action=""))
         if outcome.done:
             break
+        turns.append(SimpleNamespace(obs=outcome.obs, action=""))
     return turns
 
 

@@ -90,6 +90,8 @@ def lost(env: Env, walked: Walk) -> str:
     """What rollback says to the walk; "" if it is content."""
     turns = [SimpleNamespace(obs=walked.obs, action="")]
     for action, outcome in walked.steps:
+        if outcome.done:                               # a tree has no turn behind it
+            break
         turns[-1].action = action
         turns.append(SimpleNamespace(obs=outcome.obs, action=""))
     try:
