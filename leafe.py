@@ -15,7 +15,7 @@ import random
 import re
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from typing import Generator, Iterable, Iterator
+from typing import Callable, Generator, Iterable, Iterator
 
 from config import Config, UserError, guarded    # before torch: Ctrl-C
 
@@ -67,7 +67,7 @@ class Reflection:
 
 @dataclass
 class Attempt:
-    """What is to be run: the first rollout of a tree (past = [], no e), or a branch: `past` is h_tau with the action
+    """What is to be run: a first rollout of a tree (past = []), or a branch: `past` is h_tau with the action
     that went wrong at its end; backtrack to tau, sample a'_tau with e in view, go on."""
     task: str
     name: str                          # "0": the first rollout; then the parent's name and a number: "0.2.1"
@@ -158,13 +158,14 @@ class Tree:
 
 # ----------------------------------------------------------------------------------------------------- Algorithm 1
 def read_reflection(text: str, t: int) -> Reflection:
-    """(tau, e) from the answer: a line `experience: ...` and a line `step: N` with N in 1..t (or none), in
-    any order. Strict and total: anything else is a flaw with a name, never a crash and never a guess."""
+    """(tau, e) from the answer: lines `experience: ...` (it goes on to a step behind it) and `step: N`, N in 1..t or none,
+    in any order. Strict and total: anything else is a flaw with a name, never a crash and never a guess."""
     found: dict[str, list[str]] = {"experience": [], "step": []}
-    for line in text.split("\n"):
-        key, colon, value = line.partition(":")
-        if colon and key.strip().lower() in found:
-            found[key.strip().lower()].append(value.strip())
+    parts = re.split(r"(?mi)^[^\S\n]*(experience|step)[^\S\n]*:", text)         # what is before, a key, its value, a key, ...
+    for n in range(1, len(parts), 2):
+        lines = [line.strip() for line in parts[n + 1].split("\n")]
+        goes_on = parts[n].lower() == "experience" and n + 2 < len(parts)
+        found[parts[n].lower()].append(" ".join(filter(None, lines if goes_on else lines[:1])))
     reflection = Reflection(t, text)
     if not text.strip():
         reflection.flaw = "empty"
@@ -200,7 +201,7 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
             return branch
         h = [i for turn in past[:-1] for i in turn.ids]              # h_tau, without o_tau
         seen = h                                                     # what pi sees; not h if e is kept
-        cut = bool(past[:-1]) and chat.cut(past[-2].action_ids)
+        cut = len(past) > 1 and chat.cut(past[-2].action_ids)
         for t in range(tau, horizon + 1):
             shown = chat.glimpse(obs, cfg.observation_tokens)
             branch.clipped += shown != obs
@@ -234,11 +235,10 @@ def episode(run: Run, env: Env, attempt: Attempt, reflect: bool) -> Episode:
                 branch.clipped += failed and shown != obs         # else it comes again, as the next turn's
                 question = chat.next(TURN.format(t=t + 1, obs=shown) + REFLECT, cut)
                 answer = yield Ask(h + question, cfg.reflect_tokens, cfg.reflect_temperature)
-                if answer is not None:
-                    branch.tokens += len(answer)
-                    reflection = read_reflection(chat.text(answer), t)
-                    reflection.final, reflection.ids = failed, answer
-                    branch.reflections.append(reflection)
+                reflection = Reflection(t, "", flaw="no room") if answer is None else read_reflection(chat.text(answer), t)
+                reflection.final, reflection.ids = failed, answer or []
+                branch.tokens += len(reflection.ids)
+                branch.reflections.append(reflection)
             if outcome.done:
                 break
     branch.last_obs = obs
@@ -314,7 +314,7 @@ def explore(run: Run, tasks: list[str], round_: int = 1, reflect: bool = True,
             for attempt in levels[task]:
                 if attempt.name not in ended[task]:
                     rng = random.Random(f"{cfg.seed}/{round_}/{task}/{attempt.name}")
-                    queue.append(Job(episode(run, run.world(), attempt, reflect), rng, task, snapshot=True))
+                    queue.append(Job(episode(run, run.world(), attempt, reflect), rng, task, snapshot=reflect))
 
     for task in mine:
         advance(task)
@@ -387,10 +387,10 @@ def corrections(tree: Tree, cfg: Config) -> Iterator[list[int]]:
             continue
         if tree.turns[start].action == tree.turns[tree.at_tau(branch)].action:
             continue
-        enough = dict(all=0.0, successful=1.0, improved=got[branch.parent])[cfg.corrections]
-        seen = len(branch.turns) if cfg.correct == "branch" and cfg.keep_experience else 1
-        counts = [i for i in range(start, start + seen)
-                  if best[i] > enough or (best[i] == enough and cfg.corrections != "improved")]
+        counted: Callable[[float], bool] = dict(all=lambda score: True, successful=lambda score: score == 1.0,
+                                                improved=lambda score: score > got[branch.parent])[cfg.corrections]
+        with_e = len(branch.turns) if cfg.correct == "branch" and cfg.keep_experience else 1
+        counts = [i for i in range(start, start + with_e) if counted(best[i])]
         if start in counts:
             yield counts
 

@@ -98,15 +98,14 @@ def rows_of(trees: list[Tree], weights: list[Weights], row_tokens: int) -> list[
     pieces = []
     while todo:
         tree, w = todo.pop(0)
-        pieces.append(segments(tree, w))
-        if length(pieces[-1]) > row_tokens and len(w) > 1:
-            pieces.pop()
-            turns = sorted(w)
-            halves = turns[:len(turns) // 2], turns[len(turns) // 2:]
-            todo[:0] = [(tree, {i: w[i] for i in half}) for half in halves]
-        elif length(pieces[-1]) > row_tokens:            # only where trees= come from a run with a larger context
-            raise UserError(f"row_tokens: {row_tokens} are too few for a turn and its history of "
-                            f"{length(pieces[-1])} tokens; raise it")
+        piece, turns = segments(tree, w), sorted(w)
+        if length(piece) <= row_tokens:
+            pieces.append(piece)
+        elif middle := len(turns) // 2:
+            todo[:0] = [(tree, {i: w[i] for i in part}) for part in (turns[:middle], turns[middle:])]
+        else:                                            # only where trees= come from a run with a larger context
+            raise UserError(f"row_tokens: {row_tokens} are too few for a turn and its history of {length(piece)} tokens; "
+                            f"raise it")
     return fill(pieces, row_tokens)
 
 

@@ -22,6 +22,8 @@ from run import Jsonl
     ("experience: the attic needs the torch.\nstep: 3", 3, "the attic needs the torch."),
     ("step: 1\nexperience: x", 1, "x"),
     ("  Step : 5 \n\n EXPERIENCE :  go: there \nthank you", 5, "go: there"),
+    ("so\nexperience: the attic needs\n the torch.\n\nIt lies in the vault.\nstep: 3\nthank you", 3,
+     "the attic needs the torch. It lies in the vault."), ("experience:\ntake it\nstep: 2", 2, "take it"),
     ("experience: none\nstep: none", 0, "")])
 def test_a_well_formed_reflection_is_read(text, tau, e):
     reflection = read_reflection(text, 5)
@@ -92,6 +94,18 @@ def test_a_failed_episode_is_reflected_on_every_k_turns_and_at_its_end(tiny, set
     assert branch.end == "failure" and branch.steps == 8 and not any(turn.valid for turn in branch.turns)
     assert sum(REFLECT.strip() in c.replace("step: n", "step: N") for c in contexts) == 3
     assert REFLECT.lower().strip() not in contexts[4]                      # the next turn does not see it
+
+
+def test_a_failure_that_leaves_no_room_for_a_reflection_is_counted_as_one_that_is_of_no_use(tiny, settings):
+    attempt, reply, chat = plain(run_of(settings("reflect_tokens=33"), tiny)), None, tiny[1]
+    try:
+        while True:
+            ask = attempt.send(reply)
+            reply = None if ask.max_new == 33 else chat.reply("take hat")
+    except StopIteration as end:
+        branch = end.value
+    assert [(r.t, r.final, r.flaw, r.tau, r.text, r.ids) for r in branch.reflections] == [(8, True, "no room", 0, "", [])]
+    assert branch.end == "failure"
 
 
 @pytest.mark.parametrize("keep", ["true", "false"])
