@@ -1,6 +1,6 @@
 """The whole loop: evaluate the base, train a policy by `method` (LEAFE: explore, distil), evaluate.
 
-    python train.py config.yaml                       about six minutes on two CPU cores with the embedded model
+    python train.py config.yaml                       about three minutes on two CPU cores with the embedded model
     python train.py config.yaml preset=smoke          seconds; to see that all of it runs
     python train.py config.yaml method=grpo trees=out/quest out=out/grpo   a baseline, with that run's budget of steps
     python train.py config.yaml preset=qwen7b plan=true                    what it will take of a card, and nothing else
@@ -16,8 +16,8 @@ Stage 2, experience distillation, is here: plain next-token SFT of
     L_reh = 1/|D_reh| sum over D_reh of -log pi'(a_t | h_t, q)
 
 where log pi'(a | h) is the sum over the action's tokens, so a token of a pair in D_cf weighs 1/|D_cf| and one in
-D_reh beta/|D_reh|. A step sees one of the M batches of an epoch and takes M times its share of L: over an epoch
-that is L.
+D_reh beta/|D_reh|. A step sees one of the M batches of an epoch and takes M times its share of L: on average over an
+epoch that is L.
 """
 import math
 import random
@@ -67,7 +67,7 @@ def learn(run: Run, round_: int, trees: list[Tree]) -> None:
     figures, words = report_file().stage_1(trees, pairs, run.world())
     print(visible(words))
     run.say(round=round_, **figures)
-    if not pairs.D_reh and (run.cfg.beta == float("inf") or not pairs.D_cf):
+    if not any(loss_weights(trees, pairs, run.cfg.beta, run.cfg.gamma)):
         raise UserError(report_file().nothing_found(trees, run.cfg, run.policy.chat.stop))
     distil(run, round_, trees, pairs)
 
@@ -82,17 +82,17 @@ def distil(run: Run, round_: int, trees: list[Tree], pairs: Targets) -> None:
 
 def loss_weights(trees: list[Tree], pairs: Targets, beta: float, gamma: float = 1.0) -> list[Weights]:
     """For each tree: turn -> what each of its action's tokens weighs (in L_cf, in beta L_reh; with reflections rehearsed
-    also in gamma L_ref)."""
+    also in gamma L_ref). What would weigh 0 is left out."""
     alone = beta == float("inf")                       # L_reh alone
     weights: list[Weights] = [{} for _ in trees]
     for k, i in [] if alone else pairs.D_cf:
         weights[k][i] = (1 / len(pairs.D_cf), 0.0)
-    for k, i in pairs.D_reh:
+    for k, i in pairs.D_reh if beta else []:
         in_cf = weights[k].get(i, (0.0, 0.0))[0]
         weights[k][i] = (in_cf, (1 if alone else min(beta, 1e30)) / len(pairs.D_reh))
     if pairs.D_ref:
         weights = [{i: (*weight, 0.0) for i, weight in tree.items()} for tree in weights]
-    for k, i in pairs.D_ref:
+    for k, i in pairs.D_ref if gamma else []:
         weights[k][i] = (0.0, 0.0, gamma / len(pairs.D_ref))
     return weights
 

@@ -31,7 +31,7 @@ from packing import Segment, pack, packed_nll, rows_of, training_rows
 from run import Jsonl, open_run, read_jsonl
 from test_leafe import grow, tree_by_hand
 from tools.provenance import about
-from tools.report import STAGE_1, chat_pairs, reflections_in_words
+from tools.report import STAGE_1, chat_pairs, nothing_found, reflections_in_words
 from train import Objective, epoch, fit, loss_weights, optimise, recomputable, recomputing, sft_batches
 
 
@@ -542,6 +542,16 @@ def test_beta_infinite_leaves_l_reh_alone(settings):
     rows = rows_of(trees, loss_weights(trees, targets(trees, cfg, {2}), cfg.beta), cfg.row_tokens)
     total = sum(pack(group).weights.sum(0) for group in rows)
     assert total.tolist() == pytest.approx([0.0, 1.0])
+
+
+def test_what_weighs_nothing_fills_no_row_and_nothing_else_is_nothing_to_train_on(settings):
+    cfg, trees = settings("corrections=all", "rehearsal_share=1"), [tree_by_hand()]
+    pairs = targets(trees, cfg, {2})
+    assert set(loss_weights(trees, pairs, 0.0)[0]) == {i for _, i in pairs.D_cf} < {i for _, i in [*pairs.D_cf, *pairs.D_reh]}
+    assert not any(loss_weights(trees, replace(pairs, D_cf=[]), 0.0))          # L_cf alone, and no correction
+    assert not any(loss_weights(trees, replace(pairs, D_reh=[]), float("inf")))
+    said = nothing_found(trees, settings("beta=0"), {2})
+    assert "found nothing to train on: no correction, and beta=0 leaves the successes out" in said
 
 
 def test_no_row_is_longer_than_its_budget(tiny, settings):

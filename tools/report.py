@@ -133,7 +133,8 @@ def nothing_found(trees: list[Tree], cfg: Config, stop: set[int]) -> str:
         why = f"action_tokens: {cut} of {len(turns)} actions were cut off; raise action_tokens={cfg.action_tokens}"
     else:
         why = "see trees.jsonl, and try more attempts=, train_tasks=, or a stronger model="
-    return f"exploration found nothing to train on: no correction and no success; {why}"
+    found = "no correction, and beta=0 leaves the successes out" if not cfg.beta else "no correction and no success"
+    return f"exploration found nothing to train on: {found}; {why}"
 
 
 def spent(folder: Path) -> dict[str, float]:
