@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -327,6 +328,23 @@ def test_trees_of_another_model_template_or_world_are_refused_before_anything_is
         else:
             provenance.settle(run)
             assert json.loads((run.folder.path / "run.json").read_text())["made_by"].startswith("model ")
+
+
+@pytest.mark.parametrize("other, said", [
+    ("keep_experience=false", "keep_experience=True, not False; say so here too"),
+    ("observation_tokens=32", "observation_tokens=256, not 32; say so here too"), ("env=quest", "")])
+def test_trees_are_read_by_the_settings_of_what_the_policy_saw_alone(other, said, made, tiny, settings, tmp_path):
+    run = run_of(settings(f"trees={made}", other, f"out={tmp_path}"), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+    with pytest.raises(UserError, match=f"trees: .* was explored with {said}") if said else nullcontext():
+        provenance.settle(run)
+
+
+def test_trees_of_a_world_by_another_name_are_taken_with_a_note(made, tiny, settings, tmp_path, capsys):
+    (tmp_path / "again.py").write_text("from envs import Quest\n\n\nclass Again(Quest):\n    pass\n")
+    args = f"trees={made}", f"env={tmp_path}/again.py:Again", f"out={tmp_path}/run"
+    run = run_of(settings(*args), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+    provenance.settle(run)
+    assert "was explored with env='quest', not" in capsys.readouterr().err
 
 
 def test_a_run_is_not_gone_on_with_by_another_model_of_the_same_name(made, settings, tmp_path):

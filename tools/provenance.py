@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable, Iterator, get_type_hints
 
-from config import Config, ROOT, UserError, fits, read_text, short, visible
+from config import Config, ROOT, UserError, fits, kept_config, read_text, short, visible
 
 import torch
 from transformers.utils import cached_file
@@ -249,6 +249,7 @@ def settle(run: Run) -> None:
                 read_trees(records, round_, run.train_tasks)
         except UserError as error:
             raise UserError(f"trees: {run.cfg.trees}: {error}") from None
+        check_explored(run.cfg)
     check_room(run)
 
 
@@ -271,6 +272,19 @@ def check_trees(run: Run, path: Path, records: list[dict], said: str) -> None:
             if not ids or max(ids) >= most:
                 raise UserError(f"trees: {path}: attempt {record['name']} of {record['task']} holds no ids, or some "
                                 f"beyond the model's {most} tokens; restore the file, or explore anew")
+
+
+def check_explored(cfg: Config) -> None:
+    """What the policy saw when another run's trees were made is not in them, and decides what is learned from them."""
+    path = Path(cfg.trees) / "config.yaml"
+    theirs = vars(kept_config(path.parent)) if path.exists() else {}
+    differ = [key for key in ("keep_experience", "observation_tokens", "env", "data") if theirs.get(key, getattr(cfg, key)) !=
+              getattr(cfg, key)]
+    for key in differ:
+        told = f"{cfg.trees} was explored with {key}={theirs[key]!r}, not {getattr(cfg, key)!r}"
+        if key not in ("env", "data"):
+            raise UserError(f"trees: {told}; say so here too, or explore anew (trees= empty)")
+        once(f"note: trees: {told}: mind that it is the same world")
 
 
 def precision(model: Any) -> str:
