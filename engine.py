@@ -417,7 +417,7 @@ class Engine:
 
     def _relieve(self) -> None:
         """Out of memory: all snapshots go, and half as many come again."""
-        self.budget = sum(kept.nbytes for family in self.kept.values() for kept in family) // 2
+        self.budget = (sum(kept.nbytes for family in self.kept.values() for kept in family) or self.budget) // 2
         self.drop()
         for job in self.live:                            # its last token may be fed, and what follows it not drawn
             job.cached = min(job.cached, len(job.ids) - 1)

@@ -200,6 +200,20 @@ def test_snapshot_memory_stays_within_its_budget(tiny, settings):
     assert 0 < sum(s.nbytes for kept in engine.kept.values() for s in kept) <= 4 * 2**20
 
 
+def test_out_of_memory_at_the_first_snapshot_leaves_room_for_later_ones(tiny, settings, monkeypatch):
+    run = run_of(settings("slots=8", "snapshot_mb=64"), tiny)
+    engine = run.policy.engine()
+    kept, failing = engine._kept, [True]
+
+    def fails_once(x):
+        if failing and failing.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return kept(x)
+    monkeypatch.setattr(engine, "_kept", fails_once)
+    play_trees(engine, run, Quest().tasks("valid")[:3], [])
+    assert not failing and engine.budget == 32 * 2**20 and any(engine.kept.values())
+
+
 def test_a_cache_that_grows_holds_one_tensor_more_than_it_needs_at_most(monkeypatch):
     cache, zero, made, most = SlotCache(8, 30), torch.zeros(1, 1, dtype=torch.long), [], [0]
     new_zeros = torch.Tensor.new_zeros
