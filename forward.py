@@ -51,7 +51,7 @@ def masks_of(plain: Callable) -> Callable:
         if mask_function is not causal_mask_function:
             row = torch.arange(len(mask), device=mask.device)[:, None, None, None]
             mask = mask & mask_function(row, 0, seen.positions[:, None, :, None], seen.keys[:, None, None])
-        # eager attention adds it to scores; so do we where none is kept: each layer would turn booleans into this anew
+        # eager attention adds it to the scores; so do we where nothing is learned, or each layer would make this of booleans
         if plain is not sdpa_mask or not torch.is_grad_enabled():
             mask = torch.zeros(mask.shape, dtype=kwargs["dtype"], device=mask.device).masked_fill_(~mask, -torch.inf)
         # it reaches _attend as it is
@@ -62,7 +62,7 @@ def masks_of(plain: Callable) -> Callable:
 
 def _attend(plain: Callable | None, module, query, key, value, attention_mask, **kwargs):
     """Transformers' attention `plain` (None: its module's own, eager) of (B, H, T, D), and of (1, H, T, D) part by part,
-    where the mask has some: over the keys that it sees alone, of those that the cache keeps (engine.SlotCache), or of
+    where the mask has some: over the keys that it sees alone, of those that the cache keeps (cache.SlotCache), or of
     these. Returns (B, T, H, D)."""
     plain = plain or sys.modules[type(module).__module__].eager_attention_forward
     parts = getattr(attention_mask, "parts", [])
