@@ -116,18 +116,19 @@ def test_reflections_as_json(copy):
                                '''           '{"experience": ..., "step": N}')       # behind'''),
            ('''REFLECTION = "experience: {e}\\nstep: {tau}"       # what''',
             '''REFLECTION = '{{"experience": "{e}", "step": {tau}}}'   # what'''),
-           ('''    for line in text.split("\\n"):
-        key, colon, value = line.partition(":")
-        if colon and key.strip().lower() in found:
-            found[key.strip().lower()].append(value.strip())
+           ('''    parts = re.split(r"(?mi)^[^\\S\\n]*(experience|step)[^\\S\\n]*:", text)         # what is before, a key, its value, a key, ...
+    for n in range(1, len(parts), 2):
+        lines = [line.strip() for line in parts[n + 1].split("\\n")]
+        goes_on = parts[n].lower() == "experience" and n + 2 < len(parts)
+        found[parts[n].lower()].append(" ".join(filter(None, lines if goes_on else lines[:1])))
 ''', '''    try:                                               # whatever stands before it
         said = json.loads(text[text.index("{"):])
         found = {key: [str(said[key]).strip()] for key in found}
     except (ValueError, KeyError):                     # not JSON, or not all of it: a flaw
         pass
 '''), ("import random\n", "import json\nimport random\n"),
-           ('''    """(tau, e) from the answer: a line `experience: ...` and a line `step: N` with N in 1..t (or none), in
-    any order. Strict''', '''    """(tau, e) from the answer: {"experience": ..., "step": N} with N in 1..t (or null). Strict'''))
+           ('''    """(tau, e) from the answer: lines `experience: ...` (it goes on to a step behind it) and `step: N`, N in 1..t or none,
+    in any order. Strict''', '''    """(tau, e) from the answer: {"experience": ..., "step": N} with N in 1..t (or null). Strict'''))
     done = subprocess.run([sys.executable, "-c", SCRIPTED], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     asked, following, flaws, first = json.loads(done.stdout)
