@@ -139,6 +139,7 @@ def test_a_table_shows_means_over_seeds_paired_differences_and_what_is_missing(p
         "rft-1": record(tasks, rft=[[2, 0, 2, 0], [2, 1, 2, 1]])})
     assert rebuild(read_tables()) == ["README.md", "docs/results.md"] and not (project / "docs/small.svg").exists()
     page = (project / "docs/results.md").read_text()
+    assert "means over 2 seeds" in " ".join(page.split())
     assert page.startswith("# y\n<!-- small begin -->\nSmall ones.\n\n| % | Pass@1 |") and page.endswith("end -->\nprose\n")
     first, second = [dict((line.split(" | ")[0].strip("| "), [cell.strip() for cell in line.strip("|").split("|")][1:])
                           for line in part.splitlines() if line.startswith("|") and not line.startswith("| seed"))
@@ -252,6 +253,7 @@ def test_a_table_is_run_recorded_and_shown_and_goes_on_where_it_was_killed(kille
         assert one["command"].endswith(f"seed=0 out=out/results/small/{name}") and one["minutes"][0] > 0 and one["commit"] is None
     assert kept["again-0"]["counts"]["leafe"] == kept["leafe-0"]["counts"]["leafe"] and "eval.py" in kept["again-0"]["command"]
     page = (copy / "docs/results.md").read_text()
+    assert "means over" not in page                                            # of two seeds one is there
     assert f"| LEAFE (1 of 2 seeds) | {percent(Counted(kept['leafe-0'], 'leafe').figures([1], 2000)['Pass@1'])} |" in page
     assert "as it was" not in (copy / "README.md").read_text()
 

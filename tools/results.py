@@ -231,7 +231,8 @@ def footer(table: Table, runs: Runs, one: Found) -> str:
     made = f"{commits(runs)}; {machines(runs)}; {took(runs)}."
     notes = "".join(f" {text}" for name, text in NOTES.items() if name in columns)
     makers = ", ".join(f"`python -m tools.results {name}`" for name in dict.fromkeys(name for name, _ in runs))
-    seeds = f", means over {len(table.set['seeds'])} seeds" * (len(table.set["seeds"]) > 1)
+    made_of = {key.rpartition("-")[2] for _, key in runs}             # seeds
+    seeds = f", means over {len(made_of)} seeds" * (len(made_of) > 1)
     each = f", {Counted(record, policy).n} samples each" * (record["ks"] != [1])
     return fill(f"{len(record['tasks'])} tasks{each}{seeds}; success in %, 95 % intervals over "
                 f"tasks.{notes} {makers}: {made}", 128, break_long_words=False, break_on_hyphens=False)
