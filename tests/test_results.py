@@ -107,6 +107,20 @@ def test_every_command_of_the_experiments_is_understood():
     assert second[0] == "train.py" and "init=out/results/smollm2/warm_start-0/warm_start" in second    # one for all seeds
 
 
+def test_a_baseline_needs_of_trees_that_are_recorded_only_their_number_of_steps(project):
+    def settings():
+        return [[word for word in command(tables, run) if not word.startswith("out=")] for run in missing(tables, [rft], [])]
+    tables, rft = read_tables(), Made("small", "rft", 1)
+    leafe, baseline = settings()
+    assert "trees=out/results/small/leafe-1" in baseline and "method=rft" not in leafe     # not recorded: made first
+    write_records(project, **{"leafe-1": record(dict(a="1 needs"), leafe=[[2, 1, 2, 1]])})
+    assert settings() == [[word.replace("trees=out/results/small/leafe-1", "env_steps=100") for word in baseline]]
+    assert len(missing(tables, [Made("small", "again", 1)], [])) == 2                      # an adapter is needed itself
+    (project / "out/results/small/leafe-1").mkdir(parents=True)
+    (project / "out/results/small/leafe-1/passk.json").write_text("{}")
+    assert settings()[-1] == baseline                                                      # it is here
+
+
 @pytest.mark.parametrize("table, words", [("quest", []), ("sokoban", ["preset=sokoban"]),
                                           ("smollm2", ["preset=smollm2", "dtype=bfloat16", "warm_start=256"])])
 def test_the_runs_of_a_comparison_are_those_of_its_table(table, words, tmp_path):

@@ -22,7 +22,7 @@ from config import ROOT, UserError, nearest, read_yaml, short
 from run import write_aside
 from tools.provenance import odd, read_json
 
-EXPERIMENTS, RUNS = "docs/experiments.yaml", "out/results"
+EXPERIMENTS, RUNS, RECORDS = "docs/experiments.yaml", "out/results", "docs/results"
 FIELDS = {"seeds": list[int], "rows": dict, "shows?": str, "arguments?": str, "warm_start?": str, "columns?": list,
           "each_seed?": bool, "as_printed?": bool, "picture?": str, "whole?": bool}    # each stands in docs/experiments.yaml
 ROW = {"says?": str, "arguments?": str}
@@ -127,7 +127,23 @@ def arguments(tables: dict[str, Table], run: Made) -> list[str]:
     if run.is_start:
         return ["methods.warm_start", *(word for word in table.words if "{warm_start}" not in word),
                 *table.set["warm_start"].split()]
-    return [*table.words, *table.rows[run.row].words]
+    words = [*table.words, *table.rows[run.row].words]
+    return [budget(tables, run, word) if "method" in map(key_of, words) else word for word in words]
+
+
+def key_of(word: str) -> str:
+    return word.partition("=")[0]
+
+
+def budget(tables: dict[str, Table], run: Made, word: str) -> str:
+    """Of trees={row} a baseline takes the number of their steps alone: where that run is recorded, but its folder is not
+    here, they need not be grown again. As env_steps= then."""
+    row = re.fullmatch(r"trees=\{([^{}]+)\}", word)
+    grown = made_by(tables, full(run.table, row[1]), run.seed)[0] if row else None
+    if grown is None or grown.ended:
+        return word
+    record = read_json(ROOT / RECORDS / f"{grown.table}.json", dict, {}).get(grown.key)
+    return f"env_steps={record['took']['steps']}" if record else word
 
 
 def needs(tables: dict[str, Table], run: Made) -> list[Made]:
@@ -141,7 +157,7 @@ def command(tables: dict[str, Table], run: Made) -> list[str]:
     folders = iter([need.folder for need in needs(tables, run)])
     settings = [re.sub(r"\{[^{}]+\}", lambda _: next(folders), word) for word in arguments(tables, run)]
     script = next((word for word in settings if "=" not in word), "train.py")
-    last = {word.partition("=")[0]: word for word in settings if word != script}       # a row's goes over its table's
+    last = {key_of(word): word for word in settings if word != script}       # a row's goes over its table's
     words = [script] if script.endswith(".py") else ["-m", script]
     return [*words, "config.yaml", *last.values(), f"seed={run.seed}", f"out={run.folder}"]
 

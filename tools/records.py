@@ -18,11 +18,10 @@ import torch
 from eval import Samples, pass_at_k
 from run import NOT_PART_OF_RESULTS, pick_tasks, read_jsonl, write_aside
 from tools.compare import whole_cost
-from tools.experiments import EXPERIMENTS, RUNS, Made, Table, command
+from tools.experiments import EXPERIMENTS, RECORDS, RUNS, Made, Table, command, key_of
 from tools.provenance import MADE, read_json
 from tools.report import read_policies
 
-RECORDS = "docs/results"
 MAKER = ("command", "commit", "changed", "date", "python", "torch", "transformers", "bitsandbytes", "processor", "cores", "gpu")
 
 
@@ -59,6 +58,8 @@ def check_same(tables: dict[str, Table], run: Made, folder: Path) -> None:
     settings = [word for word in command(tables, run) if "=" in word]
     meant, have = vars(load_config([str(SHIPPED), *settings])), vars(kept_config(folder))
     free = NOT_PART_OF_RESULTS - {"samples", "split", "test_tasks"} | {"trees", "init", "experiences"}
+    if "env_steps" not in map(key_of, tables[run.table].rows[run.row].words):
+        free.add("env_steps")                          # that of trees=, whichever way it was told (experiments.budget)
     for key in [key for key in meant if key not in free and have.get(key) != meant[key]]:
         raise UserError(f"{folder} was made with {key}={have.get(key)}, but {EXPERIMENTS} says {meant[key]} for {run.row} of "
                         f"{run.table}; delete that folder, or mend the file")
