@@ -58,7 +58,7 @@ def check_same(tables: dict[str, Table], run: Made, folder: Path) -> None:
     settings = [word for word in command(tables, run) if "=" in word]
     meant, have = vars(load_config([str(SHIPPED), *settings])), vars(kept_config(folder))
     free = NOT_PART_OF_RESULTS - {"samples", "split", "test_tasks"} | {"trees", "init", "experiences"}
-    if "env_steps" not in map(key_of, tables[run.table].rows[run.row].words):
+    if "env_steps" not in map(key_of, [*tables[run.table].words, *tables[run.table].rows[run.row].words]):
         free.add("env_steps")                          # that of trees=, whichever way it was told (experiments.budget)
     for key in [key for key in meant if key not in free and have.get(key) != meant[key]]:
         raise UserError(f"{folder} was made with {key}={have.get(key)}, but {EXPERIMENTS} says {meant[key]} for {run.row} of "
