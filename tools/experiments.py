@@ -142,8 +142,13 @@ def budget(tables: dict[str, Table], run: Made, word: str) -> str:
     grown = made_by(tables, full(run.table, row[1]), run.seed)[0] if row else None
     if grown is None or grown.ended:
         return word
-    record = read_json(ROOT / RECORDS / f"{grown.table}.json", dict, {}).get(grown.key)
+    record = read_records(grown.table).get(grown.key)
     return f"env_steps={record['took']['steps']}" if record else word
+
+
+def read_records(table: str) -> dict[str, Any]:
+    """What is kept of a table's runs (tools/records.py), by Made.key."""
+    return read_json(ROOT / RECORDS / f"{table}.json", dict, {})
 
 
 def needs(tables: dict[str, Table], run: Made) -> list[Made]:

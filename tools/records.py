@@ -18,15 +18,11 @@ import torch
 from eval import Samples, pass_at_k
 from run import NOT_PART_OF_RESULTS, pick_tasks, read_jsonl, write_aside
 from tools.compare import whole_cost
-from tools.experiments import EXPERIMENTS, RECORDS, RUNS, Made, Table, command, key_of
+from tools.experiments import EXPERIMENTS, RECORDS, RUNS, Made, Table, command, key_of, read_records
 from tools.provenance import MADE, read_json
 from tools.report import read_policies
 
 MAKER = ("command", "commit", "changed", "date", "python", "torch", "transformers", "bitsandbytes", "processor", "cores", "gpu")
-
-
-def read_records(table: str) -> dict[str, Any]:
-    return read_json(ROOT / RECORDS / f"{table}.json", dict, {})
 
 
 def keep(tables: dict[str, Table], run: Made) -> None:

@@ -25,9 +25,9 @@ import torch
 from eval import STARTS, Samples, spread
 from run import write_aside
 from tools.compare import curves
-from tools.experiments import (EXPERIMENTS, Made, Table, command, execute, has_ended, made_by, missing, needs, one_of,
-                               read_tables)
-from tools.records import RECORDS, Counted, alone, check_same, keep, read_records
+from tools.experiments import (EXPERIMENTS, RECORDS, Made, Table, command, execute, has_ended, made_by, missing, needs,
+                               one_of, read_records, read_tables)
+from tools.records import Counted, alone, check_same, keep
 from tools.report import many, over_seeds, percent, rates
 
 PAGES = ("README.md", "docs/results.md")
