@@ -150,10 +150,12 @@ def test_a_table_shows_means_over_seeds_paired_differences_and_what_is_missing(p
     write_records(project, **{
         "leafe-0": record(tasks, base=[[2, 0, 2, 0], [2, 1, 1, 0]], leafe=[[2, 2, 1, 1], [2, 1, 0, 0]]),
         "leafe-1": record(tasks, base=[[2, 1, 2, 1], [2, 0, 0, 0]], leafe=[[2, 2, 0, 0], [2, 0, 2, 0]]),
-        "rft-1": record(tasks, rft=[[2, 0, 2, 0], [2, 1, 2, 1]])})
+        "rft-1": record(tasks, rft=[[2, 0, 2, 0], [2, 1, 2, 1]]),
+        "again-1": record(tasks, leafe=[[2, 2, 0, 0], [2, 0, 2, 0]]) | dict(
+            took=dict(steps=0, sampled=0, trained=0, seconds=0.0), stage1={})})
     assert rebuild(read_tables()) == ["README.md", "docs/results.md"] and not (project / "docs/small.svg").exists()
     page = (project / "docs/results.md").read_text()
-    assert "means over 2 seeds" in " ".join(page.split())
+    assert "means over 2 seeds unless a row says fewer; success" in " ".join(page.split())
     assert page.startswith("# y\n<!-- small begin -->\nSmall ones.\n\n| % | Pass@1 |") and page.endswith("end -->\nprose\n")
     first, second = [dict((line.split(" | ")[0].strip("| "), [cell.strip() for cell in line.strip("|").split("|")][1:])
                           for line in part.splitlines() if line.startswith("|") and not line.startswith("| seed"))
@@ -162,11 +164,12 @@ def test_a_table_shows_means_over_seeds_paired_differences_and_what_is_missing(p
     assert estimates["base"] == ["25.0", "25.0", "", "25.0", ""]                   # recovery: (0 + 1/2) / 2
     assert estimates["LEAFE"] == ["62.5", "50.0", "+25.0", "100.0", "+50.0, +25.0"]
     assert estimates["rft (1 of 2 seeds)"] == ["25.0", "25.0", "+0.0", "0.0", "+0.0"]    # paired with the base of that seed alone
-    assert estimates["again (0 of 2 seeds)"] == ["", "", "", "", ""]
+    assert estimates["again (1 of 2 seeds)"] == ["50.0", "0.0", "+0.0", "100.0", "+25.0"]
     assert second["LEAFE"] == ["", "2 of 3", "80 + 20", "7", "100", "300", "0.5", "0.5", "0.0"]
+    assert second["again (1 of 2 seeds)"][1:7] == [""] * 6                      # eval.py trains nothing
     assert second["base"] == [""] * 9 and second["rft (1 of 2 seeds)"][-2:] == ["1.0", "1.0"]
     assert page.count("| seed 1 |") == 4 and page.count("| seed 0 |") == 4
-    assert "commit 0123456; EPYC, 2 cores, torch 2.13.0; 6.0 minutes (9.0 of one core's)." in " ".join(page.split())
+    assert "commit 0123456; EPYC, 2 cores, torch 2.13.0; 8.0 minutes (12.0 of one core's)." in " ".join(page.split())
     readme = (project / "README.md").read_text()                               # as train.py prints it: the first seed
     assert re.search(r"    %  +base +leafe +difference\n    Pass@1 +25.0 .* 75.0 .*\+50.0 ", readme)
 

@@ -154,8 +154,8 @@ def flat(record: dict[str, Any], policy: str) -> dict[str, float]:
     found = dict(record["stage1"].get(str(record["rounds"]) if ending else round_, {}))
     if found.get("told"):
         found |= {f"{name}_share": found[name] / found["told"] for name in ("named", "works")}
-    if ending:
-        took = record["took"].get(policy, record["took"])
+    took = record["took"].get(policy, record["took"])
+    if ending and any(took.values()):                  # else it only sampled
         found |= {f"took_{key}": value for key, value in took.items()}
     if "took_seconds" in found:
         found["took_minutes"] = found["took_seconds"] / 60
@@ -218,12 +218,12 @@ def render(book: Book, table: Table) -> str:
     else:
         body = "\n\n".join(part(book, table, columns) for columns in table.set["columns"])
     says = [table.set["shows"]] if "shows" in table.set else []
-    return "\n\n".join([*says, body, footer(table, runs, next(iter(filter(None, shown.values()))))])
+    return "\n\n".join([*says, body, footer(table, runs, list(shown.values()))])
 
 
-def footer(table: Table, runs: Runs, one: Found) -> str:
-    """Of what it is made, and by what: the command, commits, machines, minutes."""
-    record, policy = next(iter(one.values()))
+def footer(table: Table, runs: Runs, shown: list[Found]) -> str:
+    """Of what it is made, and by what: the command, commits, machines, minutes. `shown`: row by row."""
+    record, policy = next(iter(next(filter(None, shown)).values()))
     columns = [column for columns in table.set.get("columns", []) for column in columns]
     if table.set.get("whole"):                         # its page says the rest around it
         seed = f"seed {table.set['seeds'][0]}, " * (len(table.set["seeds"]) == 1)
@@ -232,7 +232,8 @@ def footer(table: Table, runs: Runs, one: Found) -> str:
     notes = "".join(f" {text}" for name, text in NOTES.items() if name in columns)
     makers = ", ".join(f"`python -m tools.results {name}`" for name in dict.fromkeys(name for name, _ in runs))
     made_of = {key.rpartition("-")[2] for _, key in runs}             # seeds
-    seeds = f", means over {len(made_of)} seeds" * (len(made_of) > 1)
+    fewer = any(len(found) < len(made_of) for found in shown)
+    seeds = f", means over {len(made_of)} seeds{' unless a row says fewer' * fewer}" * (len(made_of) > 1)
     each = f", {Counted(record, policy).n} samples each" * (record["ks"] != [1])
     return fill(f"{len(record['tasks'])} tasks{each}{seeds}; success in %, 95 % intervals over "
                 f"tasks.{notes} {makers}: {made}", 128, break_long_words=False, break_on_hyphens=False)
