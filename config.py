@@ -175,7 +175,8 @@ def resolved(path: Path, presets: list[tuple[str, dict[str, Any]]], options: dic
     brought = brought_by(str(method))
     kinds = {key: kind_of(key, value) for key, value in {**brought, **shipped()}.items()}
     # what the method sets and a copy of config.yaml has as it was shipped is not meant; in a run's own file it is
-    if set(shipped()) <= set(file) and not set(brought) <= set(file):
+    a_runs = set(brought) <= set(file) and file.get("method") == method and path.resolve() != SHIPPED
+    if set(shipped()) <= set(file) and not a_runs:
         for key in [key for key in brought if key in file and file[key] == shipped().get(key)]:
             del file[key]
     given = {key: text if kinds.get(key) is str else words(text, f"{key}={text:.80} cannot be read as a value")

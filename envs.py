@@ -363,7 +363,7 @@ def env_class(name: str) -> type[Env]:
     """A world by its name, which is a file of worlds/, or `path/to/file.py:Class`. UserError says what there is."""
     if name == "quest":
         return Quest
-    path, suffix, kind = name.partition(".py")
+    path, suffix, kind = (*re.split(r"(\.py)(?=:[^/]*$|$)", name), "", "")[:3]
     if not suffix and name not in world_names():
         raise UserError(f"env: there is no {name!r}; there are {', '.join(world_names())}, and "
                         f"path/to/file.py:Class{nearest(name, world_names())}")

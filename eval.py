@@ -127,8 +127,8 @@ class Samples:
 
 def main(args: list[str]) -> None:
     if args[0] == "table" and len(args) == 2:
-        cfg = kept_config(Path(args[1]))
-        print(visible(report_file().report(Path(args[1]), cfg, pick_tasks(cfg, "test"))))
+        folder, cfg = Path(args[1]), kept_config(Path(args[1]))
+        print(visible(report_file().report(folder, cfg, pick_tasks(cfg, "test"), (folder / "passk.json").exists())))
     elif args[0] == "compare" and len(args) == 2:
         from tools.compare import show                 # the door of the tables of several runs
         show(Path(args[1]))

@@ -161,7 +161,7 @@ def read_reflection(text: str, t: int) -> Reflection:
     """(tau, e) from the answer: lines `experience: ...` (it goes on to a step behind it) and `step: N`, N in 1..t or none,
     in any order. Strict and total: anything else is a flaw with a name, never a crash and never a guess."""
     found: dict[str, list[str]] = {"experience": [], "step": []}
-    parts = re.split(r"(?mi)^[^\S\n]*(experience|step)[^\S\n]*:", text)         # what is before, a key, its value, a key, ...
+    parts = re.split(r"(?mi)^[^\S\n]*((?a:experience|step))[^\S\n]*:", text)     # what is before, a key, its value, a key, ...
     for n in range(1, len(parts), 2):
         lines = [line.strip() for line in parts[n + 1].split("\n")]
         goes_on = parts[n].lower() == "experience" and n + 2 < len(parts)

@@ -28,7 +28,8 @@ def read_lessons(folder: str) -> dict[str, list[str]]:
     if not (Path(folder) / "trees.jsonl").is_file():
         raise UserError(f"experiences: {folder or 'no run was named, and it'} has no trees.jsonl")
     found: dict[str, list[str]] = {}
-    for record in read_jsonl(Path(folder) / "trees.jsonl"):
+    records = read_jsonl(Path(folder) / "trees.jsonl")                 # in the order in which attempts ended
+    for record in sorted(records, key=lambda record: (record["task"], record["round"], record["name"])):
         found.setdefault(record["task"], []).extend(r["e"] for r in record["reflections"] if r["tau"])
     found = {task: lessons for task, lessons in found.items() if lessons}
     if len(found) < 2:

@@ -29,12 +29,12 @@ LONGEST = 160                          # characters of a refusal that a lesson r
 
 class Shown:
     """One task's demonstration, as a token tree; weights (1, 0) mark actions, (0, 1) reflections."""
-    def __init__(self, env: Env, chat: Chat):
-        self.env, self.chat, self.segments = env, chat, []
+    def __init__(self, env: Env, chat: Chat, observation_tokens: int):
+        self.env, self.chat, self.most, self.segments = env, chat, observation_tokens, []
         self.cut = chat.cut(chat.reply("x"))           # the template ends a reply otherwise than the model does
 
     def turn(self, t: int, obs: str, reply: str, parent: int | None, weight: float, e: str = "") -> int:
-        text = TURN.format(t=t, obs=obs) + (HINT.format(e=e) if e else "")
+        text = TURN.format(t=t, obs=self.chat.glimpse(obs, self.most)) + (HINT.format(e=e) if e else "")
         head = self.chat.first(self.env.rules, text) if t == 1 else self.chat.next(text, self.cut)
         return self.add(head, reply, parent, (weight, 0.0))
 
@@ -70,7 +70,7 @@ class Shown:
             refused += [(len(path), obs)] if not outcome.valid or reply == other else []
         tau, told = refused[0] if refused and not outcome.success else (0, "")
         e = " ".join(told.split())[:LONGEST]
-        head = self.chat.next(TURN.format(t=len(path) + 1, obs=obs) + REFLECT, self.cut)
+        head = self.chat.next(TURN.format(t=len(path) + 1, obs=self.chat.glimpse(obs, self.most)) + REFLECT, self.cut)
         obs = wait_for(self.env, "reset", task)
         for _, reply in path[:max(0, tau - 1)]:
             obs = wait_for(self.env, "step", wait_for(self.env, "action", reply)).obs
@@ -109,7 +109,7 @@ def rows(run: Run) -> list[Packed]:
     trees, shown, other = [], tasks(cfg), ""
     longest = min(env.max_turns, cfg.horizon or env.max_turns)
     for task in tqdm(shown, desc="warm start", unit="task", disable=ranks.rank() > 0):
-        episodes, obs = Shown(env, chat), wait_for(env, "reset", task)
+        episodes, obs = Shown(env, chat, cfg.observation_tokens), wait_for(env, "reset", task)
         first = ask(env, "next_best")
         if episodes.solve(1, obs, None):
             episodes.mistake(task, other or first, rng.randint(1, longest), rng)

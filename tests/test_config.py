@@ -218,13 +218,26 @@ def test_a_file_that_names_some_of_a_method_s_keys_is_no_run_s(tmp_path):
     assert (cfg.env_steps, cfg.lr, cfg.steps) == (400, brought("rft")["lr"], brought("rft")["steps"])
 
 
+WITH_HEADS = '''KEYS = """
+heads: 3    # of a hydra
+lr: 0.125
+"""
+CHECKS = [("heads", lambda v, s: v > 1, "must be 2 or more")]
+
+
+def train(run, round_):
+    pass
+'''
+
+
 def test_a_method_of_one_s_own_brings_its_keys_and_its_checks(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text('KEYS = """\nheads: 3    # of a hydra\nlr: 0.125\n"""\n'
-                    'CHECKS = [("heads", lambda v, s: v > 1, "must be 2 or more")]\n\n\n'
-                    'def train(run, round_):\n    pass\n')
+    path.write_text(WITH_HEADS)
     cfg = load(f"method={path}", "heads=4")
     assert (cfg.heads, cfg.lr, cfg.method) == (4, 0.125, str(path))
+    path.write_text("KEYS = 'lr: 0.125'\n\n\ndef train(run, round_):\n    pass\n")
+    assert load(f"method={path}").lr == 0.125           # none of its own
+    path.write_text(WITH_HEADS)
     with pytest.raises(UserError, match="the command line: heads is 1, but must be 2 or more"):
         load(f"method={path}", "heads=1")
     with pytest.raises(UserError, match="there is no key 'headz'; did you mean 'heads'?"):

@@ -502,6 +502,14 @@ class TextWorld:
 '''
 
 
+def test_a_world_s_folder_may_be_named_like_a_file_of_python(tmp_path):
+    for folder in (".pyenv", "old.py"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text("from envs import Quest\nclass Mine(Quest):\n    pass\n")
+        for name in ("mine.py", "mine.py:Mine"):
+            assert type(make_env(f"{tmp_path}/{folder}/{name}")).__name__ == "Mine"
+
+
 def test_the_page_s_gymnasium_world_is_examined_rolled_back_and_played(tmp_path, tiny, settings):
     page = (ROOT / "docs" / "worlds.md").read_text()
     source = page.partition("(gym_world.py;")[2].split("```")[1].removeprefix("python\n")

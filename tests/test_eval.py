@@ -137,7 +137,10 @@ def test_every_figure_is_recomputed_from_samples_jsonl_without_a_model(settings,
     rows = records([0.1, 0.2, 0.4, 0.5], n=8) + records([0.3, 0.4, 0.6, 0.9], n=8, policy="leafe", seed=2)
     (folder.path / "samples.jsonl").write_text("".join(
         json.dumps(r | {"task": tasks[int(r["task"][1:])]}) + "\n" for r in rows))
-    shown = report(folder.path, cfg, tasks)
+    shown = report(folder.path, cfg, tasks, ended=False)
+    main(["table", cfg.out])
+    assert capsys.readouterr().out == shown + "\n" and not (folder.path / "passk.json").exists()    # it says: ended
+    assert report(folder.path, cfg, tasks) == shown
     main(["table", cfg.out])
     assert capsys.readouterr().out == shown + "\n"
     passk = json.loads((folder.path / "passk.json").read_text())

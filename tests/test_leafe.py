@@ -41,7 +41,9 @@ def test_a_well_formed_reflection_is_read(text, tau, e):
     ("experience: x\nstep: 1\nstep: 2", "not one step and one experience"),
     ("experience: x\nexperience: y\nstep: 2", "not one step and one experience"),
     ("experience: x\nstep: " + "9" * 5000, "step is no number"),
-    ("step 3 experience x " * 500, "not one step and one experience")])
+    ("step 3 experience x " * 500, "not one step and one experience"),
+    ("experience: x\n\u017ftep: 1", "not one step and one experience"),      # a long s and a dotless i: letters of other words
+    ("exper\u0131ence: x\nstep: 1", "not one step and one experience")])
 def test_anything_else_is_a_counted_flaw_and_no_rollback(text, flaw):
     reflection = read_reflection(text, 5)
     assert (reflection.flaw, reflection.tau, reflection.e, reflection.text) == (flaw, 0, "", text)
@@ -191,6 +193,9 @@ def test_shuffled_experiences_come_from_other_tasks(tiny, settings, tmp_path):
     (tmp_path / "none" / "trees.jsonl").write_text("")
     with pytest.raises(UserError, match="has reflections of 0 tasks"):
         read_lessons(str(tmp_path / "none"))
+    lines = (Path(settings().out) / "trees.jsonl").read_text().splitlines(True)
+    (tmp_path / "none" / "trees.jsonl").write_text("".join(reversed(lines)))       # attempts end in any order
+    assert json.dumps(read_lessons(str(tmp_path / "none"))) == json.dumps(lessons) and len(lessons) > 1
     trees = grow(tiny, settings("attempts=4", f"out={tmp_path}/other"), tasks=6, lessons=lessons)
     given = [(tree.task, b.experience) for tree in trees for b in tree.branches if b.experience]
     assert len(given) >= 6

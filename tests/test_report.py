@@ -120,6 +120,18 @@ def test_a_page_says_what_made_its_run(explored, tmp_path):
     assert "<h2>Settings</h2>" in page(folder)
 
 
+def test_losses_below_zero_stay_in_their_picture(explored, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(explored[0], folder)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(dict(round=1, step=step, L_clip=loss, beta_KL=0.0)) + "\n"
+                                                  for step, loss in enumerate((0.02, -0.3, -0.1), 1)))
+    figure = page(folder).split("<h2>Training</h2>")[1].split("</svg>")[0]
+    _, clip = re.findall('<polyline points="([^"]*)"', figure)      # the lower one ends below
+    heights = [float(point.split(",")[1]) for point in clip.split()]
+    assert len(heights) == 3 and heights[0] < heights[2] < heights[1] and 0 < min(heights) <= max(heights) < 380
+    assert ">-0.3<" in figure and ">0.02<" in figure
+
+
 def test_a_page_is_made_anew_on_demand(explored, tmp_path, capsys):
     shutil.copytree(explored[0], tmp_path / "run")
     main(["page", str(tmp_path / "run")])

@@ -119,6 +119,11 @@ def test_a_baseline_needs_of_trees_that_are_recorded_only_their_number_of_steps(
     (project / "out/results/small/leafe-1").mkdir(parents=True)
     (project / "out/results/small/leafe-1/passk.json").write_text("{}")
     assert settings()[-1] == baseline                                                      # it is here
+    (project / "out/results/small/rft-1").mkdir(parents=True)
+    kept = project / "out/results/small/rft-1/config.yaml"
+    for begun, goes_on in (("env_steps=100", "env_steps=100"), ("trees=out/results/small/leafe-1",) * 2):
+        kept.write_text(yaml.dump(vars(load_config([str(SHIPPED), "method=rft", begun])), Dumper=Dumper))
+        assert goes_on in settings()[-1]                                                   # as it was begun
 
 
 @pytest.mark.parametrize("table, words", [("quest", []), ("sokoban", ["preset=sokoban"]),
@@ -213,7 +218,8 @@ def test_what_is_not_run_yet_says_so_and_a_page_that_waits_for_all_runs_stays(pr
 @pytest.mark.parametrize("args, said", [
     (["smal"], "there is no table 'smal'; did you mean 'small'"), (["small", "lefe"], "small: there is no row 'lefe'; did you mean 'leafe'"),
     (["small", "seed=[0]"], "there is no 'seed'; did you mean 'seeds'"), (["small", "seeds=[7]"], r"some of small's, \[0, 1\]"),
-    (["small", "from=nowhere"], "nowhere holds no ended run of small, in a folder like")])
+    (["small", "from=nowhere"], "nowhere holds no ended run of small, in a folder like"),
+    (["small", "plan=maybe"], "plan: 'maybe' is neither true nor false")])
 def test_a_mistake_is_one_line(args, said, project):
     with pytest.raises(UserError, match=said):
         main(args)
@@ -267,7 +273,8 @@ def test_a_table_is_run_recorded_and_shown_and_goes_on_where_it_was_killed(kille
         for policy, figures in json.loads((runs / name / "passk.json").read_text()).items():
             found = Counted(one, policy).figures([1, 2], 2000)
             assert {key: tuple(figure.values()) for key, figure in figures.items()} == found
-        assert one["command"].endswith(f"seed=0 out=out/results/small/{name}") and one["minutes"][0] > 0 and one["commit"] is None
+        assert one["command"].endswith(f"seed=0 out=out/results/small/{name}") and one["commit"] is None
+    assert kept["leafe-0"]["minutes"] == [] and kept["again-0"]["minutes"][0] > 0      # what was killed told nobody
     assert kept["again-0"]["counts"]["leafe"] == kept["leafe-0"]["counts"]["leafe"] and "eval.py" in kept["again-0"]["command"]
     page = (copy / "docs/results.md").read_text()
     assert "means over" not in page                                            # of two seeds one is there
@@ -282,7 +289,7 @@ def test_what_is_recorded_is_not_run_again(killed):
     assert [name.partition("small/")[2] for name in re.findall(r"out=(\S+)", lists.stdout)] == [
         "rft-0", "leafe-1", "rft-1", "again-1"], lists.stderr
     assert not (copy / "out/results/small/leafe-1").exists()
-    again = programs.run(["-m", "tools.results", "small", "leafe", "again", "seeds=[0]", "plan=true"], cwd=copy)
+    again = programs.run(["-m", "tools.results", "small", "leafe", "again", "seeds=[0]", "plan=True"], cwd=copy)
     assert again.stdout == "nothing is missing\n", again.stderr
 
 
@@ -291,6 +298,8 @@ def test_runs_made_before_are_recorded_where_they_are_what_the_table_means(kille
     runs = killed[0] / "out/results/small"
     theirs = json.loads((killed[0] / "docs/results/small.json").read_text())
     monkeypatch.chdir(project)
+    main(["small", "again", "seeds=[0]", f"from={runs}"])
+    assert list(json.loads((project / "docs/results/small.json").read_text())) == ["again-0"]
     main(["small", f"from={runs}"])
     own = json.loads((project / "docs/results/small.json").read_text())
     assert own == theirs and own["leafe-0"]["took"]["steps"] > 0

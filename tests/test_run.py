@@ -347,6 +347,13 @@ def test_trees_of_a_world_by_another_name_are_taken_with_a_note(made, tiny, sett
     assert "was explored with env='quest', not" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_has_not_ended(made, tiny, settings, tmp_path):
+    run = run_of(settings(f"trees={made}", f"out={tmp_path}/run"), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+    (tmp_path / "run/passk.json").write_text("{}")     # of a sampling by eval.py before, or of fewer samples
+    provenance.settle(run)
+    assert not (tmp_path / "run/passk.json").exists()
+
+
 def test_a_run_is_not_gone_on_with_by_another_model_of_the_same_name(made, settings, tmp_path):
     cfg = load_config([f"{made}/config.yaml"])
     with pytest.raises(UserError, match=rf"out: {made} holds a run with other weights \(model=\); choose another out="):

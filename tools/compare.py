@@ -34,7 +34,7 @@ def read_runs(folder: Path) -> dict[str, dict[str, tuple[Samples, dict]]]:
         (name, _, seed), own, took = run.name.rpartition("-"), kept_config(run), whole_cost(run)
         runs.setdefault(name, {})[seed] = read_samples(str(run)), took
         if name == "leafe" and own.evaluate_base:
-            runs[start][seed] = read_samples(f"{run}:{start}"), spent(Path(own.init)) if warm else dict.fromkeys(took, 0)
+            runs[start][seed] = read_samples(f"{run}:{start}"), spent(where(run, own.init)) if warm else dict.fromkeys(took, 0)
     if not runs[start]:
         raise UserError(f"{folder}: no leafe-<seed>/ that has ended; name a comparison's folder (train.py "
                         f"method=compare out=...), or two runs")
@@ -52,17 +52,21 @@ def starts_warm(cfg: Config) -> bool:
 
 
 def whole_cost(run: Path) -> dict[str, float]:
-    """What the training of a run took (report.spent), with what its start, if not a warm one, and the trees that it
-    reused took."""
+    """What the training of a run took (report.spent), with what its start, if not a warm one, took, and the steps and
+    sampled tokens of the trees that it reused: their minutes are not known apart."""
     own, took = kept_config(run), spent(run)
-    # other folders' names are as seen from where it ran
-    here, out = run.resolve(), Path(own.out)
-    above = Path(*here.parts[:-len(out.parts)]) if here.parts[-len(out.parts):] == out.parts else Path()
     if own.init and not starts_warm(own):
-        took = {key: value + spent((above / own.init).parent)[key] for key, value in took.items()}
+        took = {key: value + spent(where(run, own.init).parent)[key] for key, value in took.items()}
     if own.trees and own.method == "leafe":
-        took |= {key: took[key] + spent(above / own.trees)[key] for key in ("steps", "sampled")}
+        took |= {key: took[key] + spent(where(run, own.trees))[key] for key in ("steps", "sampled")}
     return took
+
+
+def where(run: Path, name: str) -> Path:
+    """Another folder that a run's settings name, as seen from where it ran."""
+    here, out = run.resolve(), Path(kept_config(run).out)
+    above = Path(*here.parts[:-len(out.parts)]) if here.parts[-len(out.parts):] == out.parts else Path()
+    return above / name
 
 
 def comparison(folder: Path) -> str:

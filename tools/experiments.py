@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Container
 
-from config import ROOT, UserError, nearest, read_yaml, short
+from config import ROOT, UserError, kept_config, nearest, read_yaml, short
 from run import write_aside
 from tools.provenance import odd, read_json
 
@@ -137,10 +137,12 @@ def key_of(word: str) -> str:
 
 def budget(tables: dict[str, Table], run: Made, word: str) -> str:
     """Of trees={row} a baseline takes the number of their steps alone: where that run is recorded, but its folder is not
-    here, they need not be grown again. As env_steps= then."""
-    row = re.fullmatch(r"trees=\{([^{}]+)\}", word)
-    grown = made_by(tables, full(run.table, row[1]), run.seed)[0] if row else None
-    if grown is None or grown.ended:
+    here, they need not be grown again. As env_steps= then. A run that was begun goes on with what it was begun with."""
+    row, begun = re.fullmatch(r"trees=\{([^{}]+)\}", word), ROOT / run.folder
+    if not row:
+        return word
+    grown = made_by(tables, full(run.table, row[1]), run.seed)[0]
+    if kept_config(begun).trees if (begun / "config.yaml").exists() else grown.ended:
         return word
     record = read_records(grown.table).get(grown.key)
     return f"env_steps={record['took']['steps']}" if record else word
@@ -186,7 +188,8 @@ def missing(tables: dict[str, Table], asked: list[Made], recorded: Container[Mad
 
 
 def execute(words: list[str], folder: Path) -> None:
-    """A script in a process of its own. Its minutes, and those of all its cores together, are added to minutes.json."""
+    """A script in a process of its own. Its minutes, those of all its cores together, and 1 for this start are added to
+    minutes.json."""
     def goes_with_us() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)            # PR_SET_PDEATHSIG: a run survives a kill
     began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -201,7 +204,7 @@ def execute(words: list[str], folder: Path) -> None:
         raise
     finally:
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took = time.time() - began, now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
+        took = (time.time() - began) / 60, (now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime) / 60, 1
         if folder.is_dir():
-            known = read_json(folder / "minutes.json", list[float], [0.0, 0.0])
-            write_aside(folder / "minutes.json", json.dumps([round(a + b / 60, 2) for a, b in zip(known, took)]))
+            known = read_json(folder / "minutes.json", list[float], [0.0, 0.0, 0])
+            write_aside(folder / "minutes.json", json.dumps([round(a + b, 2) for a, b in zip(known, took)]))

@@ -40,7 +40,7 @@ def reward(names: list[str]) -> str:
         series.append((Path(name).name, [(r["success"],) * 3 for r in waves.values()]))
     longest = max(len(rows) for _, rows in series)
     top = max(share for _, rows in series for share, _, _ in rows)
-    return chart(series, [str(i + 1) for i in range(longest)], "wave of rollouts", max(0.04, 1.1 * top))
+    return chart(series, [str(i + 1) for i in range(longest)], "wave of rollouts", (0.0, max(0.04, 1.1 * top)))
 
 
 def tree(names: list[str]) -> str:

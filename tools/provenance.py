@@ -225,7 +225,7 @@ def weights(model: str) -> Iterator[str]:
 def settle(run: Run) -> None:
     """Before anything is sampled: are the files that the run goes on with, or starts from, of its own model and world,
     and is there room in its settings? Names the makers in run.json and in the records of trees.jsonl, and has these and
-    those of samples.jsonl say what drew them."""
+    those of samples.jsonl say what drew them. passk.json, by which others see that a run has ended, goes until it has."""
     own, path = makers(run), run.folder.path / "run.json"
     said = ", ".join(f"{part} {digest}" for part, digest in own.items())
     if ranks.rank() == 0:
@@ -251,6 +251,8 @@ def settle(run: Run) -> None:
             raise UserError(f"trees: {run.cfg.trees}: {error}") from None
         check_explored(run.cfg)
     check_room(run)
+    if ranks.rank() == 0:
+        (run.folder.path / "passk.json").unlink(missing_ok=True)
 
 
 def other_maker(theirs: str, ours: str) -> str:

@@ -80,11 +80,13 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def minutes(folder: Path, told: dict[str, Any]) -> list[float]:
-    """What the whole run took; behind it, where that was measured, what all its cores together did."""
+    """What the whole run took; behind it, where that was measured, what all its cores together did. []: nobody knows."""
+    again = len(told.get("continued", []))
     if (folder / "minutes.json").exists():
-        return read_json(folder / "minutes.json", list[float], [])
-    if told.get("continued") or "date" not in told:
-        return []                                      # nobody knows
+        took, cores, *starts = read_json(folder / "minutes.json", list[float], [])
+        return [took, cores] if starts in ([], [1 + again]) else []    # a start that was killed told nothing
+    if again or "date" not in told:
+        return []
     began = datetime.strptime(told["date"], "%Y-%m-%d %H:%M:%S %z").timestamp()
     last = next(folder / name for name in ("samples.jsonl", "stage1.jsonl") if (folder / name).exists())
     return [round((last.stat().st_mtime - began) / 60, 2)]

@@ -30,19 +30,21 @@ WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 700, 380, 52, 44, 150, 16
 Rows = list[tuple[float, float, float]]             # estimate, low, high: one for each mark of the x axis
 
 
-def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: float = 1.0,
+def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, span: tuple[float, float] = (0.0, 1.0),
           percent: bool = True) -> str:
-    """Lines with bands over evenly spaced marks, up to `top`; shares in percent. Labels are kept from overlapping."""
+    """Lines with bands over evenly spaced marks, within `span`; shares in percent. Labels are kept from overlapping."""
+    low, high = span
+
     def x(i: int) -> float:
         return LEFT + i * (WIDTH - LEFT - RIGHT) / max(1, len(marks) - 1)
 
     def y(share: float) -> float:
-        return TOP + (1 - share / top) * (HEIGHT - TOP - BOTTOM)
+        return TOP + (high - share) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
              f'font-family="sans-serif" font-size="12">',
              f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
-    for share in (top * i / 4 for i in range(5)):
+    for share in (low + (high - low) * i / 4 for i in range(5)):
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(share):.1f}" y2="{y(share):.1f}" '
                      f'stroke="#e4e6ea" class="rule"/><text class="ink" x="{LEFT - 8}" y="{y(share) + 4:.1f}" '
                      f'text-anchor="end" fill="#444">{f"{100 * share:.3g} %" if percent else f"{share:.3g}"}</text>')
@@ -53,8 +55,8 @@ def chart(series: list[tuple[str, Rows]], marks: list[str], title: str, top: flo
                  f'fill="#444">{escape(title)}</text>')
     below = 0.0                                     # the y of the label above: they are set from the top down
     for (label, rows), colour in sorted(zip(series, cycle(COLOURS)), key=lambda line: -line[0][1][-1][0]):
-        band = [f"{x(i):.1f},{y(high):.1f}" for i, (_, _, high) in enumerate(rows)]
-        band += [f"{x(i):.1f},{y(low):.1f}" for i, (_, low, _) in reversed(list(enumerate(rows)))]
+        band = [f"{x(i):.1f},{y(upper):.1f}" for i, (_, _, upper) in enumerate(rows)]
+        band += [f"{x(i):.1f},{y(lower):.1f}" for i, (_, lower, _) in reversed(list(enumerate(rows)))]
         line = " ".join(f"{x(i):.1f},{y(estimate):.1f}" for i, (estimate, _, _) in enumerate(rows))
         below = max(below + 13, y(rows[-1][0]) + 4)
         parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.12"/>'
@@ -159,15 +161,15 @@ def cell(figure: tuple[float, float, float], sign: str = "") -> str:
     return "{:{s}6.1f} [{:{s}5.1f}, {:{s}5.1f}]".format(*(100 * v for v in figure), s=sign)
 
 
-def report(folder: Path, cfg: Config, tasks: list[str]) -> str:
-    """passk.json and the printed table of a run, from its samples.jsonl alone."""
+def report(folder: Path, cfg: Config, tasks: list[str], ended: bool = True) -> str:
+    """The printed table of a run, from its samples.jsonl alone, and passk.json, which says that it has ended."""
     found = read_policies(folder, tasks)
 
     def passk() -> str:
         return json.dumps({p.label: {name: dict(zip(("estimate", "low", "high"), f))
                                      for name, f in p.figures(cfg.ks, cfg.resamples).items()} for p in found}, indent=1)
-    text = part("there is no passk.json", passk)
-    if ranks.rank() == 0 and text:
+    text = part("there is no passk.json", passk) if ended and ranks.rank() == 0 else ""
+    if text:
         write_aside(folder / "passk.json", text + "\n")
     return part("there is no table", lambda: table(found, cfg.ks, cfg.resamples))
 
@@ -457,11 +459,12 @@ def training(folder: Path) -> str:
     for round_ in sorted({round_ for round_, _ in steps}):
         own = [record for (number, _), record in sorted(steps.items()) if number == round_]
         series = [(name, [(record[name],) * 3 for record in own]) for name in own[0] if name not in known]
-        top = max(point[0] for _, points in series for point in points)
+        losses = [point[0] for _, points in series for point in points]
         title = f"optimiser step, {f'round {round_}' if round_ else 'warm start'}"
-        if len(own) > 1 and top > 0:
+        if len(own) > 1 and any(losses):
             marks = [str(record["step"]) for record in own]
-            text += f"<figure>{chart(series, marks, title, top, percent=False)}</figure>"
+            span = min(0.0, *losses), max(0.0, *losses)    # a policy gradient's may be negative
+            text += f"<figure>{chart(series, marks, title, span, percent=False)}</figure>"
     return text
 
 

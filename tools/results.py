@@ -45,6 +45,7 @@ NOTES = {
     "recovery": "Recovery: success among episodes that met a refused action.",
     "new": "New, lost: tasks solved in any sample that the first row never solves, and the other way round.",
     "steps": "Steps: environment steps of training, replayed ones included.",
+    "minutes": "Minutes: of training, without those of another run's trees.",
     "reflections right": "Reflections right: of the failures that were told what was missing, those that name it."}
 
 
@@ -69,11 +70,11 @@ def make(tables: dict[str, Table], runs: list[Made]) -> None:
         raise UserError(f"{failed[0].folder} has not ended (see above){others}; the same command goes on with what is missing")
 
 
-def link(tables: dict[str, Table], table: Table, source: Path) -> list[Made]:
+def link(tables: dict[str, Table], table: Table, source: Path, rows: list[str], seeds: list[int]) -> list[Made]:
     """The ended runs of another folder, ROW-SEED/ each, as if they had been made here: by links."""
-    found, names = [], [row.name for row in table.rows.values() if not row.shows]
+    found, names = [], [row.name for row in table.rows.values() if not row.shows and row.name in (rows or table.rows)]
     for name in names:
-        for seed in table.set["seeds"]:
+        for seed in seeds:
             run = Made(table.name, name, seed)
             theirs, own = source / run.key, ROOT / run.folder
             if not has_ended(theirs):
@@ -323,13 +324,16 @@ def main(args: list[str]) -> None:
     seeds = words(options.get("seeds", str(table.set["seeds"])), "seeds")
     if not fits(seeds, list[int]) or not set(seeds) <= set(table.set["seeds"]):
         raise UserError(f"seeds: {short(seeds)} is no list of some of {table.name}'s, {table.set['seeds']}")
+    plan = words(options.get("plan", "false"), "plan")
+    if not isinstance(plan, bool):
+        raise UserError(f"plan: {short(plan)} is neither true nor false")
     if "from" in options:
-        runs = link(tables, table, Path(options["from"]))
+        runs = link(tables, table, Path(options["from"]), rows, seeds)
     else:
         asked = dict.fromkeys(made_by(tables, f"{table.name}/{row}", seed)[0] for seed in seeds for row in rows or table.rows)
         recorded = {run for run in asked if run.key in read_records(run.table)}
         runs = missing(tables, list(asked), recorded)
-    if options.get("plan") == "true":
+    if plan:
         print(visible("\n".join(shlex.join(["python", *command(tables, run)]) for run in runs) or "nothing is missing"))
         return
     make(tables, runs)
