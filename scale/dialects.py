@@ -42,7 +42,11 @@ def choice_of(answer: Any) -> dict:
     """The one choice of an answer that is one; raises Refused."""
     try:
         choice = answer["choices"][0]
-        says = token_ids(choice) is not None or isinstance(choice["text"], str)
+        says = is_list(token_ids(choice), int) if token_ids(choice) is not None else isinstance(choice["text"], str)
+        usage, logprobs = answer.get("usage") or {}, choice.get("logprobs") or {}
+        says = says and all(isinstance(usage.get(key) or 0, int) for key in ("prompt_tokens", "completion_tokens"))
+        says = says and is_list(logprobs.get("token_logprobs") or [], int | float)
+        says = says and is_list(choice.get("prompt_token_ids") or [], int)
     except (LookupError, TypeError, AttributeError):
         says = False
     if not says:
@@ -56,10 +60,15 @@ def token_ids(choice: dict) -> list[int] | None:
     return choice.get("token_ids", choice.get("response_token_ids"))
 
 
+def is_list(value: Any, kind: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
 class Dialect:
     """Requests and answers in one of the dialects, for one model's chat."""
     def __init__(self, number: int, chat: Chat, cfg: Config):
         self.number, self.chat, self.cfg = number, chat, cfg
+        self.control = set(chat.tokenizer.added_tokens_decoder)
 
     def body(self, ids: list[int], max_new: int, temperature: float, seed: int) -> dict:
         plain = dict(max_tokens=max_new, temperature=temperature, seed=seed)
@@ -83,12 +92,17 @@ class Dialect:
         """A prompt as the server should read it: the same ids, if not on the way through text."""
         return ids if self.number == 0 else self.chat.tokenizer(self.text(ids)).input_ids
 
+    def smuggles(self, ids: list[int]) -> bool:
+        """Does a prompt's text hold what the server would read as a control token, where here it is none?"""
+        return self.number > 0 and (
+            sum(i in self.control for i in self.told(ids)) != sum(i in self.control for i in ids))
+
     def read(self, answer: dict, prompt: list[int], max_new: int) -> Answer:
         """Raises UserError if the server read another prompt than it was told."""
         choice, usage = choice_of(answer), answer.get("usage") or {}
         self.check_prompt(choice, usage, prompt)
         ids, why = token_ids(choice), choice.get("finish_reason")
-        exact, drawn = ids is not None, usage.get("completion_tokens", 0)
+        exact, drawn = ids is not None, usage.get("completion_tokens") or 0
         if ids is None:
             ids = self.chat.ids(choice["text"], behind=self.chat.user_to_reply)[:max_new]
             ended = why == "stop" or self.number == 1 and len(ids) == drawn - 1       # it says length for both

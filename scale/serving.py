@@ -50,15 +50,23 @@ def served(policy: Policy) -> Path | None:
 
 
 class Asked(Future):
-    """A request under way: the prompt as the server was told it, and how many tokens it may answer with."""
-    def __init__(self, prompt: list[int], max_new: int):
+    """A request under way: the prompt as the server was told it, how many tokens it may answer with, and whether that
+    prompt has other ids than ours."""
+    def __init__(self, prompt: list[int], max_new: int, retold: bool):
         super().__init__()
-        self.prompt, self.max_new = prompt, max_new
+        self.prompt, self.max_new, self.retold = prompt, max_new, retold
 
 
 class Reply(list):
     """Ids, and their log-probabilities as the server has them, if it says them of each."""
     logp: list[float] = []
+
+
+def said_in(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read()[:300].decode(errors="replace")
+    except (OSError, http.client.HTTPException):         # cut off
+        return ""
 
 
 class Server:
@@ -69,8 +77,8 @@ class Server:
         self.slots, self.context, self.temperature = here.slots, here.context, here.temperature
         self.here, self.adapter, self.local = here, served(policy), False
         self.precision = policy.drawn["drawn_by"]        # here
-        self.sampled = self.told = self.retold = 0       # tokens drawn; messages, and those that changed on the way
-        self.ended = 0                                   # episodes, by what the server refused them
+        self.drawn = self.told = self.retold = 0         # tokens drawn; messages, and those that changed on the way
+        self.ended = self.smuggled = 0                   # episodes, by what the server refused them; by their text
         self.why = Refused(0, "")                        # what was refused last
         self.lock, self.closed = threading.Lock(), False
         self.dialect: Dialect | None = None              # None until the server was asked
@@ -96,7 +104,7 @@ class Server:
         """What the model is called there, and who says so."""
         try:
             listed = {entry["id"]: entry for entry in self._call("/models")["data"] if not entry.get("parent")}
-        except (Refused, LookupError, TypeError):        # transformers serve fails here where no cache is
+        except (Refused, LookupError, TypeError, AttributeError):      # transformers serve fails here where no cache is
             listed = {}
         path = find_model(self.cfg.model)                # what a server loads by itself that has no model yet
         path = str(Path(path).resolve()) if Path(path).is_dir() else path
@@ -106,7 +114,7 @@ class Server:
             print(visible(f"engine: {self.url} calls its model {name}; it must be {self.cfg.model}"))
         entry = listed.get(name or "", {})
         most = entry.get("max_model_len")
-        if most and most < self.context:
+        if isinstance(most, int) and 0 < most < self.context:
             raise UserError(f"engine: {self.url} takes {most} tokens, context is {self.context}: start it with more (vLLM: "
                             f"--max-model-len {self.context}; SGLang: --context-length), or lower context=")
         return dict(model=name or path), str(entry.get("owned_by") or "a server")
@@ -176,17 +184,19 @@ class Server:
             try:
                 with urllib.request.urlopen(request, timeout=self.cfg.engine_timeout) as answer:
                     text = answer.read().decode()
+                text = text.strip()                      # blank lines keep a connection alive
                 return json.loads(text) if text.startswith(("{", "[")) else {"text": text} if text else {}
             except urllib.error.HTTPError as error:
-                code, why = error.code, error.read()[:300].decode(errors="replace")
+                code, why = error.code, said_in(error)
                 if code in (401, 403):
                     raise UserError(f"engine: {self.url} " + (f"does not take the key in OPENAI_API_KEY ({code} {why})" if key else
                                     f"wants a key ({code} {why}); set OPENAI_API_KEY to the one it was started with")) from None
                 failed += code in (500, 501)
-                if body is None or code < 500 and code not in (408, 425, 429) or failed == (1 if "lora" in route else 3):
+                passes = code in (408, 425, 429) or code > (499 if body else 501)
+                if not passes or failed == (1 if "lora" in route else 3):
                     raise Refused(code, why) from None
                 why = f"{code} {why}"
-            except (OSError, http.client.HTTPException, ValueError) as error:     # gone, or cut off in between
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:     # gone, or cut off
                 why = str(getattr(error, "reason", error))
             until = until or time.monotonic() + self.cfg.engine_patience          # from the first failure on
             if self.closed or time.monotonic() >= until:
@@ -226,7 +236,8 @@ class Server:
     def ask(self, ids: list[int], max_new: int, temperature: float, seed: int, **more: Any) -> Asked:
         """A reply to a context, asked for in a thread that does not keep the program from ending."""
         body = self.dialect.body(ids, max_new, temperature, seed) | more
-        asked = Asked(self.dialect.told(ids), max_new)
+        prompt = self.dialect.told(ids)
+        asked = Asked(prompt, max_new, prompt != ids)
 
         def ask() -> None:
             try:
@@ -244,8 +255,8 @@ class Server:
             self.ended, self.why = self.ended + 1, error
             return None
         self.told += 1
-        self.sampled += len(answer.ids)
-        self.retold += not answer.exact
+        self.drawn += len(answer.ids)
+        self.retold += asked.retold or not answer.exact
         reply = Reply(answer.ids)
         reply.logp = answer.logp if len(answer.logp) == len(reply) else []
         return reply
@@ -281,6 +292,9 @@ class Server:
         if self.retold:
             print(f"engine: {self.retold} of {self.told} messages changed their ids on the way through text",
                   file=sys.stderr)
+        if self.smuggled:
+            print(f"engine: {self.smuggled} times a world's text held what the server, which is told text, would read as a "
+                  f"control token; each ended its episode, as if there were no room", file=sys.stderr)
         if self.ended:
             print(visible(f"engine: {self.url} refused a request twice ({self.why}), and others not: {self.ended} times; each "
                           f"ended its episode, as if there were no room"), file=sys.stderr)
@@ -294,7 +308,7 @@ class Server:
                 ask = job.episode.throw(error)
             else:
                 ask = job.episode.send(future.result() if future else None)
-            while isinstance(ask, Ask) and len(ask.context) + ask.max_new > self.context:
+            while isinstance(ask, Ask) and self._has_no_room(ask):
                 ask = job.episode.send(None)
         except StopIteration as end:
             job.result = end.value
@@ -306,11 +320,20 @@ class Server:
                 agreement.check(self, ask.context)
             heat = self.temperature if ask.temperature is None else ask.temperature
             more = dict(logprobs=0) if getattr(self.cfg, "grpo_truncate", 0) and self.dialect.number == 0 else {}
-            asked = self.ask(ask.context, ask.max_new, heat, job.rng.getrandbits(31), **more)
-            self.retold += asked.prompt != ask.context
-            ask = asked
+            ask = self.ask(ask.context, ask.max_new, heat, job.rng.getrandbits(31), **more)
         waiting[ask] = job
         return False
+
+    def _has_no_room(self, ask: Ask) -> bool:
+        if len(ask.context) + ask.max_new > self.context:
+            return True
+        smuggles = self.dialect.smuggles(ask.context)
+        self.smuggled += smuggles
+        return smuggles
+
+    @property
+    def sampled(self) -> int:
+        return self.here.sampled if self.local else self.drawn
 
     def drop(self, family: str | None = None) -> None:
         self.here.drop(family)                           # the server keeps what it likes
@@ -318,4 +341,4 @@ class Server:
     def pace(self, seconds: float) -> str:
         if self.local:
             return self.here.pace(seconds)
-        return f"{self.sampled / max(1e-9, seconds):.0f} tokens/s from {self.url}"
+        return f"{self.drawn / max(1e-9, seconds):.0f} tokens/s from {self.url}"

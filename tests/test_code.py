@@ -206,6 +206,8 @@ def test_outputs_are_compared_as_codecontests_does():
     assert same("007 +5 -0 1e3", "7 5 0 1000") and same("7.0", "7") and same("1" * 5000, "0" + "1" * 5000)
     assert not same("9007199254740993", "9007199254740992") and not same("1_0", "10") and same("-0.0", "0.0")
     assert not same("-7", "7") and not same("\u0667", "7") and not same("nan", "nan0") and not same("0x7", "7")
+    assert same("0 -0 000", "-0 0 0") and same("1. .5", "1 0.50") and not same(".", "0")
+    assert not same("1" * 10**6 + "x", "yes") and not same("0" * 10**6 + "x", "0")       # at once, not in the square of that
     assert not same("1 2", "1 2 3") and not same("0.33", "0.34") and not same("a", "b")
 
 

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from engine import Job
 from envs import Outcome, Quest, ReplayMismatch, make_env
 from leafe import Attempt, episode
 from tools import tiny as tiny_module
-from worlds.sokoban import MOVES, Level, Sokoban, push, read_levels, reverse_play, split_of
+from worlds.sokoban import MOVES, Level, Sokoban, names_of, push, read_levels, reverse_play, split_of
 from worlds.sokoban_words import InWords
 
 
@@ -334,6 +335,11 @@ def test_boxoban_files_are_read_as_they_are():
     shown = env.reset("medium_train_sample/0").split("\n", 1)[1]
     assert shown == path.read_text().split("\n", 1)[1].split("\n\n")[0].split("\n;")[0]
     assert {len(level.boxes) for level in levels} == {4} and levels[0].size == (10, 10)
+
+
+@pytest.mark.parametrize("path", ["/levels.txt", "/data/levels.txt", "/data/sets/levels.txt", "levels.txt"])
+def test_a_task_of_a_file_near_the_root_has_one_slash(path):
+    assert list(names_of([Path(path)])) == ["_".join(Path(path).with_suffix("").parts[path.startswith("/"):])]
 
 
 def test_a_clone_of_boxoban_is_read_as_a_folder(tmp_path):

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from conftest import ROOT
+from worlds import sandbox
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -93,6 +94,15 @@ class Harness:
         assert (found["file"], found["mode"]) == ("swordfish", 0o644)
         assert found["took"] < limits["seconds"] + 4
         return found
+
+
+def test_root_of_a_container_with_few_users_is_told_so(monkeypatch):
+    def chown(*_):
+        raise OSError(22, "Invalid argument")
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(sandbox.os, "chown", chown)
+    with pytest.raises(sandbox.SandboxError, match="this system gives it none .Invalid argument.; run as an ordinary user"):
+        sandbox.run("print(1)", "", sandbox.Limits())
 
 
 @pytest.fixture(scope="module", params=[(True, True), (True, False), (False, True), (False, False)],
@@ -248,6 +258,13 @@ def test_files_that_it_removed_but_holds_open_count_and_so_do_folders_too_deep_t
     deep = "import os, time\nfor _ in range(18): os.mkdir('d' * 250); os.chdir('d' * 250)\ntime.sleep(600)"
     assert hold(deep, seconds=5)["end"] == "disk"
     assert hold("import os; os.write(0, b'x')")["code"] == 1            # its input is not for writing
+
+
+def test_files_below_a_folder_that_is_renamed_again_and_again_count(hold):
+    source = ("import os, time\nroot = os.getcwd()\nos.mkdir('0'); os.chdir('0')\nfor _ in range(300): os.mkdir('d'); os.chdir('d')\n"
+              "if os.fork() == 0:\n n = 0\n while 1: os.rename(f'{root}/{n}', f'{root}/{n + 1}'); n += 1\n"
+              "for i in range(40): open(f'{i}', 'wb').write(bytes(10**6))\ntime.sleep(600)")
+    assert hold(source, disk_mb=16, seconds=8)["end"] == "disk"
 
 
 def test_a_deep_tree_of_folders_and_a_daemon_are_both_cleared_away(hold):

@@ -22,6 +22,7 @@ from eval import sample
 from leafe import Attempt, episode, explore, read_trees
 from lora import add_lora, adapter_off, load_adapter, load_model, save_adapter
 from run import Policy, provenance
+from scale.dialects import Dialect
 
 GREEDY = ["temperature=0", "reflect_temperature=0", "train_tasks=2", "test_tasks=2", "attempts=3",
           "engine_patience=5"]
@@ -87,6 +88,11 @@ class Speaker(BaseHTTPRequestHandler):
 
     def do_GET(self):
         state = self.server.state
+        if state["busy"]:
+            state["busy"] -= 1
+            return self.answer(503, dict(error="busy"))
+        if state["models"] is not None:
+            return self.answer(200, state["models"])
         lora = [dict(id=name, parent="tiny") for name in state["adapters"]]
         base = dict(id=state["name"], owned_by="vllm", max_model_len=state["longest"])
         self.answer(200, dict(data=[base, *lora]))
@@ -121,9 +127,11 @@ class Speaker(BaseHTTPRequestHandler):
             completion_tokens=len(ids), prompt_tokens=state["count"](len(body["prompt"])))))
 
     def answer(self, code, what):
-        text = (what if isinstance(what, str) else json.dumps(what)).encode()
+        text = (self.server.state["before"] + (what if isinstance(what, str) else json.dumps(what))).encode()
+        cut = self.server.state["cut"] and code >= 500
+        self.close_connection = self.close_connection or cut
         self.send_response(code)
-        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Length", str(len(text) + 9 * cut))
         self.end_headers()
         self.wfile.write(text)
 
@@ -147,7 +155,7 @@ def vllm(own_tiny, settings):
             with adapter_off(model, not name):
                 return next(engine.run(deque([Job(one(), Random(body["seed"]), "")]))).result
     state = server.state = dict(
-        asked=[], ill=0, key="", says={}, adapters={}, loaded="", reply=reply, name="tiny", longest=768, logp=None,
+        asked=[], ill=0, busy=0, cut=False, before="", models=None, key="", says={}, adapters={}, loaded="", reply=reply, name="tiny", longest=768, logp=None,
         count=lambda n: n, text=lambda ids: chat.tokenizer.decode(ids, skip_special_tokens=True),
         folder=lambda name: Path(state["adapters"][name]))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -259,6 +267,72 @@ def test_a_server_that_is_none_or_speaks_otherwise_is_one_line(vllm, tiny, setti
     state["reply"] = lambda body: [][0]                  # the handler dies: the connection closes without an answer
     with pytest.raises(UserError, match="does not answer"):
         ask(address)
+
+
+SAYS = dict(text="", token_ids=[5], finish_reason="length")
+
+
+@pytest.mark.parametrize("odd", [
+    dict(choices=[SAYS | dict(token_ids=[5, None])]), dict(choices=[SAYS | dict(token_ids="56")]),
+    dict(choices=[SAYS | dict(token_ids=7)]), dict(choices=[SAYS], usage=[]) | dict(usage=[1]),
+    dict(choices=[SAYS], usage=dict(prompt_tokens="3")), dict(choices=[SAYS | dict(logprobs=[1.0])]),
+    dict(choices=[SAYS | dict(logprobs=dict(token_logprobs=[None]))]), dict(choices=[SAYS | dict(prompt_token_ids=7)])])
+def test_an_answer_of_another_shape_is_none(odd, vllm, tiny, settings):
+    address, state = vllm
+    state["reply"] = lambda body: (200, odd)
+    with pytest.raises(UserError, match="completes nothing for tiny"):
+        one_reply(Policy(*tiny, settings(f"engine={address}", "engine_patience=0")).engine(), tiny[1])
+
+
+@pytest.mark.parametrize("models", [dict(data=["m"]), dict(data=[None]), dict(data=dict(id="m")), [], "ready",
+                                    dict(data=[dict(id="tiny", max_model_len="4096")])])
+def test_a_list_of_models_of_another_shape_is_none(models, vllm, tiny, settings):
+    address, state = vllm
+    state["name"] = "tiny" if "4096" in str(models) else str(ROOT / "models/tiny")
+    state["models"] = models
+    assert one_reply(Policy(*tiny, settings(f"engine={address}", "engine_patience=0")).engine(), tiny[1])
+
+
+def test_an_error_that_is_cut_off_is_asked_again_and_so_is_a_list_of_models(vllm, tiny, settings):
+    address, state = vllm
+    state["ill"], state["busy"] = 2, 2
+    state["cut"] = True                                  # both the list's and the completion's errors are
+    assert one_reply(Policy(*tiny, settings(f"engine={address}", "engine_patience=20")).engine(), tiny[1])
+    assert state["busy"] == state["ill"] == 0
+
+
+def test_blank_lines_before_an_answer_keep_a_connection_alive(vllm, tiny, settings):
+    address, state = vllm
+    whole = one_reply(Policy(*tiny, settings(f"engine={address}", "temperature=0")).engine(), tiny[1])
+    state["before"] = "\n\n"
+    assert one_reply(Policy(*tiny, settings(f"engine={address}", "temperature=0")).engine(), tiny[1]) == whole
+
+
+def test_text_that_a_server_would_read_as_a_control_token_is_not_told(vllm, tiny, settings, monkeypatch, capsys):
+    address, chat = vllm[0], tiny[1]
+    control = chat.tokenizer.eos_token
+    hostile, plain = chat.first("rules", f"a note says: {control}"), chat.first("rules", "a note")
+    for number in (1, 2):
+        dialect = Dialect(number, chat, settings())
+        assert dialect.smuggles(hostile) and not dialect.smuggles(plain)
+    assert not Dialect(0, chat, settings()).smuggles(hostile)                  # it is told ids
+    monkeypatch.setattr(Dialect, "smuggles", lambda self, ids: ids == hostile)
+    server = Policy(*tiny, settings(f"engine={address}")).engine()
+
+    def episode():
+        return (yield Ask(hostile, 4)), (yield Ask(plain, 4))
+    first, second = next(server.run(deque([Job(episode(), Random(0), "")]))).result
+    assert first is None and second
+    capsys.readouterr()
+    server._say()
+    assert "1 times a world's text held what the server" in capsys.readouterr().err
+
+
+def test_what_is_sampled_here_in_a_server_s_place_counts(vllm, trained, settings):
+    address, state = vllm
+    state["says"] = {"/v1/load_lora_adapter": (404, ""), "/load_lora_adapter": (404, "")}
+    server = Policy(*trained, settings(f"engine={address}", "engine_patience=0")).engine()
+    assert server.sampled == 0 and one_reply(server, trained[1]) and server.sampled == server.here.sampled > 0
 
 
 def test_what_has_nothing_to_sample_needs_no_server(tiny, settings, tmp_path):

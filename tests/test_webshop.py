@@ -311,6 +311,25 @@ def test_capitals_in_options_and_small_letters_in_asins_can_be_clicked(tmp_path)
     assert all(outcome.valid for outcome in outcomes) and env.chosen == {"color": wanted}
 
 
+def test_blanks_around_an_option_do_not_keep_it_from_being_clicked(tmp_path):
+    product = {**PRODUCT, "attributes": ["bright"], "options": {"color": ["black / ", " navy "]}}
+    (tmp_path / "x.jsonl").write_text(json.dumps(product))
+    env = WebShop(str(tmp_path / "x.jsonl"))
+    for task in (f"goal-{n}" for n in range(env.count)):
+        env.reset(task)
+        actions = ["search[lamp]", f"click[{PRODUCT['asin']}]", f"click[{env.goal['options'][0]}]", "click[buy now]"]
+        outcomes = [env.step(action) for action in actions]
+        assert all(outcome.valid for outcome in outcomes) and list(env.chosen.values()) == env.goal["options"]
+        assert outcomes[-1].success
+
+
+@pytest.mark.parametrize("name", ["my%20items.jsonl", "items#1.jsonl", "what?.jsonl", "a b&c=d.jsonl"])
+def test_a_file_s_name_may_hold_what_an_address_reads_otherwise(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps(PRODUCT))
+    assert WebShop(str(tmp_path / name)).count == 1
+    assert len(list((tmp_path / "cache").rglob("*webshop-*"))) == 1            # and no other is made beside
+
+
 def test_a_file_beside_the_catalogue_that_comes_later_counts(tmp_path):
     (tmp_path / "items.json").write_text(json.dumps([DOWNLOADED]))
     about = dict(instruction="find a lamp", instruction_attributes=["bright"], attributes=["bright"])

@@ -217,7 +217,7 @@ LATE = re.compile(r"([ \t]*)\S.*[ \t](`{3,})[ \t]*((?:i?python|py)[\d.]*)", re.I
 PYTHON = re.compile(r"\W*((i?python|py)[\d.]*(?![\w-])|\S+\.py$)", re.I)
 END = re.compile(r"\s*(<\|[^<>]*\|>|</s>|<eos>|<end_of_turn>)\s*$")
 STRINGS = re.compile(r"""                              # comments, and strings that end
-    \#[^\n]* | ("{3}|'{3}) (?:\\.|.)*? \1
+    \#[^\n]* | ("{3}|'{3}) (?:\\.|[^\\])*? \1
     | (?<!") " (?!"") (?:\\.|[^"\\\n])* " | (?<!') ' (?!'') (?:\\.|[^'\\\n])* '""", re.S | re.X)
 
 
@@ -282,8 +282,8 @@ def in_string(code: str) -> bool:
 
 # --------------------------------------------------------------------------------------- programs that read and print
 
-WHOLE = re.compile(r"([+-]?)0*(\d+)", re.A)
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.A)
+WHOLE = re.compile(r"([+-]?)0*([1-9]\d*|0)", re.A)
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.A)
 
 
 def same(a: str, b: str) -> bool:

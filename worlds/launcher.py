@@ -185,16 +185,17 @@ def first_of_namespace(job: dict, failed: int, ended: int) -> None:
 MOST_MAPS = 1 << 20                                      # bytes: ten thousand lines
 
 
-def processes() -> dict[int, tuple[int, int, int, int, bool]]:
+def processes() -> dict[int, tuple[int, int, int, int, bool, bool]]:
     """Process -> parent, threads, resident bytes, user, whether its first thread has ended before others, which hides
-    what it holds; of the whole system."""
+    what it holds, whether it is stopped or has ended; of the whole system."""
     found = {}
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
             found[int(pid)] = (int(fields[1]), int(fields[17]), int(fields[21]) * resource.getpagesize(),
-                               os.stat(f"/proc/{pid}").st_uid, fields[0] == b"Z" and int(fields[17]) > 1)
+                               os.stat(f"/proc/{pid}").st_uid, fields[0] == b"Z" and int(fields[17]) > 1,
+                               fields[0] in b"TtZX")
         except OSError:                                  # it ended meanwhile
             pass
     return found
@@ -211,11 +212,12 @@ def below(root: int, found: dict) -> list[int]:
     return tree[1:]
 
 
-def disk(job: dict, pids: list[int]) -> int:
+def disk(job: dict, pids: list[int]) -> tuple[int, bool]:
     """Bytes in the program's folder, 4 KB a file at the least, and in files that it removed but holds open. One that it
     removed and mapped is over the limit, as are a tree too deep to be named, and maps too many to be read. Opens what
-    the program closed to its user."""
+    the program closed to its user. And whether nothing went while it was looked at."""
     total, limit, stack, seen = 0, job["disk_mb"] << 20, [job["folder"]], {job["stdin"]}
+    whole = True
     while stack and total <= limit:
         try:
             path = stack.pop()
@@ -225,9 +227,10 @@ def disk(job: dict, pids: list[int]) -> int:
                     total += max(4096, entry.stat(follow_symlinks=False).st_blocks * 512)
                     if entry.is_dir(follow_symlinks=False):
                         stack.append(entry.path)
-        except OSError as error:                         # else it went while it was looked at
+        except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                return limit + 1
+                return limit + 1, True
+            whole = False
     for pid in pids:
         try:
             for fd in os.listdir(f"/proc/{pid}/fd"):
@@ -238,10 +241,36 @@ def disk(job: dict, pids: list[int]) -> int:
             with open(f"/proc/{pid}/maps", "rb") as file:
                 maps = file.read(MOST_MAPS)
             if len(maps) == MOST_MAPS or re.search(re.escape(job["folder"].encode()) + rb".* \(deleted\)\n", maps):
-                return limit + 1
+                return limit + 1, True
         except OSError:
             pass
-    return total
+    return total, whole
+
+
+def disk_at_rest(job: dict) -> int:
+    """As disk, the whole tree stopped meanwhile: a program that goes on renaming what it wrote would hide it."""
+    stopped: set[int] = set()
+    until = time.monotonic() + 1
+    try:
+        while time.monotonic() < until:
+            found = processes()
+            pids = below(os.getpid(), found)
+            moving = [pid for pid in pids if not found[pid][5]]
+            if not moving:
+                break
+            stopped |= set(moving)
+            tell(moving, signal.SIGSTOP)
+        return disk(job, pids)[0]
+    finally:
+        tell(stopped, signal.SIGCONT)
+
+
+def tell(pids, number: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
 
 
 def watch(job: dict, child: int) -> tuple[int | None, str]:
@@ -267,7 +296,8 @@ def watch(job: dict, child: int) -> tuple[int | None, str]:
             before, hidden = hidden, {pid for pid in pids if found[pid][4]}
             if before & hidden or sum(found[pid][2] for pid in pids) > job["memory_mb"] << 20:
                 return None, "memory"
-            if disk(job, pids) > job["disk_mb"] << 20:
+            used, whole = disk(job, pids)
+            if (used if whole else disk_at_rest(job)) > job["disk_mb"] << 20:
                 return None, "disk"
             look = time.monotonic() + min(0.5, max(0.05, 10 * (time.monotonic() - now)))
         got = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], max(0, min(look, deadline) - time.monotonic()))
@@ -279,11 +309,7 @@ def kill_all() -> None:
     """Whatever is left of the tree: a program in its namespace goes with process 1; else all that can be found,
     until none is: those killed can fork no more, and their orphans come to the launcher."""
     while left := below(os.getpid(), processes()):
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        tell(left, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

@@ -102,8 +102,12 @@ def start(source: str, limits: Limits, stdin, stdout, stderr) -> Program:
         Path(folder, "main.py").write_text(source, encoding="utf-8", errors="surrogatepass")
         if os.geteuid() == 0:                            # no two programs share a user
             uid = 10**8 + (os.getpid() << 8 | next(numbers) & 255)
-            os.chown(folder, uid, uid)
-            os.chown(os.path.join(folder, "main.py"), uid, uid)
+            try:
+                os.chown(folder, uid, uid)
+                os.chown(os.path.join(folder, "main.py"), uid, uid)
+            except OSError as error:                     # root of a container that has few users
+                raise SandboxError(f"as root each program runs as a user of its own, and this system gives it none "
+                                   f"({error.strerror}); run as an ordinary user") from None
         ends += os.pipe()
         job = dict(asdict(limits), folder=folder, uid=uid, python=python(), files=files(), report=ends[1],
                    parent=os.getpid())

@@ -95,7 +95,8 @@ def names_of(paths: list[Path]) -> dict[str, Path]:
     """A name here for each file: its own, if that tells the split, as Boxoban's do once they are sorted; else with the
     two folders above. Files that would have one name are told apart by more of their folders."""
     stems = Counter((path.parent, path.stem) for path in paths)
-    parts = {path: (*path.parent.parts, path.stem if stems[path.parent, path.stem] == 1 else path.name) for path in paths}
+    parts = {path: (*path.parent.parts[path.is_absolute():],                   # without the root's "/"
+                    path.stem if stems[path.parent, path.stem] == 1 else path.name) for path in paths}
     depth = {path: 1 if split_of(path.stem) else 3 for path in paths}
     while True:
         names = {path: "_".join(parts[path][-depth[path]:]) for path in paths}

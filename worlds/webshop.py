@@ -23,6 +23,7 @@ from itertools import product as combinations
 from math import prod
 from pathlib import Path
 from typing import Any, Iterator
+from urllib.parse import quote
 
 from tqdm import tqdm
 
@@ -370,7 +371,7 @@ class WebShop(Env):
     max_turns = 15
 
     def __init__(self, data: str = ""):
-        self.db = sqlite3.connect(f"file:{database(data)}?mode=ro", uri=True, check_same_thread=False)
+        self.db = sqlite3.connect(f"file:{quote(str(database(data)))}?mode=ro", uri=True, check_same_thread=False)
         try:
             self.count = self.db.execute("select count(*) from goal").fetchone()[0]
         except sqlite3.DatabaseError as error:
@@ -452,7 +453,7 @@ class WebShop(Env):
         if verb == "search":
             self._go("results")
             self.found = self._search(word)
-        elif verb == "click" and word != "search" and word in (button.lower() for button in self._buttons()):
+        elif verb == "click" and word != "search" and word in (button.lower().strip() for button in self._buttons()):
             if word == "buy now":
                 score, done = reward(self.item, self.chosen, self._item(self.goal["asin"]), self.goal), True
             else:
@@ -476,8 +477,9 @@ class WebShop(Env):
         elif word in TABS:
             self.place = word
         else:
-            name = next(name for name, values in self.item["options"].items() if word in values)
-            self.chosen[name] = word
+            name, value = next((name, value) for name, values in self.item["options"].items() for value in values
+                               if value.strip() == word)               # some files have blanks around it
+            self.chosen[name] = value
 
     def actions(self) -> list[str]:
         return [*["search[...]"] * (self.place == "index"),
