@@ -44,7 +44,7 @@ class Chat:
     def text(self, ids: list[int]) -> str:
         """What a reply says, for people and parsers, without a thought that control tokens alone set apart."""
         answer = max((n + 1 for n, i in enumerate(ids) if i in self.template.answers), default=0)
-        return self.tokenizer.decode(ids[answer:], skip_special_tokens=True).strip()
+        return self.tokenizer.decode(ids[answer:], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def first(self, system: str, user: str) -> list[int]:
         if not self.system_role:

@@ -177,7 +177,7 @@ def token_logp(model, rows: list[Packed]) -> torch.Tensor:
     picked = torch.cat([nn.functional.embedding(row.sources.to(device), states[b])
                         for b, row in enumerate(rows)])                                          # (N, D)
     labels = torch.cat([row.ids[row.targets] for row in rows]).to(device)
-    size = max(1, LOGITS_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
+    size = max(1, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
     if len(labels) <= size:
         return logp_of(model, picked, labels)
     return torch.cat([checkpoint(logp_of, model, *part, use_reentrant=False)

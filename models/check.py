@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
@@ -24,7 +25,7 @@ import forward
 import lora
 import packing
 import ranks
-from config import UserError, installed, load_config, visible
+from config import UserError, installed, load_config, refuse, visible
 from cache import common_prefix
 from engine import Ask, Engine, Episode, Job
 from models import card
@@ -80,6 +81,8 @@ class Judge:
 def check(policy: Policy) -> None:
     """UserError where no way computes what the model computes; else the model's attributes say which way is taken."""
     model, name, failed = policy.model, policy.cfg.model, ""
+    check_rows(policy)
+    note_other_template(policy)
     taken, why = [len(SAMPLING), len(TRAINING)], ["", ""]
     try:
         judge = judge_of(policy)
@@ -102,6 +105,29 @@ def check(policy: Policy) -> None:
     if uses and ranks.rank() == 0:
         print(visible(f"note: {name} is {' and '.join(uses)} another way than the fast one ({'; '.join(dict.fromkeys(filter(None, why))) or 'so another rank found'}): "
                       f"{lora.general().COST}"), file=sys.stderr)
+
+
+def check_rows(policy: Policy) -> None:
+    """What the template puts around texts must have rows in the embedding: added tokens may lack theirs. UserError."""
+    chat, rows = policy.chat, policy.model.get_input_embeddings().weight.shape[0]
+    said = [*chat.first("", ""), *chat.reply(""), *chat.next("", chat.cut(chat.reply("")))]
+    if max(said) >= rows:
+        raise UserError(f"model: the chat template of {policy.cfg.model} says token {max(said)} "
+                        f"({chat.tokenizer.convert_ids_to_tokens(max(said))}), its weights have {rows} rows for tokens: its "
+                        f"embedding was not resized (resize_token_embeddings)")
+    chat.stop &= set(range(rows))
+
+
+def note_other_template(policy: Policy) -> None:
+    """TRL and others leave a chat template beside an adapter. The base's is used."""
+    for folder in filter(None, (policy.cfg.init, policy.cfg.adapter)):
+        beside = Path(folder) / "chat_template.jinja"
+        own = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
+        if not own and (config := Path(folder) / "tokenizer_config.json").is_file():
+            own = lora.files().read_json("", config, "delete it").get("chat_template") or ""
+        if own and isinstance(own, str) and own != policy.chat.tokenizer.chat_template and ranks.rank() == 0:
+            print(visible(f"note: {folder} has a chat template of its own; {policy.cfg.model} is asked by its own, so if the "
+                          f"adapter was trained with another, give a model= whose folder holds that"), file=sys.stderr)
 
 
 def judge_of(policy: Policy, sizes: Sequence[int] = SIZES) -> Judge:
@@ -330,6 +356,8 @@ def main(args: list[str]) -> None:
     if args[:1] != ["check"] or not args[1:]:
         raise UserError("usage: python lora.py check MODEL [key=value ...]")
     cfg = load_config([f"model={args[1]}", *args[2:]])
+    if cfg.init:
+        refuse(cfg, adapter="init= is given, too; one of the two is checked")
     policy = Policy.open(cfg, cfg.init or cfg.adapter, "init" if cfg.init else "adapter")
     judge = judge_of(policy)
     found = sampling(judge) | training(judge)

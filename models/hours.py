@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import ranks
-from config import Config, visible
+from config import Config, UserError, method_file, visible
 from envs import closing, make_env
 from run import Run, provenance, write_aside
 
@@ -29,6 +29,8 @@ def work_of(cfg: Config) -> list[tuple]:
     steps = cfg.rounds * cfg.steps + cfg.warm_steps * bool(cfg.warm_start)
     per_step = max(1, cfg.batch_tokens // cfg.row_tokens) * cfg.row_tokens
     learned = [("explore", attempts * horizon, attempts * drawn, 0), ("distil", 0, steps * per_step, steps)]
+    if hasattr(method_file(cfg.method), "several_runs"):
+        raise UserError(f"plan: method={cfg.method} makes several runs; ask for one of them: method=leafe, method=grpo ...")
     if cfg.method != "leafe":
         learned = [(Path(cfg.method).stem, getattr(cfg, "env_steps", None) or "as trees= took", "", "")]
     return [*learned, (f"evaluate, {policies} policies" if policies > 1 else "evaluate", episodes * horizon,

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import traceback
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ def load(name: str, config: Any, four: bool, dtype: torch.dtype, device: str) ->
     check_tensors(told["missing_keys"], unexpected, {*told["mismatched_keys"], *met.mismatched})
     nn.Module.to(model, device)
     model.base_weights = met.samples or {sample_of(value) for value in model.parameters()}
+    if dtype == torch.float16:                           # it rounds small weights to others; names alone tell then
+        model.base_weights = set()
     if ranks.rank() == 0 and (what := reached(model)) != EVERY:
         print(visible(f"note: {name}: {what}"), file=sys.stderr)
     return model
@@ -117,7 +120,7 @@ def on_demand(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in checkpoint_files(folder):
         if file.suffix == ".bin":
-            found |= torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+            found |= torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file), map_location="cpu")
             continue
         with safe_open(file, framework="pt") as tensors:
             found |= {key: OnDemand(file, key) for key in tensors.keys()}

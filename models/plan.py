@@ -23,7 +23,7 @@ from config import Config, UserError, visible
 from envs import env_class
 from lora import (LINEAR, files, find_model, hub_fix, layers_of, linear_layers, lora_layers, lora_parameters, read_config,
                   widths)
-from models import hours
+from models import adapters, hours
 from models.loading import is_whole, leave_out_towers, model_class, stacked
 
 CARDS = (8, 16, 24, 48, 80)             # GB
@@ -42,6 +42,7 @@ class Shape:
     every: int                          # weights
     four: int                           # of them, those that 4 bits reach on a GPU
     four_on_cpu: int
+    packed: bool                        # whether its checkpoint is in 4 bits already
     largest: int                        # of a layer that is unpacked while it computes
     adapter: int                        # weights of an adapter
     layers: int
@@ -113,6 +114,7 @@ def measured(model: Any, cfg: Config, token: float | None = None) -> Shape:
     for value in [value for value in model.parameters() if id(value) not in own]:
         state = getattr(value, "quant_state", None)
         every += state.shape.numel() if state else value.numel() if value.dim() < 3 and value.is_floating_point() else 0
+    rank = rank_of(cfg)
     adapted = [widths(layer.base) for layer in lora_layers(model).values()] or [
         widths(layer) for _, _, layer in linear_layers(model)]
     size = of_all(text, "head_dim") or text.hidden_size // heads
@@ -120,14 +122,27 @@ def measured(model: Any, cfg: Config, token: float | None = None) -> Shape:
     normed = any(name.endswith("q_norm") for name, _ in decoder.named_modules())
     return Shape(
         kind=type(model).__name__, every=every, four=stacks + sum(i * o for i, o in linear),
-        four_on_cpu=stacks + sum(i * o for i, o in linear if is_whole(i, "cpu")),
+        four_on_cpu=stacks + sum(i * o for i, o in linear if is_whole(i, "cpu")), packed=is_packed(model.config),
         largest=max(i * o for i, o in linear),
-        adapter=sum(value.numel() for value in lora_parameters(model)) or cfg.lora_rank * sum(map(sum, adapted)),
+        adapter=sum(value.numel() for value in lora_parameters(model)) or rank * sum(map(sum, adapted)),
         layers=layers, hidden=text.hidden_size, wide=forward.middle(text),
         queries=heads * size, groups=heads // shared, inputs=sum(i for i, _ in adapted) / layers,
-        ranks=cfg.lora_rank * len(adapted) / layers, normed=(heads + shared) * size if normed else 0,
+        ranks=rank * len(adapted) / layers, normed=(heads + shared) * size if normed else 0,
         vocab=text.vocab_size, limits=lambda bytes_: forward.limits(text, text.vocab_size, bytes_),
         token=token or 2 * layers * shared * size)
+
+
+def rank_of(cfg: Config) -> int:
+    """Of the adapter; one that a run begins with keeps its own, the largest where layers differ."""
+    if not (adapter := cfg.init or cfg.adapter):
+        return cfg.lora_rank
+    told = adapters.read_config("", Path(adapter))
+    return max(told["r"], *(told.get("rank_pattern") or {}).values(), 1)
+
+
+def is_packed(config: Any) -> bool:
+    told = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    return bool(told.get("load_in_4bit") if isinstance(told, dict) else getattr(told, "load_in_4bit", False))
 
 
 def of_all(text: Any, name: str) -> Any:
@@ -158,15 +173,15 @@ def numbers_a_token(model: Any, ids: torch.Tensor, context: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------- the plan
-def in_four(cfg: Config, place: Place) -> bool:
-    return place.cuda if cfg.load_in_4bit is None else cfg.load_in_4bit
+def in_four(shape: Shape, cfg: Config, place: Place) -> bool:
+    return shape.packed or (place.cuda if cfg.load_in_4bit is None else cfg.load_in_4bit)
 
 
 def plan_of(shape: Shape, cfg: Config, place: Place, slots: int) -> Plan:
     """`slots`: of all processes on a CPU, which share snapshot_mb=, too."""
     b, four = place.number, 0
-    if in_four(cfg, place):
-        four = shape.four if place.cuda else shape.four_on_cpu
+    if in_four(shape, cfg, place):
+        four = shape.four if place.cuda or shape.packed else shape.four_on_cpu
     unpacked = b * shape.largest if four else 0
     slots = 0 if cfg.engine else -(-slots // place.processes)          # a server has a memory of its own
     plain, recomputed = (row_of(shape, cfg, b, again) + unpacked for again in (False, True))
@@ -264,7 +279,8 @@ def slots_of(model: Any, cfg: Config) -> int:
     place = here(cfg)
     if cfg.engine:                      # requests at a time, and no cache
         return USUAL
-    most = fitting(measured(model, cfg), cfg, place, room_here(place))
+    ids = torch.zeros(1, 8, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    most = fitting(measured(model, cfg, numbers_a_token(model, ids, cfg.context)), cfg, place, room_here(place))
     if not most:
         keys = "context=" if place.cuda else "context= or snapshot_mb="
         raise UserError(f"slots: by the plan not one conversation fits beside the model (plan=true says what does); lower "
@@ -280,7 +296,7 @@ def changes(shape: Shape, cfg: Config, place: Place, room: float) -> dict[str, A
         now = cfg.but(**found)
         samples = min(FEW, now.slots or FEW) <= fitting(shape, now, place, room)
         return not {"sampling": samples, "training": plan_of(shape, now, place, 1).training <= room}[stage]
-    for stage, key, value in cheaper(cfg, place):
+    for stage, key, value in cheaper(shape, cfg, place):
         if short(stage):
             found |= {key: value} | ({"row_tokens": value} if key == "context" else {})
     most = fitting(shape, cfg.but(**found), place, room)
@@ -291,7 +307,7 @@ def changes(shape: Shape, cfg: Config, place: Place, room: float) -> dict[str, A
     return {key: value for key, value in found.items() if getattr(cfg, key) != value}
 
 
-def cheaper(cfg: Config, place: Place) -> Iterator[tuple[str, str, Any]]:
+def cheaper(shape: Shape, cfg: Config, place: Place) -> Iterator[tuple[str, str, Any]]:
     """(stage, key, value), from what costs a little time to what costs room for thought."""
     yield "training", "gradient_checkpointing", True
     yield "training", "row_tokens", cfg.context
@@ -299,7 +315,7 @@ def cheaper(cfg: Config, place: Place) -> Iterator[tuple[str, str, Any]]:
         if cfg.snapshot_mb > mb and not place.cuda:
             yield "sampling", "snapshot_mb", mb
     for stage in ("sampling", "training"):
-        if place.cuda and not in_four(cfg, place):
+        if place.cuda and not in_four(shape, cfg, place):
             yield stage, "load_in_4bit", True
     most = cfg.context
     while most > 1024:

@@ -88,7 +88,7 @@ def find(tokenizer: Any, thinking: bool, date: datetime | None) -> Template:
     found = read_pieces(render, layout, way, name)
     found.control = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
                      if token.special or token.content.strip() and token.content in source}
-    found.control.pop(tokenizer.unk_token_id, None)
+    found.control = {i: text for i, text in found.control.items() if i not in unknown(tokenizer)}
     last = (render(layout[:-1], way, ask=False) or "").rpartition(MARKS[4])[2]
     find_end(found, tokenizer, eos_of(name), last)
     opening = [i for i in tokenizer.encode(found.opening, add_special_tokens=False) if i in found.control]
@@ -255,6 +255,12 @@ def how_it_strips(render: Render, messages: list[dict], way: Way, name: str) -> 
     return found
 
 
+def unknown(tokenizer: Any) -> set[int]:
+    """What unknown text becomes, which controls nothing. Many name a token for that (SmolLM2 its <|endoftext|>) and make
+    it of no text."""
+    return {tokenizer.unk_token_id} & {*tokenizer.encode("\ue000\U0010fffd", add_special_tokens=False)}
+
+
 # ------------------------------------------------------------------------------------------------ where a reply ends
 
 def find_end(found: Template, tokenizer: Any, eos: list[int], last: str) -> None:
@@ -264,12 +270,12 @@ def find_end(found: Template, tokenizer: Any, eos: list[int], last: str) -> None
 
     def text_of(i: int) -> str:
         token = tokenizer.added_tokens_decoder.get(i)
-        return token.content if token else tokenizer.decode([i])
+        return token.content if token else tokenizer.decode([i], clean_up_tokenization_spaces=False)
     name, behind = tokenizer.name_or_path, ids(found.reply_to_user)
     if not behind:
         raise UserError(f"model: the chat template of {name} does not mark a reply's end")
     # an end token is one that the tokenizer has, and no word: some configurations name another vocabulary's
-    known = {*tokenizer.added_tokens_decoder, *behind} - {tokenizer.unk_token_id}
+    known = {*tokenizer.added_tokens_decoder, *behind} - unknown(tokenizer)
     stop = {i for i in eos if i in known} | {i for i in [tokenizer.eos_token_id] if i is not None}
     # the first end token behind a reply; else the first control token there, be it the next header
     mark = next((i for i in behind if i in stop), None)

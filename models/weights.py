@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import sys
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
@@ -136,13 +137,13 @@ def check_vocabulary(tokenizer: Any, rows: int) -> None:
 
 # --------------------------------------------------------------------------------------------- what a base is
 def sample_of(value: torch.Tensor) -> bytes:
-    """64 of its numbers, alike in every precision: those of all tensors tell one model from another."""
+    """64 of its numbers, alike in float32, bfloat16 and 4 bits: those of all tensors tell one model from another."""
     flat = value.detach().flatten()
     return flat[::max(1, len(flat) // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
 
 
 def base_digest(model: Any) -> str:
-    """What base.json keeps beside an adapter. "": the model was not loaded from a checkpoint."""
+    """What base.json keeps beside an adapter. "": the model was not loaded from a checkpoint, or is in float16."""
     samples = getattr(model, "base_weights", ())
     return hashlib.sha256(b"".join(sorted(samples))).hexdigest()[:16] if samples else ""
 
@@ -151,14 +152,16 @@ def check_base(model: Any, said: str, base: str, digest: str) -> None:
     """An adapter's base must be this model. In what we save, its weights say so. Of another's the name is all there
     is: a folder that lies here is compared, two hub names must be one, else another name is but a note."""
     here, folder, same = model.name_or_path, find_folder(base) if base else None, True
-    if digest:
+    known = bool(model.base_weights)                     # else float16
+    if digest and known:
         same = digest == base_digest(model)
-    elif folder and folder.resolve() != Path(here).resolve():
+    elif known and folder and folder.resolve() != Path(here).resolve():
         samples = set()
         for file in checkpoint_files(folder):
             with reading("model: ", file):
                 if file.suffix == ".bin":
-                    samples |= set(map(sample_of, torch.load(file, weights_only=True, mmap=True).values()))
+                    tensors = torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file))     # older ones are none
+                    samples |= set(map(sample_of, tensors.values()))
                     continue
                 with safe_open(file, framework="pt") as opened:
                     samples |= {sample_of(opened.get_tensor(key)) for key in opened.keys()}

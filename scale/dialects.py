@@ -83,7 +83,7 @@ class Dialect:
             pad_token_id=self.chat.tokenizer.pad_token_id)))
 
     def text(self, ids: list[int]) -> str:
-        text = self.chat.tokenizer.decode(ids)
+        text = self.chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if self.chat.tokenizer("").input_ids:            # the server puts it there, too
             text = text.removeprefix(self.chat.tokenizer.bos_token or "")
         return text

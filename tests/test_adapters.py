@@ -14,6 +14,7 @@ from lora import (LoRA, add_lora, load_adapter, load_model, lora_layers, lora_pa
                   weights_version)
 from models.adapters import IDLE, MUST, placed
 from models.weights import check_checkpoint
+from packing import Segment, pack, token_logp
 from run import Policy
 from tools.families import tiny_model
 
@@ -125,6 +126,14 @@ def test_a_kind_of_adapter_is_peft_s_exactly_both_ways_and_so_are_its_gradients(
     save_adapter(ours, tmp_path / "ours", "llama")
     assert torch.allclose(logits(in_peft(llama, tmp_path / "ours")), logits(ours), atol=1e-5)
     assert torch.equal(logits(loaded(llama, tmp_path / "ours")), logits(ours))
+
+
+def test_a_model_whose_head_is_adapted_is_trained_in_packed_rows(llama, tmp_path):
+    made(llama, tmp_path / "theirs", **KINDS["the head"])
+    ours, ids = loaded(llama, tmp_path / "theirs"), IDS[0].tolist()
+    row = pack([[Segment(ids[:2], [0.0, 1.0], None), Segment(ids[2:], [1.0] * len(ids[2:]), 0)]])
+    own = logits(ours)[0].log_softmax(-1).gather(1, IDS[0, 1:, None])[:, 0]
+    assert torch.allclose(token_logp(ours, [row]), own, atol=1e-5)
 
 
 def test_pissa_that_peft_saved_as_a_change_of_its_base_is_read(llama, tmp_path):

@@ -1,10 +1,12 @@
 """The check at load: what the engine and packed rows compute, against the model's own forward."""
+import json
+import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import forward
 import lora
@@ -221,6 +223,34 @@ def test_a_token_s_numbers_forget_nothing_behind_a_window_and_states_are_shared_
     assert taken == size(model.config) if size else taken > 0
     judge.policy.cfg.context = 128
     assert token_of(judge) == (taken if size else pytest.approx(taken / 2))
+
+
+def test_a_template_s_token_without_a_row_is_one_line(settings, tmp_path):
+    """Its tokens were added to the tokenizer, and the embedding was not resized."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(ROOT / "models/tiny", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'<|fin|>'")
+    tokenizer.add_special_tokens(dict(additional_special_tokens=["<|fin|>"]))
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"says token 468 \(<\|fin\|>\), its weights have 468 rows .* not resized"):
+        Policy.open(settings(f"model={folder}"), "", "init")
+
+
+def test_a_chat_template_beside_an_adapter_is_told(settings, tmp_path, capsys):
+    policy = Policy.open(settings("model=tiny", "lora_rank=2"), "", "init")
+    policy.parameters()
+    policy.save(tmp_path / "a")
+    own = policy.chat.tokenizer.chat_template
+    for text, told in ((own, False), (own.replace("<|end|>", "<|end|>x"), True)):
+        (tmp_path / "a/chat_template.jinja").write_text(text)
+        capsys.readouterr()
+        Policy.open(settings("model=tiny", f"init={tmp_path}/a"), f"{tmp_path}/a", "init")
+        assert (f"note: {tmp_path}/a has a chat template of its own" in capsys.readouterr().err) == told
+    (tmp_path / "a/chat_template.jinja").unlink()
+    (tmp_path / "a/tokenizer_config.json").write_text(json.dumps(dict(chat_template="another")))
+    Policy.open(settings("model=tiny", f"init={tmp_path}/a"), f"{tmp_path}/a", "init")
+    assert "has a chat template of its own" in capsys.readouterr().err
 
 
 def test_what_the_command_says_of_an_adapter_is_that_adapter_s(settings):

@@ -37,6 +37,11 @@ def test_the_plan_of_a_folder_whose_run_had_a_pace_says_hours_by_it(tmp_path, ca
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["pace.json"]
 
 
+def test_of_several_runs_there_is_no_plan(tmp_path):
+    with pytest.raises(UserError, match="plan: method=compare makes several runs; ask for one of them"):
+        train.main([str(SHIPPED), "preset=smoke", "method=compare", f"out={tmp_path}/run", "plan=true"])
+
+
 @pytest.mark.parametrize("args, found, says", [
     ([], dict(sampling=dict(tokens=360, seconds=36.0)),
      "hours, at most: explore 17; evaluate, 2 policies 6.8; together 24, without distil (no pace is known)\n"),

@@ -14,6 +14,7 @@ from config import UserError
 from conftest import ROOT, family, shake
 from lora import add_lora, linear_layers, load_adapter, load_model, lora_layers, lora_parameters, save_adapter, widths
 from models.loading import stacks_of
+from models.plan import shape_of
 from models.weights import reading
 from tools.families import roughen, tiny_model
 
@@ -143,10 +144,12 @@ def in_4_bits(folder, kind, nested, storage="uint8", plain="layers.1.self_attn.q
 
 @pytest.mark.parametrize("kind, nested, storage", [("nf4", True, "uint8"), ("fp4", False, "uint8"),
                                                    ("nf4", True, "bfloat16")])
-def test_a_checkpoint_in_bitsandbytes_4_bits_loads_as_it_is_and_trains(kind, nested, storage, tmp_path):
+def test_a_checkpoint_in_bitsandbytes_4_bits_loads_as_it_is_and_trains(kind, nested, storage, settings, tmp_path):
     whole = family("llama", hidden_size=64)
     folder = saved(whole, tmp_path)
     whole.load_state_dict(in_4_bits(folder, kind, nested, storage))
+    packed = shape_of(settings(f"model={folder}", "context=64")).packed
+    assert packed and not shape_of(settings("model=tiny")).packed              # the plan counts it so, too, whatever is asked
     for four in (None, True):
         model, _ = load_model(str(folder), four, 64)
         assert torch.allclose(logits(model), logits(whole), atol=1e-4)
@@ -212,6 +215,11 @@ def pickled(folder):
     (folder / WEIGHTS).unlink()
 
 
+def pickled_as_of_old(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / WEIGHTS).unlink()
+
+
 def without_prefix(folder):
     found = {key.removeprefix("model."): value for key, value in load_file(folder / WEIGHTS).items()}
     save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
@@ -222,8 +230,8 @@ def with_another_head(folder):
 
 
 @pytest.mark.parametrize("how, change", [
-    ({}, pickled), (dict(variant="fp16"), None), (dict(variant="fp16", max_shard_size="60KB"), None),
-    ({}, without_prefix), ({}, with_another_head)], ids=["bin", "variant", "shards", "prefix", "tied with a head"])
+    ({}, pickled), ({}, pickled_as_of_old), (dict(variant="fp16"), None), (dict(variant="fp16", max_shard_size="60KB"), None),
+    ({}, without_prefix), ({}, with_another_head)], ids=["bin", "old bin", "variant", "shards", "prefix", "tied with a head"])
 def test_a_checkpoint_is_read_as_from_pretrained_reads_it_in_full_and_in_4_bits(how, change, tmp_path):
     whole = family("llama", hidden_size=64)
     folder = saved(whole, tmp_path, **how)

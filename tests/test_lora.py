@@ -452,6 +452,14 @@ def other_tiny(folder):
     return folder
 
 
+def test_an_adapter_of_the_same_base_is_taken_in_float16_which_rounds_it_otherwise(tmp_path):
+    for saved_in, taken_in in (("", "float16"), ("float16", "")):
+        model = load_model("tiny", False, 64, saved_in)[0]
+        add_lora(model, 4, 8, seed=0)
+        save_adapter(model, tmp_path / f"a{saved_in}", "tiny")
+        load_adapter(load_model("tiny", False, 64, taken_in)[0], tmp_path / f"a{saved_in}", "adapter: ")
+
+
 def test_an_adapter_whose_base_has_other_weights_is_one_line(tmp_path, adapter, own_tiny):
     from peft import LoraConfig, get_peft_model
     other = str(other_tiny(tmp_path / "other"))

@@ -1,5 +1,6 @@
 """The plan: what it says a run takes, against what a process takes, and against what our code makes of tensors at 7B shapes."""
 import json
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from cache import SlotCache
 from config import SHIPPED, UserError, load_config
 from conftest import ROOT
 from engine import Engine
+from lora import add_lora, lora_parameters, save_adapter
 from models import plan
 from models.loading import model_class
 from models.plan import Place, changes, fitting, plan_of, row_of, shape_of
@@ -308,13 +310,29 @@ def test_slots_that_are_left_open_are_what_fits(tiny, settings, monkeypatch):
     policy = Policy(*tiny, settings("slots=null"))
     assert policy.engine().slots == plan.USUAL
     shape = plan.measured(tiny[0], policy.cfg)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    assert shape == replace(plan.measured(tiny[0], policy.cfg, plan.numbers_a_token(tiny[0], ids, 768)), limits=shape.limits)
     room = plan_of(shape, policy.cfg, plan.here(policy.cfg), 5).sampling
+    monkeypatch.setattr(plan, "numbers_a_token", lambda model, ids, context: 4 * shape.token)      # a cache of another size
+    bigger = plan_of(replace(shape, token=4 * shape.token), policy.cfg, plan.here(policy.cfg), 5).sampling
+    monkeypatch.setattr(plan, "room_here", lambda place: bigger)
+    assert policy.engine().slots == 5
+    monkeypatch.undo()
     monkeypatch.setattr(plan, "room_here", lambda place: room)
     assert policy.engine().slots == 5
     monkeypatch.setattr(plan, "room_here", lambda place: 1e6)
     with pytest.raises(UserError, match="slots: by the plan not one conversation fits"):
         policy.engine()
     assert Policy(*tiny, settings("slots=7")).engine().slots == 7
+
+
+def test_the_adapter_that_a_run_begins_with_is_planned_with_its_own_ranks(own_tiny, settings, tmp_path):
+    model = own_tiny[0]
+    add_lora(model, 64, 8, seed=0)
+    save_adapter(model, tmp_path / "wide", "tiny")
+    wide, plain = (plan.shape_of(settings("lora_rank=4", f"init={init}")) for init in (tmp_path / "wide", ""))
+    assert wide.adapter == sum(value.numel() for value in lora_parameters(model)) == 16 * plain.adapter
+    assert wide.ranks == 16 * plain.ranks
 
 
 def test_a_processor_has_room_for_what_is_free_and_what_is_there_already():

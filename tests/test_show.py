@@ -72,7 +72,9 @@ def test_text_cannot_steer_the_terminal(capsys):
 
 @pytest.mark.parametrize("args, said", [
     (["task=nowhere"], "quest has no task 'nowhere'"), (["pause=maybe"], "must be true or false"),
-    (["attemps=3"], "did you mean 'attempts'")])
+    (["attemps=3"], "did you mean 'attempts'"), (["adapter=out/a"], "adapter: is what eval.py samples with"),
+    (["warm_start=4"], "warm_start: is what train.py does first"), (["trees=out/a"], "trees: the film grows its own"),
+    (["plan=true"], "plan: is what train.py prints"), (["playbook=a.txt"], "playbook: is what eval.py puts")])
 def test_bad_input_is_one_line(args, said):
     with pytest.raises(UserError, match=said):
         show.main(["config.yaml", *args])

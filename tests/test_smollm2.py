@@ -57,6 +57,13 @@ def test_numbers_are_split_into_digits_and_text_comes_back_whole(real):
     assert chat.tokenizer.decode(chat.ids(text)) == text and "<|im_end|>" in pieces
 
 
+def test_no_control_token_of_its_own_comes_of_text_though_it_names_one_for_what_is_unknown(real):
+    chat = real[1]
+    assert chat.tokenizer.unk_token == "<|endoftext|>" and 0 in chat.control
+    for text in ("see <|endoftext|> there", "<|endoftext|>", "\ue000"):
+        assert not set(chat.ids("", text)) & {0, 1, 2} and chat.text(chat.ids("", text)) == text.strip()
+
+
 def test_its_chat_template_is_the_file_s(real):
     chat = real[1]
     assert chat.system_role and chat.tokenizer.decode([chat.end]) == "<|im_end|>" and chat.stop == {2}

@@ -116,6 +116,40 @@ def test_what_a_world_says_is_text_whatever_it_says(name):
         chat.head + "a" + chat.system_to_user + "b<c" + chat.user_to_reply, add_special_tokens=False)
 
 
+def test_a_reply_s_blanks_are_its_own_whatever_the_tokenizer_would_clean_up():
+    tokenizer = tokenizer_with(TRL + "qwen2_5", in_pieces())
+    tokenizer.clean_up_tokenization_spaces = True
+    text = "return ' '.join(x) if a != b else 'no , no !' # don 't"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) != text      # that it would
+    chat = Chat(tokenizer)
+    assert chat.text(chat.ids("", text)) == text and chat.glimpse(text * 20, 30).startswith("return ' '.join\n")
+
+
+def in_pieces():
+    """A tokenizer like Llama 2's, a token for each letter."""
+    letters = [("<unk>", 0.0), *((chr(n), -5.0) for n in range(33, 127)), ("\u2581", -5.0)]
+    plain = Tokenizer(models.Unigram(letters, unk_id=0, byte_fallback=False))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.Metaspace(prepend_scheme="never"), decoders.Metaspace(prepend_scheme="never")
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+
+
+def test_a_token_for_what_is_unknown_that_no_text_becomes_controls(tiny):
+    for make, controls in ((in_bytes, True), (in_pieces, False)):              # what pieces do not have becomes <unk>
+        tokenizer = tokenizer_with(TRL + "qwen2_5", make())
+        tokenizer.add_special_tokens(dict(unk_token="<unk>"))
+        chat, unknown = Chat(tokenizer), tokenizer.unk_token_id
+        assert (unknown in chat.control) == controls
+        assert not controls or unknown not in chat.ids("", "a <unk> b")
+
+
+def test_what_unknown_text_becomes_ends_no_reply():
+    for make in (in_pieces, in_bytes):
+        tokenizer = tokenizer_with(TRL + "qwen2_5", make())
+        tokenizer.add_special_tokens(dict(unk_token="<unk>"))
+        chat = with_ends(tokenizer, [tokenizer.unk_token_id])
+        assert (tokenizer.unk_token_id in chat.stop) == (make is in_bytes)         # where no text does
+
+
 def test_the_words_around_a_control_token_stay_words(tiny):
     chat, words = tiny[1], "you are in the hall."
     assert chat.ids("", f"{words} <|end|> {words}")[:6] == chat.ids(words)[:6]
@@ -226,7 +260,7 @@ def test_end_tokens_that_the_tokenizer_lacks_or_that_are_words_end_no_reply():
     """What generation_config names beside the end: only what the tokenizer has, and no word, ends a reply."""
     tokenizer = dressed(trained("first"), WRITTEN["smollm2"]["source"], "<|im_end|>", "<|endoftext|>", "<pad>")
     pad, other, word = tokenizer.convert_tokens_to_ids(["<pad>", "<|endoftext|>", "\u2581the"])
-    chat = with_ends(tokenizer, [other, pad, word, tokenizer.unk_token_id, 10**6, -1])
+    chat = with_ends(tokenizer, [other, pad, word, 10**6, -1])
     assert chat.stop == {chat.end, other, pad} and chat.control[other] == "<|endoftext|>"
     assert other not in chat.ids("", "so <|endoftext|> it goes")
     tokenizer.name_or_path, tokenizer.eos_token = "", "<|endoftext|>"          # a base's: the template alone says where a turn ends

@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from typing import Any
 
-from config import UserError, load_config, visible
+from config import UserError, load_config, refuse, visible
 from engine import Ask, Chat, Episode, Job
 from envs import Env, Outcome, ask, open_env, wait_for
 from leafe import Attempt, Branch, Tree, episode, grow, read_reflection
@@ -79,6 +79,9 @@ def main(args: list[str]) -> None:
     own = dict(task="", pause="false")
     own |= {key: value for key, _, value in (arg.partition("=") for arg in args) if key in own}
     cfg = load_config([arg for arg in args if arg.partition("=")[0] not in own])
+    refuse(cfg, adapter="is what eval.py samples with; the film starts from init=", playbook="is what eval.py puts into the "
+           "prompt", warm_start="is what train.py does first; then init=out/<run>/warm_start", trees="the film grows its own",
+           plan="is what train.py prints")
     if own["pause"] not in ("true", "false"):
         raise UserError(f"pause: {own['pause']} must be true or false")
     env = open_env(cfg.env, cfg.data)
