@@ -82,6 +82,35 @@ def test_forked_generation_equals_generate_token_for_token(name, keep, slots, ti
         assert out[0, context.shape[1]:].tolist() == reply
 
 
+@pytest.mark.parametrize("keep", ["true", "false"])
+def test_what_was_sampled_is_fed_again_id_by_id_and_not_as_its_text_would_be(keep, tiny, settings):
+    chat, run = tiny[1], run_of(settings("reflect_every=3", f"keep_experience={keep}"), tiny)
+    odd = [chat.tokenizer.pad_token_id, *chat.ids("take hat"), chat.end]          # its text is `take hat` alone
+    assert chat.ids("", chat.text(odd)) != odd[:-1]
+    branch, contexts = drive(episode(run, Quest(), Attempt("train-1-0000", "0"), True), odd)
+    paths = [sum((turn.ids for turn in branch.turns[:n]), []) for n in range(9)]
+    for n, turn in enumerate(branch.turns):
+        assert paths[n] + turn.obs_ids in contexts and turn.action_ids == odd
+    for reflection in branch.reflections:
+        assert any(context[:len(paths[reflection.t])] == paths[reflection.t] for context in contexts)
+    assert len(contexts) == len(branch.turns) + len(branch.reflections) == 8 + 3
+
+
+def test_a_draw_at_the_edge_between_two_tokens_is_settled_by_that_conversation_alone(tiny, settings):
+    engine = Engine(tiny[0], tiny[1].stop, settings("slots=2", "context=64", "snapshot_mb=0"))
+    job = Job(iter(()), random.Random(0), "a")
+    job.ids = tiny[1].first("rules", "step 1: you are in the hall.")
+    with torch.inference_mode():
+        own = engine._alone(job.ids)
+        token = int(own.argmax())
+        u = float(own.softmax(-1).cumsum(-1, dtype=torch.float64)[0, token]) - 1e-7
+        rounded = own.clone()
+        rounded[0, token + 1:] += 1e-4                                   # as another shape of batch may round
+        draws = torch.tensor([u, 1.0], dtype=torch.float64)
+        assert int(engine._draw(rounded, draws[:1, None], draws[1:, None], [False])[0]) != token
+        assert engine._sample(rounded, [job], draws) == [token]
+
+
 def test_samples_do_not_depend_on_slots_memory_or_order(tiny, settings):
     found = []
     for slots, memory, reverse in ((64, 64, False), (3, 64, False), (20, 0, True)):

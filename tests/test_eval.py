@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from config import UserError
-from conftest import run_of
+from conftest import run_of, shake
+from engine import Job
 from envs import Quest
 from eval import Samples, bootstrap, interval, main, pass_at_k, sample
+from leafe import episode, explore
+from lora import add_lora
 from run import Policy, RunFolder, open_run, pick_tasks
 from tools.report import by_difficulty, compare, policy_name, read_policies, read_samples, report, table
 
@@ -115,6 +118,49 @@ def test_sampling_goes_on_where_it_stopped_and_refuses_another_adapter(own_tiny,
         run.policy.parameters()[1].add_(1.0)
     with pytest.raises(UserError, match="samples of another policy"):
         sample(run, "leafe", 1)
+
+
+def test_every_sample_every_attempt_and_every_seed_has_draws_of_its_own(tiny, settings, tmp_path):
+    drawn = {}
+    for seed in (0, 1):
+        cfg = settings("samples=8", "ks=[1]", "roots=3", "attempts=3", "horizon=2", f"seed={seed}", f"out={tmp_path}/{seed}")
+        run = run_of(cfg, tiny, folder=True, test_tasks=Quest().tasks("test")[:2])
+        found = drawn[seed] = []
+
+        def noted(episode, rng, *rest, **more):
+            found.append(rng.getstate())
+            return Job(episode, rng, *rest, **more)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("eval.Job", noted)
+            patch.setattr("leafe.Job", noted)
+            sample(run, "base")
+            for round_ in (1, 2):
+                explore(run, Quest().tasks("train")[:2], round_, reflect=False)
+        assert len(set(found)) == len(found) == 2 * 8 + 2 * 2 * 3
+    assert not set(drawn[0]) & set(drawn[1])
+
+
+def test_the_base_is_sampled_without_the_adapter(own_tiny, tiny, settings, tmp_path):
+    add_lora(own_tiny[0], 4, 8, seed=0)
+    shake(own_tiny[0])
+    found = []
+    for name, pair in (("plain", tiny), ("adapted", own_tiny)):
+        cfg = settings("samples=2", "ks=[1]", f"out={tmp_path}/{name}")
+        run = run_of(cfg, pair, folder=True, test_tasks=Quest().tasks("test")[:2])
+        sample(run, "base")
+        found.append(sorted(map(json.dumps, run.store("samples.jsonl").records)))
+    assert found[0] == found[1]
+
+
+def test_samples_are_of_one_plain_rollout(tiny, settings, monkeypatch):
+    asked = []
+
+    def noted(run, env, attempt, reflect):
+        asked.append((attempt.e, attempt.past, reflect))
+        return episode(run, env, attempt, reflect)
+    monkeypatch.setattr("eval.episode", noted)
+    sample(run_of(settings("samples=2", "ks=[1]"), tiny, folder=True, test_tasks=Quest().tasks("test")[:2]), "base")
+    assert asked == [("", [], False)] * 4
 
 
 def test_the_policies_of_a_run_are_shown_in_the_order_in_which_they_came_to_be(settings):

@@ -116,7 +116,7 @@ def test_reflections_as_json(copy):
                                '''           '{"experience": ..., "step": N}')       # behind'''),
            ('''REFLECTION = "experience: {e}\\nstep: {tau}"       # what''',
             '''REFLECTION = '{{"experience": "{e}", "step": {tau}}}'   # what'''),
-           ('''    parts = re.split(r"(?mi)^[^\\S\\n]*(experience|step)[^\\S\\n]*:", text)         # what is before, a key, its value, a key, ...
+           ('''    parts = re.split(r"(?mi)^[^\\S\\n]*((?a:experience|step))[^\\S\\n]*:", text)     # what is before, a key, its value, a key, ...
     for n in range(1, len(parts), 2):
         lines = [line.strip() for line in parts[n + 1].split("\\n")]
         goes_on = parts[n].lower() == "experience" and n + 2 < len(parts)

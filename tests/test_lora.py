@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, PhimoeConfig
 
+import lora
 from config import UserError
 from conftest import ROOT, family, shake
 from lora import (LoRA, adapter_off, add_lora, linear_layers, load_adapter, load_model, loading,
@@ -458,6 +459,21 @@ def test_an_adapter_of_the_same_base_is_taken_in_float16_which_rounds_it_otherwi
         add_lora(model, 4, 8, seed=0)
         save_adapter(model, tmp_path / f"a{saved_in}", "tiny")
         load_adapter(load_model("tiny", False, 64, taken_in)[0], tmp_path / f"a{saved_in}", "adapter: ")
+
+
+@pytest.mark.parametrize("fails", ["adapter_model.safetensors", "base.json"])
+def test_an_adapter_that_was_cut_short_is_none(fails, own_tiny, tmp_path, monkeypatch):
+    add_lora(own_tiny[0], 4, 8, seed=0)
+    plain = lora.aside
+
+    def killed(path):
+        if path.name == fails:
+            raise KeyboardInterrupt
+        return plain(path)
+    monkeypatch.setattr(lora, "aside", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(own_tiny[0], tmp_path / "a", "tiny")
+    assert not (tmp_path / "a/adapter_config.json").exists()             # by which a rerun knows that a round is done
 
 
 def test_an_adapter_whose_base_has_other_weights_is_one_line(tmp_path, adapter, own_tiny):

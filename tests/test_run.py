@@ -16,7 +16,7 @@ from engine import Chat
 from envs import Quest
 from leafe import Branch, explore
 from lora import load_model
-from run import PLAYBOOK, REACT, Jsonl, RunFolder, absorb, read_jsonl
+from run import PLAYBOOK, REACT, Jsonl, RunFolder, absorb, read_jsonl, write_aside
 from tools import provenance
 
 
@@ -345,6 +345,20 @@ def test_trees_of_a_world_by_another_name_are_taken_with_a_note(made, tiny, sett
     run = run_of(settings(*args), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
     provenance.settle(run)
     assert "was explored with env='quest', not" in capsys.readouterr().err
+
+
+def test_a_file_is_written_aside_and_renamed(tmp_path, monkeypatch):
+    path = tmp_path / "passk.json"
+    path.write_text("old")
+    real = type(path).write_text
+
+    def half(self, text, **more):
+        real(self, text[:2], **more)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(type(path), "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_aside(path, "new text")
+    assert path.read_text() == "old"
 
 
 def test_a_run_that_goes_on_has_not_ended(made, tiny, settings, tmp_path):

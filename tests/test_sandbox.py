@@ -133,7 +133,7 @@ def test_a_traceback_names_no_random_folder(hold):
 
 
 def test_the_same_program_prints_the_same_again(hold):
-    source = "import os; print({'a', 'b', 'c', 'd'}, os.environ, os.getcwd())"
+    source = "import os; print({'a', 'b', 'c', 'd'}, os.environ, os.getcwd(), object())"      # hashes and addresses, too
     assert len({hold(source)["out"] for _ in range(3)}) == 1
 
 
@@ -246,6 +246,8 @@ def test_the_input_can_be_opened_by_its_names_and_mapped_but_not_written(hold):
 def test_files_of_its_own_are_bounded(hold):
     huge = "f = open('a', 'wb')\nwhile 1: f.write(bytes(10**6)); f.flush()"
     assert "File too large" in (found := hold(huge, disk_mb=4))["err"] or found["end"] == "disk"
+    assert "File too large" in hold("open('a', 'wb').truncate(5 << 20)", disk_mb=4)["err"]
+    assert int(hold("import os\nn = 3\ntry:\n while 1: os.dup(0); n += 1\nexcept OSError: print(n)")["out"]) <= 64
     many = "import time\nfor i in range(40): open(f'{i}', 'wb').write(bytes(10**6))\ntime.sleep(600)"
     assert hold(many, disk_mb=16, seconds=5)["end"] == "disk"
     assert hold("i = 0\nwhile 1: open(f'{i}', 'w'); i += 1", disk_mb=4, seconds=5)["end"] == "disk"

@@ -353,6 +353,36 @@ def test_an_epoch_of_batches_adds_up_to_l_exactly(grown, tiny, settings):
     assert len(orders) > 1                                            # shuffled anew each epoch
 
 
+def test_the_steps_of_an_epoch_add_up_to_l_each_row_once(settings):
+    cfg = settings("steps=7", "warmup=2", "batch_tokens=1024", "row_tokens=1024", "checkpoint_every=100")
+    rows = [pack([[Segment([5, 6], [(0.0,), (1.0,)], None)]]) for _ in range(3)]
+    world = [pack([[Segment([7, 8], [(0.0,), (1.0,)], None)]]) for _ in range(2)]
+    batches = list(sft_batches(world, rows, cfg, 0))
+    ids = [[id(row) for row in batch.rows] for batch in batches]
+    assert sorted(sum(ids[:2], [])) == sorted(map(id, world))            # an epoch of what goes before
+    assert sorted(sum(ids[2:5], [])) == sorted(map(id, rows))
+    assert [batch.scale for batch in batches] == [2, 2, 3, 3, 3, 3, 3]   # M times its share of L
+    assert [round(batch.lr, 3) for batch in batches] == [0.333, 0.667, 1.0, 0.8, 0.6, 0.4, 0.2]
+    assert [batch.resume for batch in batches] == [None] * 6 + [7]
+    again = list(sft_batches(world, rows, cfg, 3))                       # from a checkpoint on
+    assert [[id(row) for row in batch.rows] for batch in again] == ids[3:]
+    assert [batch.lr for batch in again] == [batch.lr for batch in batches[3:]]
+
+
+def test_the_gradient_of_a_step_is_clipped_and_its_norm_is_told_before(own_tiny, settings):
+    run = run_of(settings("clip=0.001", "steps=1"), own_tiny, folder=True)
+    row = pack([[Segment([3, 4, 5], [(0.0,), (1.0,), (1.0,)], None)]])
+    left, step = [], torch.optim.AdamW.step
+
+    def seen(optimizer, *args):
+        left.append(float(torch.stack([p.grad.norm() for g in optimizer.param_groups for p in g["params"]]).norm()))
+        return step(optimizer, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", seen)
+        fit(run, 1, ("a",), [row])
+    assert left == [pytest.approx(0.001, rel=1e-3)] and run.metrics.records[-1]["gradient_norm"] > 0.01
+
+
 def test_exported_pairs_render_to_the_very_ids_that_are_trained_on(grown, tiny, settings):
     chat = tiny[1]
     cfg = settings("corrections=all", "rehearsal_share=1")
