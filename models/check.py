@@ -115,7 +115,7 @@ def check_rows(policy: Policy) -> None:
         raise UserError(f"model: the chat template of {policy.cfg.model} says token {max(said)} "
                         f"({chat.tokenizer.convert_ids_to_tokens(max(said))}), its weights have {rows} rows for tokens: its "
                         f"embedding was not resized (resize_token_embeddings)")
-    chat.stop &= set(range(rows))
+    chat.stop -= {i for i in chat.stop if i >= rows}
 
 
 def note_other_template(policy: Policy) -> None:

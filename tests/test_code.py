@@ -201,6 +201,11 @@ def test_programs_that_read_and_print_are_told_input_output_and_errors():
     assert all(given not in outcome.obs for given, _ in env.problem.hidden)
 
 
+def test_a_string_that_does_not_end_is_read_at_once():
+    code = 'text = """\n' + 'print("a\\n")\n' * 40      # with each backslash twice as long, it was
+    assert program(f"```python\n{code}```\n") == code
+
+
 def test_outputs_are_compared_as_codecontests_does():
     assert same("YES\n1 2", "yes 1  2\n") and same("0.333333", "0.3333331") and same("", "\n")
     assert same("007 +5 -0 1e3", "7 5 0 1000") and same("7.0", "7") and same("1" * 5000, "0" + "1" * 5000)

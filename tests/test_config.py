@@ -235,9 +235,9 @@ def test_a_method_of_one_s_own_brings_its_keys_and_its_checks(tmp_path):
     path.write_text(WITH_HEADS)
     cfg = load(f"method={path}", "heads=4")
     assert (cfg.heads, cfg.lr, cfg.method) == (4, 0.125, str(path))
-    path.write_text("KEYS = 'lr: 0.125'\n\n\ndef train(run, round_):\n    pass\n")
-    assert load(f"method={path}").lr == 0.125           # none of its own
-    path.write_text(WITH_HEADS)
+    plain = tmp_path / "plain.py"
+    plain.write_text("KEYS = 'lr: 0.125'\n\n\ndef train(run, round_):\n    pass\n")
+    assert load(f"method={plain}").lr == 0.125          # none of its own
     with pytest.raises(UserError, match="the command line: heads is 1, but must be 2 or more"):
         load(f"method={path}", "heads=1")
     with pytest.raises(UserError, match="there is no key 'headz'; did you mean 'heads'?"):
