@@ -192,7 +192,7 @@ PLAIN = {
     "engine.py": ["out of memory: going on with slots={self.slots}"],
     "methods/warm_start.py": ["warm start: SFT on {len(fitting)} solved training episodes"],
     "models/template.py": ["note: the model's vocabulary lacks words that are said here, like {text[start:end].strip(' ')!r}"],
-    "scale/serving.py": ["engine: {self.retold} of {self.told} messages"],
+    "scale/serving.py": ["engine: {self.retold} of {self.told} messages", "engine: {self.smuggled} times a world's text"],
     "train.py": ["out of memory: going on with gradient_checkpointing=true",
                  "out of memory: going on with training rows in halves, of {len(row.ids)} tokens and more"],
     "tools/play.py": ["envs.__doc__"],
