@@ -33,6 +33,7 @@ DOORS = {                                          # the function that asks for 
     "run.plans": "models.plan",
     "run.provenance": "tools.provenance",
     "run.report_file": "tools.report",
+    "tools.report.page": "tools.page",
     "eval.main": "tools.compare",
     "train.warm_start": "methods.warm_start",
     "train.rehearsal": "methods.rehearse",

@@ -20,7 +20,8 @@ from leafe import explore, read_trees
 from run import read_jsonl
 from tools import provenance, report as report_
 from tools.pictures import tree
-from tools.report import SHOWN, main, nothing_found, page, read_samples
+from tools.page import SHOWN, main, page
+from tools.report import nothing_found, read_samples
 
 HOSTILE = '</script><script>document.title = "owned"</script><img src=x onerror=\'document.title = "owned"\'>'
 EVIL = [HOSTILE, "<!--<script>", "]]></style>", "\u2028&lt;b&gt; \" ' `", "@BODY@ @TREES@", "a" * 9000]
@@ -134,11 +135,11 @@ def test_losses_below_zero_stay_in_their_picture(explored, tmp_path):
 
 def test_a_page_is_made_anew_on_demand(explored, tmp_path, capsys):
     shutil.copytree(explored[0], tmp_path / "run")
-    main(["page", str(tmp_path / "run")])
+    main([str(tmp_path / "run")])
     assert capsys.readouterr().out == f"results: {tmp_path}/run/report.html\n"
     assert (tmp_path / "run/report.html").read_text() == page(tmp_path / "run")
-    with pytest.raises(UserError, match="usage: python -m tools.report page out/run"):
-        main(["pages", str(tmp_path / "run")])
+    with pytest.raises(UserError, match="usage: python -m tools.page out/run"):
+        main(["page", str(tmp_path / "run")])
 
 
 def test_a_tree_is_drawn_with_all_its_attempts_turns_and_experiences(explored):
@@ -241,7 +242,7 @@ def test_a_part_that_fails_is_told_in_a_line_and_the_others_are_written(explored
     folder = tmp_path / "run"
     shutil.copytree(explored[0], folder)
     (folder / name).write_text(text)
-    main(["page", str(folder)])
+    main([str(folder)])
     page_, told = (folder / "report.html").read_text(), capsys.readouterr().err.splitlines()
     for heading in ("Pass@k", "Success by difficulty", "Training", "Rollback trees", "Settings"):
         assert f"<h2>{heading}</h2>" in page_
@@ -264,7 +265,7 @@ def test_a_table_that_fails_leaves_the_figures(explored, tmp_path, monkeypatch, 
 def test_a_folder_s_name_may_hold_what_an_option_or_a_policy_has(explored, name, tmp_path, capsys):
     folder = tmp_path / name
     shutil.copytree(explored[0], folder)
-    main(["page", str(folder)])
+    main([str(folder)])
     eval_main(["table", str(folder)])
     eval_main(["compare", f"{folder}:base", str(folder)])
     assert "difference" in capsys.readouterr().out and read_samples(f"{folder}:base").label == f"{folder}:base"

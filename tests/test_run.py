@@ -241,7 +241,7 @@ def test_a_run_goes_on_whoever_reads_what_it_says(way, ends, tmp_path):
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "leafe.py", "-m tools.report", "-m methods.stage1"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "leafe.py", "-m tools.page", "-m methods.stage1"])
 def test_ctrl_c_during_the_imports_is_one_line(script):
     code = ("import builtins, os, runpy, signal, sys\nreal = builtins.__import__\n"
             "def slow(name, *rest, **more):\n"

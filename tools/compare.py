@@ -12,7 +12,8 @@ import ranks
 from config import Config, UserError, kept_config, visible
 from eval import Samples, spread
 from run import write_aside
-from tools.report import cell, chart, framed, over_seeds, read_samples, spent, verdict
+from tools.page import chart, framed, verdict
+from tools.report import cell, over_seeds, read_samples, spent
 
 
 def show(folder: Path) -> None:

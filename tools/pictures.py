@@ -12,7 +12,8 @@ from config import UserError, guarded, kept_config, visible
 from leafe import read_trees
 from run import pick_tasks, read_jsonl, write_aside
 from tools.compare import curves, ended
-from tools.report import chart, parted, read_samples
+from tools.page import chart
+from tools.report import parted, read_samples
 
 
 def passk(names: list[str]) -> str:
