@@ -86,7 +86,7 @@ def test_what_all_started_from_stands_in_place_of_the_base_and_what_it_took_coun
     assert [lines[name][0][1] for name in ("warm_start", "leafe", "grpo+leafe")] == ["16.7", "66.7", "100.0"]
     assert [lines[name][1][-2:] for name in ("warm_start", "grpo+leafe")] == [["0.0", "0.0"], ["1.0", "0.0"]]
     assert [lines[name][2][3:] for name in ("warm_start", "grpo", "grpo+leafe", "leafe")] == [
-        ["700", "2.0"], ["25", "2.5"], ["50", "5.0"], ["0", "nan"]]    # trained tokens, minutes; grpo-1 took none
+        ["700", "2.0"], ["25", "2.5"], ["50", "5.0"], ["0", "-"]]    # trained tokens, minutes; grpo-1 took none
     for name in ("leafe-0", "leafe-1"):                        # where they lie says where the start lies, not where we are
         config = tmp_path / name / "config.yaml"
         config.write_text(config.read_text().replace(f"{tmp_path}/", ""))

@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import re
 from itertools import combinations
 
 import pytest
@@ -14,7 +15,7 @@ from eval import Samples, bootstrap, interval, main, pass_at_k, sample
 from leafe import episode, explore
 from lora import add_lora
 from run import Policy, RunFolder, open_run, pick_tasks
-from tools.report import by_difficulty, compare, policy_name, read_policies, read_samples, report, table
+from tools.report import by_difficulty, compare, percent, policy_name, read_policies, read_samples, report, table
 
 
 @pytest.mark.parametrize("n, c, k", [(6, 2, 3), (6, 0, 3), (6, 6, 1), (5, 1, 5), (7, 3, 2), (128, 1, 128),
@@ -39,9 +40,24 @@ def records(rates, n=40, policy="base", seed=0, refused=1):
             for t, rate in enumerate(rates) for i in range(n)]
 
 
-def test_a_recovery_rate_of_no_episodes_is_shown_as_unknown():
-    text = table([Samples(records([0.2, 0.8], refused=0), "a")], [1], 100)
-    assert "nan" in next(line for line in text.split("\n") if line.startswith("recovery "))
+def test_a_recovery_rate_of_no_episodes_is_shown_as_none():
+    kind, rude = Samples(records([0.2, 0.8], refused=0), "a"), Samples(records([0.2, 0.8]), "b")
+    for policies, cells in (([kind], ["-"]), ([kind, rude], ["-", "[", "-"]), ([rude, kind, rude], ["[", "-", "["])):
+        shown = next(line for line in table(policies, [1], 100).split("\n") if line.startswith("recovery "))
+        assert re.findall(r"-(?= |$)|\[", shown) == cells, shown
+    assert percent(kind.figures([1], 100)["recovery"]) == "-"
+
+
+def test_a_recovery_rate_of_no_episodes_is_not_in_the_file_of_figures(settings):
+    """NaN, as Python writes it, is no JSON."""
+    cfg = settings("ks=[1]", "test_tasks=2")
+    folder, tasks = RunFolder(cfg), pick_tasks(cfg, "test")[:2]
+    rows = records([0.1, 0.9], refused=0) + records([0.3, 0.4], policy="leafe")
+    (folder.path / "samples.jsonl").write_text("".join(
+        json.dumps(r | {"task": tasks[int(r["task"][1:])]}) + "\n" for r in rows))
+    assert report(folder.path, cfg, tasks)
+    passk = json.loads((folder.path / "passk.json").read_text(), parse_constant=pytest.fail)
+    assert {label: list(figures) for label, figures in passk.items()} == {"base": ["Pass@1"], "leafe": ["Pass@1", "recovery"]}
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

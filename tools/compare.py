@@ -104,8 +104,9 @@ def comparison(folder: Path) -> str:
             cells.append(f"{sum(only) / len(base):6.1f}")
         second.append("".join(cells))
         took = {key: sum(meter[key] for meter in meters) / len(base) for key in meters[0]}
+        minutes = f"{took['seconds'] / 60:.1f}" if took["seconds"] else "-"
         third.append(f"{name:18}" + "".join(f"{took[key]:16.0f}" for key in ("steps", "sampled", "trained"))
-                     + f"{took['seconds'] / 60 or float('nan'):16.1f}")
+                     + f"{minutes:>16}")
     return "\n".join([*first, *second, *third,
                       f"{tasks} tasks, {base[0].n} samples each, means over {len(base)} seeds"
                       f"; env steps with replays; new, lost: tasks solved that {'the ' * (start == 'base')}{start} never solves, and back"

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from contextlib import contextmanager
 from html import escape
+from math import isnan
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -113,7 +114,8 @@ def spent(folder: Path) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ its table
 
 def cell(figure: tuple[float, float, float], sign: str = "") -> str:
-    return "{:{s}6.1f} [{:{s}5.1f}, {:{s}5.1f}]".format(*(100 * v for v in figure), s=sign)
+    """Of a table in print; a recovery where no action was refused is none."""
+    return "-" if isnan(figure[0]) else "{:{s}6.1f} [{:{s}5.1f}, {:{s}5.1f}]".format(*(100 * v for v in figure), s=sign)
 
 
 def many(count: int, noun: str) -> str:
@@ -127,7 +129,8 @@ def over_seeds(policies: list[Samples], ks: list[int], figure: str) -> Callable[
 
 
 def percent(figure: tuple[float, float, float], sign: str = "") -> str:
-    return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(100 * v for v in figure), s=sign)
+    """The same of a page."""
+    return "-" if isnan(figure[0]) else "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(100 * v for v in figure), s=sign)
 
 
 def report(folder: Path, cfg: Config, tasks: list[str], ended: bool = True) -> str:
@@ -136,7 +139,8 @@ def report(folder: Path, cfg: Config, tasks: list[str], ended: bool = True) -> s
 
     def passk() -> str:
         return json.dumps({p.label: {name: dict(zip(("estimate", "low", "high"), f))
-                                     for name, f in p.figures(cfg.ks, cfg.resamples).items()} for p in found}, indent=1)
+                                     for name, f in p.figures(cfg.ks, cfg.resamples).items() if not isnan(f[0])}
+                           for p in found}, indent=1)
     text = part("there is no passk.json", passk) if ended and ranks.rank() == 0 else ""
     if text:
         write_aside(folder / "passk.json", text + "\n")
@@ -216,7 +220,7 @@ def by_difficulty(samples: Samples) -> dict[str, tuple[int, float, float]]:
 
 def policy_figures(samples: Samples, ks: list[int]) -> dict[str, float]:
     """What the table says of a policy, for metrics.jsonl: no intervals; no recovery where no refusal was met."""
-    found = {name: estimate for name, (estimate, *_) in samples.figures(ks, 1).items() if estimate == estimate}
+    found = {name: estimate for name, (estimate, *_) in samples.figures(ks, 1).items() if not isnan(estimate)}
     found |= {f"mean {key}": value for key, value in means(samples).items()}
     for group, (_, one, ever) in by_difficulty(samples).items():
         found |= {f"{group}/Pass@1": one, f"{group}/solved": ever}
