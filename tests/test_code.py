@@ -217,6 +217,8 @@ def test_outputs_are_compared_as_codecontests_does():
 
 
 MBPP = '{"task_id": 1, "text": "a", "code": "b", "test_list": %s}'
+HUMAN = '{"task_id": "x/1", "prompt": "%s", "entry_point": "f", "test": "%s", "canonical_solution": "    pass"}'
+CONTEST = '{"name": "a", "description": "b", "public_tests": %s, "private_tests": %s, "split": "%s"}'
 
 
 @pytest.mark.parametrize("text, message", [
@@ -225,20 +227,48 @@ MBPP = '{"task_id": 1, "text": "a", "code": "b", "test_list": %s}'
     ("[]", "holds no problem"), ("[" * 10**5, "not JSON"), (b"\xff\xfe{", "not text in UTF-8 .UTF-16"),
     ('{"task_id": 1, "test_list": ["assert f()"]}', "line 1: KeyError"),
     ('{"task_id": "x", "test_list": []}', "line 1: ValueError"), (MBPP % "null", "line 1: TypeError"),
-    (MBPP % '"f()"', "line 1: TypeError"), (MBPP % "[1]", "line 1: TypeError"), (MBPP % "[]", "line 1: IndexError"),
+    (MBPP % '"f()"', "line 1: TypeError"), (MBPP % "[1]", "line 1: TypeError"), (MBPP % "[]", r"line 1 \(1\) has no tests"),
     (MBPP % '["a", 1]', "something else than a text"), (MBPP % '["f("]', "not Python: '\\(' was never closed"),
-    (MBPP % '["a"]' + "\n" + MBPP % '["b"]', "line 2: the problem 1 is in the file twice"),
+    (MBPP % '["a()"]' + "\n" + MBPP % '["b()"]', "line 2: the problem 1 is in the file twice"),
     ('{"canonical_solution": "", "prompt": "def f(:", "entry_point": "f"}', "line 1: SyntaxError"),
     ('{"canonical_solution": "", "prompt": "x = 1", "entry_point": "f"}', "line 1: "),
     ('{"name": "a", "description": "b", "public_tests": [["1"]]}', r"line 1 \(a\) has no tests"),
     ('{"name": "a", "description": "b", "public_tests": [], "hidden_tests": [["1"]]}', "no pair of input and output"),
     ('{"name": "a", "description": 1, "public_tests": [], "hidden_tests": [["1", "2"]]}', "something else than a text"),
-    ('{"name": "a", "description": "b", "public_tests": []}', r"line 1 \(a\) has no tests")])
+    ('{"name": "a", "description": "b", "public_tests": []}', r"line 1 \(a\) has no tests"),
+    (MBPP % '["assert f()", "f(1) == 2"]', r"line 1 \(1\) has a test that asserts nothing, 'f\(1\) == 2'; write assert"),
+    (MBPP % '["# assert f()"]', "has a test that asserts nothing"),
+    (HUMAN % ("def g():", "def check(f): assert f()"), "line 1: ValueError: no function f in its prompt"),
+    (HUMAN % ("async def f():", "def check(f): assert f()"), "no function f in its prompt"),
+    (HUMAN % ("class A:\\n def f():", "def check(f): assert f()"), "no function f in its prompt"),
+    (HUMAN % ("def f():", "assert f()"), "line 1: ValueError: no function check in its test"),
+    (CONTEST % ("[]", '{"input": "1", "output": "2"}', "test"), "input and output of private_tests must be two lists, as long"),
+    (CONTEST % ('{"input": ["1", "2"], "output": ["2"]}', '[["1", "2"]]', "test"), "of public_tests must be two lists, as long"),
+    (CONTEST % ('["12"]', '[["1", "2"]]', "test"), "no pair of input and output"),
+    (CONTEST % ('[["1", "2", "3"]]', '[["1", "2"]]', "test"), "no pair of input and output"),
+    (CONTEST % ("[]", '[["1", "2"]]', "mine"), r"line 1 \(a\) has the split 'mine'; it must be train, valid or test"),
+    (CONTEST % ("[]", '[["1", "2"]]', 'test", "time_limit": Infinity, "x": "'), "a time limit that no run can have, inf seconds")])
 def test_a_file_of_another_layout_is_one_clear_line(tmp_path, text, message):
     (tmp_path / "x.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as error:
         Code(str(tmp_path / "x.jsonl"))
     assert "\n" not in str(error.value) and "x.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("text, split, right", [
+    (MBPP[:-1].replace("1", '"Mbpp/7"') % '["assert f(2) == 4"]' + ', "challenge_test_list": null, "test_imports": "import math"}',
+     "train", "def f(x): return x * x"),
+    (HUMAN.replace('"x/1"', "3") % ("def f(x):\\n    return g(x)\\ndef g(x):\\n", "def check(f):\\n    assert f(2) == 4"),
+     "test", "def f(x): return x * x"),
+    (CONTEST % ('[{"input": "2", "output": "4"}]', '{"input": ["3"], "output": ["9"]}', "validation"), "valid",
+     "print(int(input()) ** 2)"),
+    (CONTEST % ("[]", '[{"input": "2", "output": "4"}]', "training"), "train", "print(int(input()) ** 2)")])
+def test_other_ways_to_write_a_published_layout_are_read(tmp_path, text, split, right):
+    (tmp_path / "x.jsonl").write_text(text)
+    world = Code(str(tmp_path / "x.jsonl"))
+    for answer in ("def f(x): return 'no'\nprint(1)", right):
+        world.reset(*world.tasks(split))
+        assert world.step(answer).success == (answer is right)
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.xz", "cut.jsonl.gz", "cut.jsonl.xz", "x.parquet"])

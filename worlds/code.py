@@ -36,14 +36,16 @@ class Problem:
     seconds: float = 5.0                           # for one run
     reference: str = ""                            # a right answer, for the tests of this file
     difficulty: str = ""
+    entry: str = ""                                # the function that HumanEval asks for; the setup is its prompt
 
 
 def mbpp(record: dict) -> Problem:
     """https://github.com/google-research/google-research/tree/master/mbpp: ids 11-510 test, 511-600 validation,
     601-974 train, 1-10 for few-shot prompts (here: train). All asserts decide; the first is public."""
-    number, tests = int(record["task_id"]), record["test_list"] + record.get("challenge_test_list", [])
-    setup = record.get("test_setup_code") or "\n".join(record.get("test_imports", []))
-    statement = (record.get("text") or record["prompt"]).strip() + "\nit must pass this test:\n" + tests[0]
+    number = int(str(record["task_id"]).rpartition("/")[2])
+    tests, imports = record["test_list"] + (record.get("challenge_test_list") or []), record.get("test_imports") or []
+    setup = record.get("test_setup_code") or (imports if isinstance(imports, str) else "\n".join(imports))
+    statement = (record.get("text") or record["prompt"]).strip() + "\nit must pass this test:\n" + "".join(tests[:1])
     return Problem(f"{number}", "test" if 11 <= number <= 510 else "valid" if 511 <= number <= 600 else "train",
                    statement, tests[:1], tests, setup, reference=record["code"], difficulty="mbpp")
 
@@ -51,7 +53,9 @@ def mbpp(record: dict) -> Problem:
 def human_eval(record: dict) -> Problem:
     """https://github.com/openai/human-eval. Public: the examples of the docstring that can be compared as values."""
     prompt, name, public = record["prompt"], record["entry_point"], []
-    function = [node for node in ast.parse(prompt + "    pass").body if isinstance(node, ast.FunctionDef)][-1]
+    function, check = defined(prompt + "    pass", name), defined(record["test"], "check")
+    if not function or not check:
+        raise ValueError("no " + (f"function {name} in its prompt" if not function else "function check in its test"))
     try:
         examples = doctest.DocTestParser().get_examples(ast.get_docstring(function) or "")
     except ValueError:                             # >>> not followed by a blank
@@ -63,29 +67,42 @@ def human_eval(record: dict) -> Problem:
             public.append(f"assert {source} == {example.want.strip()}")
         except (SyntaxError, ValueError):
             pass
-    return Problem(record["task_id"].rpartition("/")[2], "test", "complete this function; answer with all of it:\n"
+    return Problem(str(record["task_id"]).rpartition("/")[2], "test", "complete this function; answer with all of it:\n"
                    + prompt, public, [f"{record['test']}\ncheck({name})"], prompt + "    pass\n",
-                   reference=prompt + record["canonical_solution"], difficulty="humaneval")
+                   reference=prompt + record["canonical_solution"], difficulty="humaneval", entry=name)
+
+
+def defined(source: str, name: str) -> ast.FunctionDef | None:
+    """The last function of that name that stands in a program, in no other function or class."""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name]
+    return functions[-1] if functions else None
 
 
 def code_contests(record: dict) -> Problem:
     """https://github.com/google-deepmind/code_contests: public_tests, private_tests and generated_tests hold lists
-    `input` and `output`. Also lists of pairs, with all others in hidden_tests."""
-    def pairs(name: str) -> list[tuple[str, str]]:
+    `input` and `output`. Also lists of pairs, or of an input and output each, with all others in hidden_tests."""
+    def pairs(name: str) -> list[tuple]:
         tests = record.get(name) or []
-        return [tuple(test) for test in (zip(tests["input"], tests["output"]) if isinstance(tests, dict) else tests)]
-    limit = record.get("time_limit") or {}
+        if isinstance(tests, dict):
+            both = tests["input"], tests["output"]
+            if not all(isinstance(part, list) for part in both) or len(both[0]) != len(both[1]):
+                raise ValueError(f"input and output of {name} must be two lists, as long as each other")
+            return list(zip(*both))
+        tests = [(test["input"], test["output"]) if isinstance(test, dict) else test for test in tests]
+        return [(test,) if isinstance(test, str) else tuple(test) for test in tests]
+    limit, split = record.get("time_limit") or {}, record.get("split") or ""
     seconds = limit.get("seconds", 0) + limit.get("nanos", 0) / 1e9 if isinstance(limit, dict) else float(limit)
     solutions = record.get("solutions") or {}
     python3 = [text for language, text in zip(solutions.get("language", []), solutions.get("solution", []))
                if language in (3, "PYTHON3")]
-    return Problem(re.sub(r"\W+", "_", record.get("id") or record["name"]), record.get("split", ""),
+    return Problem(re.sub(r"\W+", "_", record.get("id") or record["name"]), SPLITS.get(split, split),
                    record["description"], pairs("public_tests"),
                    pairs("hidden_tests") + pairs("private_tests") + pairs("generated_tests"),
                    seconds=max(10.0, 5 * seconds), reference=record.get("reference") or (python3 or [""])[0],
                    difficulty=f"difficulty {record.get('difficulty')}")
 
 
+SPLITS = {"validation": "valid", "training": "train", "dev": "valid"}              # other names of theirs
 LAYOUTS = {"test_list": mbpp, "canonical_solution": human_eval, "public_tests": code_contests}    # by a field's name
 
 
@@ -139,12 +156,22 @@ def flaw(problem: Problem) -> str:
         texts += test if isinstance(test, tuple) else [test]
     if not all(isinstance(text, str) for text in texts):
         return "has something else than a text where its statement, code, or a test belongs"
+    if problem.split not in ("", "train", "valid", "test"):
+        return f"has the split {short(problem.split, 40)!r}; it must be train, valid or test"
+    if not 0 < problem.seconds < 1e6:
+        return f"has a time limit that no run can have, {problem.seconds} seconds"
+    asserts = [test for test in problem.hidden if isinstance(test, str)]
     try:
-        for text in (problem.setup, *(test for test in problem.hidden if isinstance(test, str))):
-            ast.parse(text)
+        ast.parse(problem.setup)
+        unseen = [test for test in asserts if is_unseen(ast.parse(test).body)]
     except (SyntaxError, ValueError, RecursionError) as error:
         return f"has a test, or a setup, that is not Python: {told(error)}"
-    return ""
+    return f"has a test that asserts nothing, {short(unseen[0], 80)!r}; write assert before it" if unseen else ""
+
+
+def is_unseen(body: list[ast.stmt]) -> bool:
+    """Is it an expression alone, like f(1) == 2, whose value nobody looks at? A call may assert by itself."""
+    return not body or isinstance(body[-1], ast.Expr) and not isinstance(body[-1].value, (ast.Call, ast.Await))
 
 
 # ------------------------------------------------------------------------------ asserts: the answer and its judge
@@ -170,7 +197,7 @@ def verdict_of(problem: Problem, source: str, tests: list[str]) -> Verdict:
     what it does not define itself."""
     before, after, setup = shared_out(problem)
     answer = f"{CROSSING}\nanswer({source!r}, {before!r}, {after!r})"
-    asserts = f"{CROSSING}\njudge{(setup, problem.reference, entry(problem), tests)!r}"
+    asserts = f"{CROSSING}\njudge{(setup, problem.reference, [problem.entry] if problem.entry else None, tests)!r}"
     answered, judged = pair(answer, asserts, Limits(seconds=CROSSING_COSTS * problem.seconds))
     how = answered.end if answered.end in ("time", "memory", "disk", "output") else ""
     try:
@@ -180,20 +207,14 @@ def verdict_of(problem: Problem, source: str, tests: list[str]) -> Verdict:
     return (passed, how or wrong_, why) if wrong_ else (passed, "", "")
 
 
-def entry(problem: Problem) -> list[str] | None:
-    """The function that HumanEval asks for, whose prompt is the setup; None elsewhere."""
-    prompt = problem.setup.endswith("    pass\n")
-    return re.findall(r"^def (\w+)", problem.setup, re.M)[-1:] if prompt else None
-
-
 def shared_out(problem: Problem) -> tuple[str, str, str]:
     """Of a problem's setup: what the answer finds before it, and after it, and what the judge runs. HumanEval's prompt
     stands before an answer, but for the function itself. Elsewhere classes (a ListNode) are the answer's, and imports
     are both sides'; the rest is the judge's."""
     body = ast.parse(problem.setup).body
     imports: list[ast.stmt] = [part for part in body if isinstance(part, (ast.Import, ast.ImportFrom))]
-    if names := entry(problem):
-        return text_of([part for part in body if getattr(part, "name", "") not in names]), "", problem.setup
+    if problem.entry:
+        return text_of([part for part in body if getattr(part, "name", "") != problem.entry]), "", problem.setup
     classes: list[ast.stmt] = [part for part in body if isinstance(part, ast.ClassDef)]
     return text_of(imports), text_of(imports + classes), text_of([part for part in body if part not in classes])
 
@@ -204,8 +225,8 @@ def text_of(parts: list[ast.stmt]) -> str:
 
 def called_names(problem: Problem) -> set[str]:
     """What the tests of a problem call: its function's name, or a few."""
-    if names := entry(problem):
-        return set(names)
+    if problem.entry:
+        return {problem.entry}
     tests = " ".join(test for test in problem.hidden if isinstance(test, str))
     return set(re.findall(r"(\w+) *\(", tests)) - set(vars(builtins)) - {"assert", "check"}
 
