@@ -330,6 +330,25 @@ def test_trees_of_another_model_template_or_world_are_refused_before_anything_is
             assert json.loads((run.folder.path / "run.json").read_text())["made_by"].startswith("model ")
 
 
+@pytest.mark.parametrize("changed, refused", [
+    ("def tasks(self, split): return super().tasks(split)[::-1]", True),               # a set's order, of each process its own
+    ("def reset(self, task): return super().reset(task) + ' it rains.'", True),        # hash(task), or a file that was edited
+    ("def tasks(self, split): return [*super().tasks(split), f'{split}-new']", False)])
+def test_trees_of_a_world_whose_tasks_come_otherwise_are_refused(changed, refused, made, tiny, settings, tmp_path):
+    (tmp_path / "again.py").write_text(f"from envs import Quest\n\n\nclass Again(Quest):\n    {changed}\n")
+    run = run_of(settings(f"trees={made}", f"env={tmp_path}/again.py:Again", f"out={tmp_path}/run"), tiny, folder=True,
+                 train_tasks=TASKS, test_tasks=TASKS)
+    with pytest.raises(UserError, match="trees: .* was made with other first tasks") if refused else nullcontext():
+        provenance.settle(run)
+
+
+def test_a_world_that_never_begins_twice_alike_may_be_gone_on_with(tiny, settings, tmp_path):
+    (tmp_path / "again.py").write_text("from envs import Quest\n\n\nclass Again(Quest):\n    n = 0\n\n    def reset(self, task):\n"
+                                       "        Again.n += 1\n        return f'{super().reset(task)} it is {Again.n}.'\n")
+    run = run_of(settings(f"env={tmp_path}/again.py:Again"), tiny)
+    assert provenance.makers(run) == provenance.makers(run)
+
+
 @pytest.mark.parametrize("other, said", [
     ("keep_experience=false", "keep_experience=True, not False; say so here too"),
     ("observation_tokens=32", "observation_tokens=256, not 32; say so here too"), ("env=quest", "")])

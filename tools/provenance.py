@@ -25,7 +25,7 @@ import torch
 from transformers.utils import cached_file
 
 import ranks
-from envs import ask, closing
+from envs import Env, ask, closing, wait_for
 from leafe import REFLECT, REFLECTION, TURN, Branch, read_trees
 from lora import find_model
 from run import Run, read_jsonl, write_aside
@@ -194,7 +194,9 @@ def seconds(folder: Path) -> float:
 # ------------------------------------------------------------------------------------------------ who made them
 
 MAKERS = dict(model="other weights (model=)", tokenizer="another tokenizer (model=)",
-              template="another chat template (model=, thinking=)", rules="other rules (env=, data=, react=)")
+              template="another chat template (model=, thinking=)", rules="other rules (env=, data=, react=)",
+              tasks="other first tasks, or a world that begins them otherwise (env=, data=; or it does so at every start)")
+BEGUN = 2                                                  # tasks of a split, the first ones
 
 
 def makers(run: Run) -> dict[str, str]:
@@ -203,10 +205,18 @@ def makers(run: Run) -> dict[str, str]:
         return sha256("\0".join(map(str, parts)).encode("utf-8", "replace")).hexdigest()[:8]
     tokenizer = run.policy.chat.tokenizer
     with closing(replace(run, playbook="").world()) as env:
-        rules = env.rules
+        rules, tasks = env.rules, list(beginnings(env))
     return dict(model=digest(*weights(find_model(run.cfg.model))),
                 tokenizer=digest(sorted(tokenizer.get_vocab().items())),
-                template=digest(tokenizer.chat_template, run.cfg.thinking), rules=digest(rules))
+                template=digest(tokenizer.chat_template, run.cfg.thinking), rules=digest(rules), tasks=digest(*tasks))
+
+
+def beginnings(env: Env) -> Iterator[str]:
+    """The first tasks of the splits, and how they begin, where that is the same twice."""
+    for split in ("train", "test"):
+        for task in wait_for(env, "tasks", split)[:BEGUN]:
+            once, again = (wait_for(env, "reset", task) for _ in range(2))
+            yield from (task, once if once == again else "")
 
 
 def weights(model: str) -> Iterator[str]:
