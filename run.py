@@ -255,6 +255,7 @@ class RunFolder:
         self.stores: dict[str, Jsonl] = {}
         if ranks.rank() == 0:
             self._hold(config)
+            provenance().check_folder(self.path)
             self._settle(config)
             provenance().tell(self.path, provenance().today(config))      # run.json
             for name in {part.name.split(".")[0] for part in self.path.glob("*.part")}:      # killed before
@@ -279,8 +280,7 @@ class RunFolder:
         kept, now = self.path / "config.yaml", dict(vars(config))
         if kept.exists():
             before = vars(kept_config(self.path))
-            odd = [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]
-            if odd:
+            if odd := [key for key in now if key not in NOT_PART_OF_RESULTS and before.get(key) != now[key]]:
                 raise UserError(f"{self.path} holds a run with {odd[0]}={before.get(odd[0])!r}, "
                                 f"not {now[odd[0]]!r}; choose another out=, or delete that folder")
         write_aside(kept, yaml.dump(now, Dumper=Dumper, sort_keys=False))

@@ -439,3 +439,27 @@ def test_a_group_that_a_world_cannot_name_is_told_before_anything_is_sampled(tin
     run = run_of(settings(), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
     with pytest.raises(UserError, match="difficulty.* must return the name of a group, which is text, not NoneType"):
         provenance.settle(run)
+
+
+def test_a_config_yaml_of_the_user_s_own_is_not_written_over(settings, tmp_path):
+    own, text = tmp_path / "config.yaml", "# mine\npreset: smoke\nseed: 3   # why\n"
+    own.write_text(text)
+    with pytest.raises(UserError, match=f"out: {tmp_path} holds a config.yaml that no run wrote; choose another out="):
+        RunFolder(settings(f"out={tmp_path}"))
+    assert own.read_text() == text
+
+
+def test_a_folder_of_results_without_its_config_yaml_is_no_new_run_s(settings, tmp_path):
+    for name in ("trees.jsonl", "samples.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=f"out: {tmp_path} holds {name}, but no config.yaml that says what it is of"):
+            RunFolder(settings(f"out={tmp_path}"))
+        (tmp_path / name).unlink()
+    RunFolder(settings(f"out={tmp_path}"))
+
+
+def test_a_run_killed_before_its_run_json_goes_on(settings, tmp_path):
+    cfg = settings(f"out={tmp_path}", "data='a #b'", "ks=[1,2]", "slots=null")
+    RunFolder(cfg).lock.close()
+    (tmp_path / "run.json").unlink()
+    RunFolder(cfg)
