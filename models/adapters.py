@@ -184,6 +184,9 @@ def placed(model: Any, config: dict, tensors: Tensors) -> dict[str, Part]:
         if lacks and (names or targeted(config, theirs, module is head)):
             has = f", while it has {next(iter(names.values()))}" if names else ""
             raise ValueError(f"it lacks the {lacks[0]} of base_model.model.{theirs}{has}")
+        if names and config.get("target_modules") and not (targeted(config, theirs, module is head) or by_weight(config, theirs)):
+            raise ValueError(f"it has {next(iter(names.values()))}, a layer that its adapter_config.json does not name, so "
+                             f"that peft leaves it out")
         if names:
             rank, scale = rank_and_scale(config, theirs)
             check_shapes(module, rank, {names[side]: tensors[names[side]] for side in sides})
@@ -218,13 +221,18 @@ def check_shapes(layer: Any, rank: int, values: Tensors) -> None:
 
 def rank_and_scale(config: dict, name: str) -> tuple[int, float]:
     """A layer's r, and what its update is multiplied by. The first pattern that matches the end of its name counts."""
-    if f".{name}.weight".endswith(tuple(f".{weight}" for weight in config.get("target_parameters") or ())):
+    if by_weight(config, name):
         name = f"{name}.weight"                        # peft takes it for that
     found = [next((value for pattern, value in (config.get(key) or {}).items()
                    if re.match(rf"(.*\.)?({pattern})$", name)), config[default])
              for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))]
     rank, alpha = found
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def by_weight(config: dict, name: str) -> bool:
+    """Whether the config names the layer by its weight."""
+    return f".{name}.weight".endswith(tuple(f".{weight}" for weight in config.get("target_parameters") or ()))
 
 
 def targeted(config: dict, name: str, is_head: bool) -> bool:
@@ -281,7 +289,9 @@ def tensors_of(model: Any, alike: bool) -> Tensors:
 def config_of(model: Any, base_name: str, alike: bool) -> dict:
     """adapter_config.json, for peft to find the layers of `model` and their scales, and no others."""
     layers = lora_layers(model)
-    first, weights = next(iter(layers)), targets_as_weights(model, list(layers))
+    first = next(iter(layers))
+    dora = layers[first].lora_magnitude_vector is not None
+    weights = [] if dora else targets_as_weights(model, list(layers))          # by its weight peft makes no DoRA
     rank = {name: len(layer.lora_A) for name, layer in layers.items()}
     alpha = {name: layer.scale * rank[name] for name, layer in layers.items()}
     if alike:
@@ -291,7 +301,7 @@ def config_of(model: Any, base_name: str, alike: bool) -> dict:
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=rank[first],
                   lora_alpha=alpha[first], lora_dropout=0.0, bias="none", fan_in_fan_out=False,
                   inference_mode=True, target_modules=target_modules(model, [n for n in layers if n not in weights]))
-    more = dict(use_dora=layers[first].lora_magnitude_vector is not None, target_parameters=[by_name[name] for name in weights],
+    more = dict(use_dora=dora, target_parameters=[by_name[name] for name in weights],
                 rank_pattern={by_name[name]: rank[name] for name in layers if rank[name] != rank[first]},
                 alpha_pattern={by_name[name]: alpha[name] for name in layers
                                if not math.isclose(alpha[name], alpha[first])})

@@ -28,6 +28,7 @@ import ranks
 from config import UserError, installed, load_config, refuse, visible
 from cache import common_prefix
 from engine import Ask, Engine, Episode, Job
+from models import template
 from models import card
 from models.plan import numbers_a_token
 from packing import Segment
@@ -125,7 +126,7 @@ def note_other_template(policy: Policy) -> None:
         own = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
         if not own and (config := Path(folder) / "tokenizer_config.json").is_file():
             own = lora.files().read_json("", config, "delete it").get("chat_template") or ""
-        if own and isinstance(own, str) and own != policy.chat.tokenizer.chat_template and ranks.rank() == 0:
+        if own and isinstance(own, str) and own != template.source_of(policy.chat.tokenizer) and ranks.rank() == 0:
             print(visible(f"note: {folder} has a chat template of its own; {policy.cfg.model} is asked by its own, so if the "
                           f"adapter was trained with another, give a model= whose folder holds that"), file=sys.stderr)
 

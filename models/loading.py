@@ -5,6 +5,7 @@ is. Of a model that sees or hears the text part is loaded, under the names that 
 """
 import logging
 import math
+import re
 import sys
 import traceback
 import zipfile
@@ -36,6 +37,8 @@ from models.weights import check_tensors, checkpoint_files, sample_of, variant_o
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # it advises to install what only speeds a CPU up
 METHOD = "bitsandbytes without accelerate"             # transformers finds Plan and FourBit by it
 EVERY = "LoRA: 100 % of the linear layers"
+BUFFERS = re.compile(r"(masked_bias|rotary\w*\.inv_freq|embed_positions\.weights|\.attn(\.attention)?\.bias)$")
+# masks and tables, which older versions of transformers saved with the weights
 SMALL = 16                                             # a stack of matrices with a side below this is no experts'
 
 
@@ -44,12 +47,15 @@ def load(name: str, config: Any, four: bool, dtype: torch.dtype, device: str) ->
     with naming_what_did_not_fit():
         model, told = read(name, config, four, dtype, device)
     met = getattr(model.__dict__.get("hf_quantizer"), "met", Met())
-    unexpected = {key for key in told["unexpected_keys"] if not key.startswith(met.left_out)}
+    heads = tuple(key for key in told["unexpected_keys"] if key.startswith("v_head."))
+    unexpected = {key for key in told["unexpected_keys"] if not (key.startswith((*met.left_out, *heads)) or BUFFERS.search(key))}
     check_tensors(told["missing_keys"], unexpected, {*told["mismatched_keys"], *met.mismatched})
     nn.Module.to(model, device)
     model.base_weights = met.samples or {sample_of(value) for value in model.parameters()}
     if dtype == torch.float16:                           # it rounds small weights to others; names alone tell then
         model.base_weights = set()
+    if heads and ranks.rank() == 0:
+        print(visible(f"note: {name}: its value head (v_head) is left out"), file=sys.stderr)
     if ranks.rank() == 0 and (what := reached(model)) != EVERY:
         print(visible(f"note: {name}: {what}"), file=sys.stderr)
     return model

@@ -230,7 +230,8 @@ def opening_of(asked: str, shown: str) -> str:
     """What a reply without a thought says first, behind a prompt that ends with `asked`."""
     opened = OPENED.search(asked)
     if not opened:
-        return "" if asked.endswith(shown) else shown
+        again = asked.strip() and shown.strip().endswith(asked.strip())        # the header itself, behind other blanks
+        return "" if again or asked.endswith(shown) else shown
     end = f"</{opened[1]}>"
     if end in shown:
         return end + shown.partition(end)[2]

@@ -150,9 +150,9 @@ def base_digest(model: Any) -> str:
 
 def check_base(model: Any, said: str, base: str, digest: str) -> None:
     """An adapter's base must be this model. In what we save, its weights say so. Of another's the name is all there
-    is: a folder that lies here is compared, two hub names must be one, else another name is but a note."""
+    is: a folder that lies here is compared, two hub names must be of one release, else another name is but a note."""
     here, folder, same = model.name_or_path, find_folder(base) if base else None, True
-    known = bool(model.base_weights)                     # else float16
+    known, hubs = bool(model.base_weights), is_hub_name(base) and is_hub_name(here)        # not known: float16
     if digest and known:
         same = digest == base_digest(model)
     elif known and folder and folder.resolve() != Path(here).resolve():
@@ -167,13 +167,18 @@ def check_base(model: Any, said: str, base: str, digest: str) -> None:
                     samples |= {sample_of(opened.get_tensor(key)) for key in opened.keys()}
         stacks = sum(key.endswith(".original") or value.dim() == 3 for key, value in model.named_parameters())
         same = len(model.base_weights - samples) <= stacks          # experts, which may lie there one by one
-    elif is_hub_name(base) and is_hub_name(here):
-        same = base == here
-    elif base and Path(base).name != Path(here).name and ranks.rank() == 0:
+    elif hubs and release(base) != release(here):
+        raise UserError(f"{said} was trained on {base}, which is not {here}; give model={base}, or an adapter of this model")
+    elif base and base != here and (hubs or Path(base).name != Path(here).name) and ranks.rank() == 0:
         print(visible(f"note: {said} was trained on {base}, by its own account, and is used on {here}"), file=sys.stderr)
     if not same:
         raise UserError(f"{said} was trained on {base}, whose weights are not those of {here}; give model={base}, "
                         f"or an adapter of this model")
+
+
+def release(name: str) -> str:
+    """A hub name without its owner, and without what those add who upload a copy, or rename theirs."""
+    return re.sub("^meta-|(-unsloth)?-bnb-4bit$", "", name.rpartition("/")[2].lower())
 
 
 # --------------------------------------------------------------------------------- a run's checkpoint of its training
@@ -191,11 +196,16 @@ def check_checkpoint(saved: dict, parameters: Sequence[torch.Tensor], state: Ite
 
 # ------------------------------------------------------------------------------------------- rotary positions (RoPE)
 def most_tokens(config: Any, context: int) -> int:
-    """How long a conversation its positions allow; dynamic NTK stretches what the model was trained on."""
+    """How long a conversation its positions allow; dynamic NTK stretches what the model was trained on, as does YaRN."""
     rope = getattr(config, "rope_parameters", None) or {}
-    stretched = rope.get("factor", 1.0) if "dynamic" in str(rope.get("rope_type")) else 1.0
-    most = getattr(config, "max_position_embeddings", context)
-    most = int(most * stretched) if most > 0 else context                        # -1: no limit
+    kind, factor = str(rope.get("rope_type")), rope.get("factor", 1.0)
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")   # MPT has the second, Whisper the third
+    most = next((getattr(config, name) for name in names if getattr(config, name, None)), context)
+    if "dynamic" in kind:
+        most = int(most * factor)
+    if kind == "yarn":
+        most = max(most, int(rope.get("original_max_position_embeddings", most) * factor))
+    most = most if most > 0 else context                                         # -1: no limit
     # beyond this window Doge drops the weakest keys: which of equal ones, as those of equal words are, is left open
     return min(most, getattr(config, "keep_window_size", context))
 

@@ -312,6 +312,9 @@ LINES = {
     "more than there is": (dict(target_modules=["q_proj", "up_proj", "down_proj", "v_proj"]), "it lacks the lora_A of .*v_proj"),
     "more by a pattern": (dict(target_modules=r".*_proj"), "it lacks the lora_A of .*_proj"),
     "all linear, by its word": (dict(target_modules="all-linear"), "it lacks the lora_A of .*_proj"),
+    "fewer than there are": (dict(target_modules=["q_proj", "up_proj"]), "it has .*down_proj.*, a layer that .* does not name"),
+    "excluded": (dict(exclude_modules=["up_proj"]), "it has .*up_proj.*, a layer that its adapter_config.json does not name"),
+    "of one layer": (dict(layers_to_transform=[0]), "it has .*layers.1.*, a layer that its adapter_config.json does not name"),
     "DoRA without magnitudes": (dict(use_dora=True), "it lacks the lora_magnitude_vector of")}
 
 
@@ -375,6 +378,15 @@ def test_an_adapter_of_a_family_that_peft_treats_specially_is_exact_both_ways(na
     theirs.save_pretrained(tmp_path / "theirs")
     assert torch.allclose(logits(loaded(base, tmp_path / "theirs")), logits(ours), atol=2e-5)
     assert any(isinstance(layer, LoRA) for layer in ours.modules())
+
+
+def test_dora_where_experts_are_stacked_is_saved_so_that_peft_reads_it(tmp_path):
+    base = tiny_model("qwen2_moe")
+    made(base, tmp_path / "theirs", use_dora=True, target_modules=["q_proj", "shared_expert.gate_proj"])
+    ours = loaded(base, tmp_path / "theirs")
+    save_adapter(ours, tmp_path / "ours", "x")
+    assert torch.allclose(logits(ours), logits(in_peft(base, tmp_path / "theirs")), atol=1e-4)
+    assert torch.allclose(logits(ours), logits(in_peft(base, tmp_path / "ours")), atol=1e-4)
 
 
 def test_an_adapter_of_many_ranks_is_saved_with_one_for_those_who_know_no_patterns(llama, plain, tmp_path):

@@ -15,7 +15,7 @@ import ranks
 from config import UserError
 from conftest import ROOT, family, shake
 from lora import add_lora, load_model, lora_layers
-from models import card, plan
+from models import card, check as check_, plan
 from models.check import check, conversations, drift, main, mean, own_answers, sampled, token_of
 from run import Policy
 from tools.families import tiny_config, tiny_model
@@ -247,6 +247,10 @@ def test_a_chat_template_beside_an_adapter_is_told(settings, tmp_path, capsys):
         capsys.readouterr()
         Policy.open(settings("model=tiny", f"init={tmp_path}/a"), f"{tmp_path}/a", "init")
         assert (f"note: {tmp_path}/a has a chat template of its own" in capsys.readouterr().err) == told
+    (tmp_path / "a/chat_template.jinja").write_text(own)
+    policy.chat.tokenizer.chat_template = dict(default=own, tool_use="another")       # of which the default is what counts
+    check_.note_other_template(Policy(policy.model, policy.chat, settings("model=tiny", f"init={tmp_path}/a")))
+    assert "template" not in capsys.readouterr().err
     (tmp_path / "a/chat_template.jinja").unlink()
     (tmp_path / "a/tokenizer_config.json").write_text(json.dumps(dict(chat_template="another")))
     Policy.open(settings("model=tiny", f"init={tmp_path}/a"), f"{tmp_path}/a", "init")

@@ -243,6 +243,20 @@ def test_a_checkpoint_is_read_as_from_pretrained_reads_it_in_full_and_in_4_bits(
     assert torch.equal(logits(four), logits(rounded(theirs))) and four.base_weights == full.base_weights
 
 
+@pytest.mark.parametrize("name, keys, told", [
+    ("gpt_neo", ["transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"], ""),
+    ("gpt2", ["transformer.h.1.attn.bias", "transformer.h.1.attn.masked_bias"], ""),
+    ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"], ""),
+    ("llama", ["v_head.summary.weight", "v_head.summary.bias"], "its value head (v_head) is left out")])
+def test_what_a_checkpoint_holds_besides_its_weights_is_left_out(name, keys, told, tmp_path, capsys):
+    folder = saved(tiny_model(name), tmp_path)
+    before = [logits(load_model(str(folder), bits, 64)[0]) for bits in (False, True)]
+    save_file(load_file(folder / WEIGHTS) | {key: torch.ones(1, 1, 4, 4) for key in keys}, folder / WEIGHTS, metadata={"format": "pt"})
+    for bits in (False, True):
+        assert torch.equal(logits(load_model(str(folder), bits, 64)[0]), before[bits])
+    assert told in capsys.readouterr().err
+
+
 EXPERT = "model.layers.1.mlp.experts.1.up_proj.weight"
 
 

@@ -4,6 +4,8 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from conftest import ROOT, family, shake
 from lora import (LoRA, adapter_off, add_lora, linear_layers, load_adapter, load_model, loading,
                   lora_layers, lora_parameters, save_adapter, weights_version)
 from models.loading import linear_4bit, params_4bit
+from models.weights import check_base, most_tokens
 from packing import Segment, pack, packed_nll
 from run import Policy
+from tools.families import tiny_config
 
 
 def test_the_adapter_loads_in_peft_and_peft_s_loads_here(own_tiny, tmp_path):
@@ -494,11 +498,22 @@ def test_an_adapter_whose_base_has_other_weights_is_one_line(tmp_path, adapter, 
     (tmp_path / "other/model.safetensors").unlink()
     with pytest.raises(UserError, match="theirs was trained on .*, whose weights are not"):      # pickled, too
         load_adapter(load_model("tiny", None, 64)[0], tmp_path / "theirs")
-    says(SETTINGS, base_model_name_or_path="own/model")(tmp_path / "theirs")
+    says(SETTINGS, base_model_name_or_path="own/model-1")(tmp_path / "theirs")
     model, _ = load_model("tiny", None, 64)
-    model.name_or_path = "another/model"
-    with pytest.raises(UserError, match="was trained on own/model, whose"):
+    model.name_or_path = "own/model-2"
+    with pytest.raises(UserError, match="was trained on own/model-1, which is not own/model-2; give model=own/model-1, or"):
         load_adapter(model, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("base, here, taken", [
+    ("meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", True),
+    ("unsloth/qwen3-4b-unsloth-bnb-4bit", "Qwen/Qwen3-4B", True), ("unsloth/Qwen3-4B-bnb-4bit", "Qwen/Qwen3-4B", True),
+    ("Qwen/Qwen3-4B-Base", "Qwen/Qwen3-4B", False), ("Qwen/Qwen2.5-4B", "Qwen/Qwen3-4B", False)])
+def test_a_copy_on_the_hub_under_another_name_is_the_same_base_with_a_note(base, here, taken, capsys):
+    model = SimpleNamespace(name_or_path=here, base_weights={b"x"})
+    with nullcontext() if taken else pytest.raises(UserError, match=f"init: a was trained on {base}, which is not {here}"):
+        check_base(model, "init: a", base, "")
+    assert taken == (f"note: init: a was trained on {base}, by its own account, and is used on {here}" in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("base, told", [
@@ -567,6 +582,20 @@ def test_rope_that_depends_on_length_is_that_of_the_context_whatever_a_batch_hol
     most = 512 if rope is NTK else 128
     with pytest.raises(UserError, match=f"context: {most + 1} is more than the {most} tokens of"):
         load_model(str(tmp_path), False, most + 1)
+
+
+@pytest.mark.parametrize("name, fields, most", [
+    ("llama", dict(max_position_embeddings=64), 64), ("llama", dict(max_position_embeddings=-1), 999),
+    ("llama", dict(max_position_embeddings=64, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)), 256),
+    ("llama", dict(max_position_embeddings=256, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)), 256),
+    ("mpt", dict(max_seq_len=64), 64), ("bloom", {}, 999)])
+def test_how_long_a_conversation_may_be_is_what_its_positions_allow(name, fields, most):
+    config = tiny_config(name)
+    for key, value in fields.items():
+        setattr(config, key, value)
+    assert most_tokens(config, 999) == most
 
 
 def test_phimoe_s_scale_that_depends_on_length_is_that_of_the_context_too(tiny, tmp_path):

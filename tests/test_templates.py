@@ -376,6 +376,14 @@ def test_tags_that_begin_alike_before_a_reply_are_not_cut_in_two(shown, asked, o
     assert told.endswith(f"<|assistant|>{asked}{opening}go attic<|end|>")
 
 
+def test_a_header_that_blanks_alone_tell_from_the_prompt_s_end_is_not_said_twice():
+    source = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% if not loop.last %}{{ '\n' }}"
+              "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    chat = Chat(dressed(in_bytes(), source, "<|im_end|>"))
+    assert chat.tokenizer.decode(chat.reply("go attic")) == "go attic<|im_end|>"
+    assert chat.tokenizer.decode(chat.first(RULES, ONE) + chat.reply("go attic")).count("<|im_start|>assistant") == 1
+
+
 # ------------------------------------------------------------------------------------------- other kinds of templates
 
 def test_of_several_templates_the_default_is_taken_and_a_processor_s_is_found(tmp_path, tiny):
