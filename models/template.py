@@ -221,6 +221,9 @@ def read_pieces(render: Render, messages: list[dict], way: Way, name: str) -> Te
     strips = how_it_strips(render, messages, way, name)
     shared = len(UNCLOSED.sub("", os.path.commonprefix([said, user_to_reply])))
     asked, shown = user_to_reply[shared:], said[shared:]
+    if not asked and shown.strip() and user_to_reply.endswith(shown):
+        raise UserError(f"model: the chat template of {name} puts the header of a reply behind every message "
+                        f"(add_generation_prompt belongs behind the last); give the folder another chat_template.jinja")
     return Template(messages[0]["role"] == "system", head, system_to_user, user_to_reply, reply_to_user, asked,
                     shown, opening_of(asked, shown), way, isinstance(messages[0]["content"], list),
                     strip=strips[1], strip_system=strips[0])

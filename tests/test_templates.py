@@ -405,6 +405,8 @@ def test_of_several_templates_the_default_is_taken_and_a_processor_s_is_found(tm
 @pytest.mark.parametrize("source, why", [
     ("{% for m in messages %}{% if m.role == 'user' %}[Round {{ loop.index }}] {% endif %}{{ m.content }}<|end|>{% endfor %}>", "each turn"),
     ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{{ messages | length }}", "each turn"),
+    ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if add_generation_prompt %}<|end|><|assistant|>{% endif %}"
+     "{% endfor %}", "puts the header of a reply behind every message"),
     ("{% for m in messages %}<|{{ m.role }}|>{{ m.content | tojson }}<|end|>{% endfor %}>", "changes what messages say"),
     ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %", "cannot be read"),
     ("{% for m in messages %}<|{{ m.role }}|>{{ m.content | upper }}<|end|>{% endfor %}>", "loses or reorders")])
