@@ -357,7 +357,7 @@ def blaming(file: str, happened: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if isinstance(error, UserError) or getattr(error, "errno", 0) in FULL:
+        if isinstance(error, UserError) or getattr(error, "errno", 0) in FULL[:3]:
             raise
         frames = traceback.extract_tb(error.__traceback__)[2:]       # behind this one, and the one that asked
         where = file
@@ -383,7 +383,7 @@ def usage_of(args: list[str], usage: str) -> str:
     return text.strip() + keys
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)         # the way is to be freed
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)    # the way is to be freed; 3: on the disk
 STOPPED = "stopped; nothing is lost: the same command goes on from here"
 gone: set[TextIO] = set()
 in_mid_line: dict[TextIO, bool] = {}                   # where a progress bar stands

@@ -214,7 +214,7 @@ def tried(run: Run, objective: Objective, row: Packed, scale: float, room: Room)
     """As row_gradients; None if memory ran out."""
     model, parameters = run.policy.model, run.policy.parameters()
     try:
-        with recomputing(model, room.recompute):
+        with torch.enable_grad(), recomputing(model, room.recompute):  # a world with a network of its own may switch it off
             losses = objective.loss(model, row) * scale                # (C,)
             found = torch.autograd.grad(losses.sum() * room.loss_scale, parameters, allow_unused=True)
         # a layer that none of the row's tokens came by has none

@@ -13,7 +13,7 @@ import random
 from collections import deque
 from pathlib import Path
 
-from config import UserError, guarded, load_config, visible    # before torch: Ctrl-C
+from config import UserError, guarded, load_config, refuse, visible    # before torch: Ctrl-C
 
 import torch
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from engine import Job
 from eval import spread
 from envs import ask
 from leafe import Attempt, Branch, Tree, episode, read_trees
-from run import Policy, Run, RunFolder, pick_tasks, read_jsonl, report_file, write_aside
+from run import Policy, Run, RunFolder, pick_tasks, provenance, read_jsonl, report_file, write_aside
 
 CONTENDERS = ("IS", "IR", "IR-1")
 
@@ -90,6 +90,8 @@ def table(trees: list[Tree], records: list[dict], resamples: int) -> str:
 
 def main(args: list[str]) -> None:
     cfg = load_config(args)
+    refuse(cfg, plan="is what train.py prints", adapter="the contenders have what the trees were grown with: trees=, init=",
+           playbook="is what eval.py puts into the rules")
     source = Path(cfg.trees or cfg.out)
     path = source / "trees.jsonl"
     grown = list(read_jsonl(path)) if path.exists() else []
@@ -99,6 +101,7 @@ def main(args: list[str]) -> None:
     trees = read_trees(grown, 1, pick_tasks(cfg, "train"))
     start = str(source / "warm_start") if cfg.warm_start else cfg.init
     run = Run(cfg, Policy.open(cfg, start, "init"), folder)
+    provenance().check_trees(run, path, grown, provenance().made_by(run))
     run_contenders(run, trees)
     records, world = run.store("stage1.jsonl").records, run.world()
     found = dict(tasks={tree.task: ask(world, "difficulty", tree.task) for tree in trees}, found=outcome(trees, records))

@@ -29,8 +29,8 @@ LONGEST = 160                          # characters of a refusal that a lesson r
 
 class Shown:
     """One task's demonstration, as a token tree; weights (1, 0) mark actions, (0, 1) reflections."""
-    def __init__(self, env: Env, chat: Chat, observation_tokens: int):
-        self.env, self.chat, self.most, self.segments = env, chat, observation_tokens, []
+    def __init__(self, env: Env, chat: Chat, observation_tokens: int, turns: int = 10**6):
+        self.env, self.chat, self.most, self.turns, self.segments = env, chat, observation_tokens, turns, []
         self.cut = chat.cut(chat.reply("x"))           # the template ends a reply otherwise than the model does
 
     def turn(self, t: int, obs: str, reply: str, parent: int | None, weight: float, e: str = "") -> int:
@@ -46,7 +46,7 @@ class Shown:
     def solve(self, t: int, obs: str, parent: int | None, e: str = "") -> bool:
         """From turn t to success; what does not get there is not shown."""
         before, success, done = len(self.segments), False, False
-        while not done and (reply := ask(self.env, "next_best")):
+        while not done and t <= self.turns and (reply := ask(self.env, "next_best")):
             parent = self.turn(t, obs, reply, parent, 1.0, e)
             outcome = wait_for(self.env, "step", wait_for(self.env, "action", reply))
             t, obs, e, success, done = t + 1, outcome.obs, "", outcome.success, outcome.done
@@ -109,13 +109,15 @@ def rows(run: Run) -> list[Packed]:
     trees, shown, other = [], tasks(cfg), ""
     longest = min(env.max_turns, cfg.horizon or env.max_turns)
     for task in tqdm(shown, desc="warm start", unit="task", disable=ranks.rank() > 0):
-        episodes, obs = Shown(env, chat, cfg.observation_tokens), wait_for(env, "reset", task)
+        episodes, obs = Shown(env, chat, cfg.observation_tokens, longest), wait_for(env, "reset", task)
         first = ask(env, "next_best")
         if episodes.solve(1, obs, None):
             episodes.mistake(task, other or first, rng.randint(1, longest), rng)
             trees.append(episodes.segments)
         other = first or other
     ask(env, "close")
+    if not trees:
+        raise UserError(f"warm_start: next_best of the world {cfg.env} solves none of {len(shown)} tasks within {longest} turns")
     fitting = [tree for tree in trees if length(tree) <= cfg.row_tokens]
     if not fitting:
         raise UserError(f"warm_start: none of the {len(trees)} solved episodes fits into row_tokens={cfg.row_tokens}")

@@ -516,6 +516,10 @@ def test_a_method_that_raises_is_told_with_its_file_and_line(tmp_path):
     path.write_text("def train(run, round_):\n    raise OSError(28, 'No space left on device')\n")
     with pytest.raises(OSError, match="No space left"):                   # not its fault: guarded says how to go on
         method_file(str(path)).train(None, 1)
+    path = tmp_path / "denied.py"
+    path.write_text("def train(run, round_):\n    raise PermissionError(13, 'Permission denied')\n")
+    with pytest.raises(UserError, match=r"denied.py, line 2, in train: PermissionError: .*Permission denied"):     # of no folder of ours
+        method_file(str(path)).train(None, 1)
 
 
 def script_with(tmp_path, files):

@@ -15,6 +15,7 @@ from eval import Samples, bootstrap, interval, main, pass_at_k, sample
 from leafe import episode, explore
 from lora import add_lora
 from run import Policy, RunFolder, open_run, pick_tasks
+from tools.page import page
 from tools.report import by_difficulty, compare, percent, policy_name, read_policies, read_samples, report, table
 
 
@@ -190,6 +191,30 @@ def test_the_policies_of_a_run_are_shown_in_the_order_in_which_they_came_to_be(s
     expected = ["base", "leafe-1", "leafe-2", "leafe-10", "leafe"]
     assert [one.label for one in read_policies(folder.path, tasks)] == expected
     assert report(folder.path, cfg, tasks).splitlines()[0].split() == ["%", *expected]
+
+
+def test_a_run_that_has_not_ended_says_how_much_of_it_is_there(settings, capsys):
+    cfg = settings("ks=[1]", "test_tasks=2", "samples=40")
+    folder, tasks = RunFolder(cfg), pick_tasks(cfg, "test")[:2]
+    for count, says in ((79, ["not ended: base has 79 of 80 samples, of episodes that were soon over"]), (80, [])):
+        rows = [r | {"task": tasks[int(r["task"][1:])]} for r in records([0.1, 0.9])][:count]
+        (folder.path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        main(["table", cfg.out])
+        assert [line for line in capsys.readouterr().out.splitlines() if "not ended" in line] == says
+        assert ("not ended" in page(folder.path)) == bool(says)
+
+
+def test_the_table_of_a_run_that_may_be_read_alone_is_shown_with_a_note(settings, capsys, monkeypatch):
+    cfg = settings("ks=[1]", "test_tasks=2")
+    folder, tasks = RunFolder(cfg), pick_tasks(cfg, "test")[:2]
+    rows = [r | {"task": tasks[int(r["task"][1:])]} for r in records([0.1, 0.9])]
+    (folder.path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    def denied(path, _):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr("tools.report.write_aside", denied)
+    assert "Pass@1" in report(folder.path, cfg, tasks)
+    assert re.match("note: there is no passk.json: .*Permission denied: .*/passk.json", capsys.readouterr().err)
 
 
 def test_every_figure_is_recomputed_from_samples_jsonl_without_a_model(settings, capsys):

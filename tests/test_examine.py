@@ -160,6 +160,14 @@ SHAPES = {
     "actions-None": ("def actions(self): pass", r"actions\(\) must return a list of texts, not NoneType None"),
     "actions-a-generator": ("def actions(self): yield 'go attic'", r"actions\(\) must .*, not generator <gen"),
     "actions-a-set": ("def actions(self): return {'go attic'}", r"actions\(\) must .*, not set {'go attic'}"),
+    "judge-None": ("def judge(self, task, actions, tau, e): pass", r"judge must return three of True or False .*, not None$"),
+    "judge-True": ("def judge(self, task, actions, tau, e): return True", "judge must return three .*, not True$"),
+    "judge-a-pair": ("def judge(self, task, actions, tau, e): return True, False", r"judge must .*, not \(True, False\)$"),
+    "judge-words": ("def judge(self, task, actions, tau, e): return 'yes', 'no', 'no'", "judge must return three .*'no'"),
+    "rules-of-a-task": ("def reset(self, task):\n self.rules = 'find ' + task\n return super().reset(task)",
+                        "reset or step changes rules, which is read before it; what belongs to one task goes into its first"),
+    "max_turns-of-a-task": ("def reset(self, task):\n self.max_turns = 4\n return super().reset(task)",
+                            "reset or step changes max_turns, which is read before it"),
     "actions-numbers": ("def actions(self): return [0, 1]", r"actions\(\) must return a list of texts, not int 0"),
 }
 

@@ -15,7 +15,7 @@ from engine import Chat, Job
 from envs import Quest
 from leafe import Branch, Tree, Turn, explore
 from lora import add_lora, load_model, lora_parameters
-from methods import ace, early_experience, grpo, rft
+from methods import ace, early_experience, grpo, rft, stage1
 from methods import rollouts as shared
 from methods.early_experience import alternatives, foreseen, reasoned
 from methods.grpo import advantages, grpo_loss, numbered, with_mu, with_old
@@ -61,6 +61,19 @@ def test_the_table_of_stage_1_counts_tasks_and_resumes(tiny, settings):
     assert records == before
     steps = sum(b.steps for tree in trees for b in tree.branches)
     assert f"{steps:10}" in table(trees, records, 100).split("\n")[1]
+
+
+def test_the_contenders_heed_each_key_or_refuse_it_and_take_no_trees_of_another_model(grown, tmp_path):
+    own = ["config.yaml", "preset=smoke", f"trees={grown[0]}", f"out={tmp_path}/run"]
+    for key, why in (("plan=true", "is what train.py prints"), ("adapter=x", "the contenders have what the trees were grown"),
+                     ("playbook=x", "is what eval.py puts into the rules")):
+        with pytest.raises(UserError, match=f"^{key.partition('=')[0]}: {why}"):
+            stage1.main([*own, key])
+    made = list(read_jsonl(grown[0] / "trees.jsonl"))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/trees.jsonl").write_text("".join(json.dumps(one | dict(made_by="model 0")) + "\n" for one in made))
+    with pytest.raises(UserError, match=r"^trees: .*theirs/trees.jsonl was made with other weights \(model=\)"):
+        stage1.main([*own[:2], "train_tasks=3", f"trees={tmp_path}/theirs", own[3]])
 
 
 # rollouts within a budget

@@ -213,6 +213,27 @@ class Mute(Env):
         return Outcome("no", 0.0, False, False)
 
 
+class Aimless(Mute):
+    """It says what is best for ever, or never, and that does not win."""
+    says = "look"
+
+    def next_best(self):
+        return self.says
+
+    def actions(self):
+        return ["look"]
+
+
+class Silent(Aimless):
+    says = ""
+
+
+@pytest.mark.parametrize("kind", ["Aimless", "Silent"])
+def test_a_best_action_that_never_wins_ends_with_the_horizon_and_is_one_line(kind, tiny, settings):
+    with pytest.raises(UserError, match=rf"warm_start: next_best of the world .*:{kind} solves none of 12 tasks within 2 turns"):
+        shown(tiny, settings, f"env={__file__}:{kind}")
+
+
 def test_a_world_that_shows_no_solution_or_too_few_tasks_is_one_line(tiny, settings):
     with pytest.raises(UserError, match=r"warm_start: the world .*Mute does not say how its tasks are solved"):
         shown(tiny, settings, f"env={__file__}:Mute")

@@ -17,9 +17,10 @@ def examine(env: Env, split: str, other: Env) -> list[str]:
     for name in ("tasks", "reset", "step"):
         if getattr(type(env), name) is getattr(Env, name) or not callable(getattr(env, name)):
             raise UserError(f"{where(env)}: it must have a method {name}{signature(getattr(Env, name))}")
-    must(env, getattr(env, "rules", None), str, "rules must be text, the system prompt")
+    rules = getattr(env, "rules", None)
+    must(env, rules, str, "rules must be text, the system prompt")
     try:
-        env.rules = env.rules
+        env.rules = rules
     except AttributeError:
         raise UserError(f"{where(env)}: rules must be an attribute that can be set, not a property, for more may stand "
                         f"behind them (react=, playbook=); write self.rules = ... in __init__") from None
@@ -43,6 +44,12 @@ def examine(env: Env, split: str, other: Env) -> list[str]:
         if differs := differing(said, beside):
             raise UserError(f"{where(env)}: with another episode beside it, it gives other observations, {differs}; "
                             f"keep all that changes in self, not in the class or the file")
+    for name, before in (("rules", rules), ("max_turns", turns)):
+        if getattr(env, name) != before:
+            raise UserError(f"{where(env)}: reset or step changes {name}, which is read before it; what belongs to one task "
+                            f"goes into its first observation")
+    if hasattr(env, "judge"):
+        judged(env, wait_for(env, "judge", tasks[0], ["look"], 1, "look"))
     for part in sorted({"train", "valid", "test"} - {split.partition("-")[0]}):
         theirs = texts(env, "tasks", part)
         if shared := sorted(set(tasks) & set(theirs)):
@@ -51,6 +58,14 @@ def examine(env: Env, split: str, other: Env) -> list[str]:
             notes.append(f"{where(env)}: {tasks[0]} and {theirs[0]}, and those behind them, begin with the same words; "
                          f"are they the same tasks? the splits must share none")
     return notes
+
+
+def judged(env: Env, verdict: Any) -> tuple[bool, bool, bool]:
+    """A verdict of env.judge, if it is one."""
+    if not isinstance(verdict, (tuple, list)) or len(verdict) != 3 or not all(one in (0, 1) for one in verdict):
+        raise UserError(f"{where(env)}: judge must return three of True or False (told what was missing? named it? does it "
+                        f"work from that turn?), not {' '.join(repr(verdict).split())[:60]}")
+    return tuple(verdict)
 
 
 def begin_alike(env: Env, some: list[str], others: list[str]) -> bool:

@@ -17,7 +17,7 @@ from eval import Samples, spread
 from leafe import Tree, read_trees
 from run import pick_tasks, read_jsonl, write_aside
 from tools.provenance import MADE, read_json
-from tools.report import by_difficulty, many, over_seeds, part, percent, read_policies, spent
+from tools.report import by_difficulty, lacking, many, over_seeds, part, percent, read_policies, spent
 
 COLOURS = ("#8a8f98", "#1f6feb", "#d9730d", "#2da44e", "#a475f9", "#c2255c", "#0b7285", "#846358")
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 700, 380, 52, 44, 150, 16
@@ -90,6 +90,7 @@ def page(folder: Path) -> str:
     parts = [(title, part(f"{folder}/report.html lacks {title}", make, "<p>{}</p>")) for title, make in makes.items()]
     says = part(f"{folder}/report.html lacks its verdict", lambda: verdict(
         {one.label: [one] for one in policies}, policies[-1].label, policies[0].label, cfg), "{}")
+    says += "".join(f"<br>{escape(line)}" for line in lacking(policies, cfg, pick_tasks(cfg, "test")))
     return framed(f"{cfg.method} on {cfg.env}, {cfg.model}: {folder}", says, parts, drawn)
 
 

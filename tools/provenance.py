@@ -232,6 +232,11 @@ def beginnings(env: Env) -> Iterator[str]:
             yield from (task, once if once == again else "")
 
 
+def made_by(run: Run) -> str:
+    """`makers` in a line, as the files keep it."""
+    return ", ".join(f"{part} {digest}" for part, digest in makers(run).items())
+
+
 def weights(model: str) -> Iterator[str]:
     """Digests of a model's weights as they lie on the disk, so whatever they are loaded to: of a large file, a piece
     of 4 kB here and there, 16,384 of them."""
@@ -249,8 +254,7 @@ def settle(run: Run) -> None:
     """Before anything is sampled: are the files that the run goes on with, or starts from, of its own model and world,
     and is there room in its settings? Names the makers in run.json and in the records of trees.jsonl, and has these and
     those of samples.jsonl say what drew them. passk.json, by which others see that a run has ended, goes until it has."""
-    own, path = makers(run), run.folder.path / "run.json"
-    said = ", ".join(f"{part} {digest}" for part, digest in own.items())
+    said, path = made_by(run), run.folder.path / "run.json"
     if ranks.rank() == 0:
         told = read_json(path, MADE, {})
         if other := other_maker(told.get("made_by", ""), said):

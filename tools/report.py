@@ -19,6 +19,7 @@ from envs import Env, ask
 from leafe import TURN, Targets, Tree
 from packing import pack, rows_of, token_logp
 from run import Run, pick_tasks, read_jsonl, write_aside
+from tools.examine import judged
 from tools.provenance import once, seconds
 
 # --------------------------------------------------------------------------------------- what Stage 1 cost and gave
@@ -65,7 +66,7 @@ def reflection_figures(trees: list[Tree], env: Env) -> dict[str, int]:
                 if judges and reflection.final:
                     actions = [tree.turns[i].action for i in tree.branch_path(branch.number)]
                     verdict = ask(env, "judge", tree.task, actions, reflection.tau, reflection.e)
-                    found.update(dict(zip(("told", "named", "works"), map(int, verdict))))
+                    found.update(dict(zip(("told", "named", "works"), map(int, judged(env, verdict)))))
     return {key: count for key, count in sorted(found.items()) if count or not key.startswith("flaw")}
 
 
@@ -142,9 +143,19 @@ def report(folder: Path, cfg: Config, tasks: list[str], ended: bool = True) -> s
                                      for name, f in p.figures(cfg.ks, cfg.resamples).items() if not isnan(f[0])}
                            for p in found}, indent=1)
     text = part("there is no passk.json", passk) if ended and ranks.rank() == 0 else ""
-    if text:
-        write_aside(folder / "passk.json", text + "\n")
-    return part("there is no table", lambda: table(found, cfg.ks, cfg.resamples))
+    try:
+        if text:
+            write_aside(folder / "passk.json", text + "\n")
+    except PermissionError as error:                   # another's run, which is read alone
+        once(f"note: there is no passk.json: {error}")
+    return "\n".join([part("there is no table", lambda: table(found, cfg.ks, cfg.resamples)), *lacking(found, cfg, tasks)])
+
+
+def lacking(policies: list[Samples], cfg: Config, tasks: list[str]) -> list[str]:
+    """Of a run that has not ended: how much is there of each policy. The episodes that end first are short ones."""
+    counts = [(policy.label, sum(map(len, policy.by_task.values()))) for policy in policies]
+    return [f"not ended: {visible(label, '')} has {count} of {len(tasks) * cfg.samples} samples, of episodes that were soon over"
+            for label, count in counts if count < len(tasks) * cfg.samples]
 
 
 def page(folder: Path) -> str:
