@@ -27,3 +27,13 @@ def test_playing_ends_with_the_input_and_names_mistakes():
         "webshop, and path/to/file.py:Class\n")
     assert "has no task 'x'" in play("quest", "x", typed="").stderr
     assert "python envs.py quest" in play(typed="").stdout
+
+
+def test_a_world_in_a_folder_with_a_sign_of_equality_is_played_and_a_hint_of_another_shape_is_one_line(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    (tmp_path / "a=b/own.py").write_text(
+        "from envs import Quest\n\n\nclass Own(Quest):\n    said = 0\n\n    def actions(self):\n        self.said += 1\n"
+        "        return ['look'] if self.said < 8 else None\n")
+    out = play(f"{tmp_path}/a=b/own.py:Own", typed="hint\n" * 9)
+    assert out.stdout.count("> hint\nlook") >= 1 and out.returncode == 1
+    assert out.stderr.endswith("class Own: actions() must return a list of texts, not NoneType None\n")

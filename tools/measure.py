@@ -19,6 +19,7 @@ from typing import Iterator
 from config import UserError, guarded, visible
 from envs import Env, Outcome, ReplayMismatch, ask, closing, env_class, make_env, wait_for
 from tools.examine import texts
+from tools.play import options_of
 
 TASKS, TURNS = 20, 25                                    # of a measurement
 
@@ -134,8 +135,7 @@ def measure(name: str, data: str) -> str:
 
 
 def main(args: list[str]) -> None:
-    options = dict(arg.split("=", 1) for arg in args if "=" in arg)
-    names = [arg for arg in args if "=" not in arg]
+    options, names = options_of(args)
     if len(names) != 1 or set(options) - {"data"}:
         raise UserError("usage: python -m tools.measure NAME [data=...]")
     print(visible(measure(names[0], options.get("data", ""))))

@@ -1,10 +1,12 @@
 """A world played by hand, and the list of worlds: `python envs.py`."""
+import re
 import sys
 from types import SimpleNamespace
 
 import envs
 from config import UserError, visible
 from envs import Env, ask, closing, make_env, open_env, wait_for, world_names
+from tools.examine import texts
 
 
 def play(env: Env, task: str) -> None:
@@ -14,7 +16,7 @@ def play(env: Env, task: str) -> None:
     say(turns[-1].obs)
     while (typed := read_action(len(turns))) != "quit":
         if typed == "hint":
-            say(", ".join(ask(env, "actions")))
+            say(", ".join(texts(env, "actions")))
         elif typed == "undo":
             turns = turns[:-1] or turns
             say(wait_for(env, "rollback", task, turns))
@@ -55,9 +57,14 @@ def ready(name: str, data: str) -> str:
         return f"{name:14}not ready: {error}"
 
 
+def options_of(args: list[str]) -> tuple[dict[str, str], list[str]]:
+    """{key: value} of key=value, and the other words; a folder's name may hold a = too."""
+    given = [arg for arg in args if re.match(r"\w+=", arg)]
+    return dict(arg.split("=", 1) for arg in given), [arg for arg in args if arg not in given]
+
+
 def main(args: list[str]) -> None:
-    options = dict(arg.split("=", 1) for arg in args if "=" in arg)
-    words = [arg for arg in args if "=" not in arg]
+    options, words = options_of(args)
     if not words or set(words) & {"-h", "--help"} or set(options) - {"data"}:
         print(envs.__doc__)
         for name in world_names():
