@@ -19,10 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable, Iterator, get_type_hints
 
-from config import Config, Dumper, ROOT, UserError, fits, kept_config, read_text, read_yaml, short, visible
+from config import Config, ROOT, UserError, fits, kept_config, read_text, short, visible
 
 import torch
-import yaml
 from transformers.utils import cached_file
 
 import ranks
@@ -192,12 +191,14 @@ def seconds(folder: Path) -> float:
     return read_json(folder / "seconds.json", float, 0.0)
 
 
+BY_HAND = re.compile(r"^(#|[^'\"\n]*\s#|preset:)", re.M)          # a run writes no comment, and no preset
+
+
 def check_folder(folder: Path) -> None:
     """Is it one of a run, or one that holds nothing of a run yet? A config.yaml of the user's own would be written over."""
     kept = folder / "config.yaml"
-    if kept.exists() and not (folder / "run.json").exists():       # a run killed between the two wrote it all the same
-        if read_text(kept) != yaml.dump(read_yaml(kept), Dumper=Dumper, sort_keys=False):
-            raise UserError(f"out: {folder} holds a config.yaml that no run wrote; choose another out=")
+    if kept.exists() and not (folder / "run.json").exists() and BY_HAND.search(read_text(kept)):
+        raise UserError(f"out: {folder} holds a config.yaml that no run wrote; choose another out=")
     for name in ("trees.jsonl", "samples.jsonl"):
         if (folder / name).exists() and not kept.exists():
             raise UserError(f"out: {folder} holds {name}, but no config.yaml that says what it is of; restore that, or "
