@@ -383,7 +383,7 @@ def usage_of(args: list[str], usage: str) -> str:
     return text.strip() + keys
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)    # the way is to be freed; 3: on the disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)    # the way is to be freed; the first 3: a disk
 STOPPED = "stopped; nothing is lost: the same command goes on from here"
 gone: set[TextIO] = set()
 in_mid_line: dict[TextIO, bool] = {}                   # where a progress bar stands

@@ -101,7 +101,7 @@ def main(args: list[str]) -> None:
     trees = read_trees(grown, 1, pick_tasks(cfg, "train"))
     start = str(source / "warm_start") if cfg.warm_start else cfg.init
     run = Run(cfg, Policy.open(cfg, start, "init"), folder)
-    provenance().check_trees(run, path, grown, provenance().made_by(run))
+    provenance().check_trees(run, path, grown, provenance().of_trees(provenance().makers(run)))
     run_contenders(run, trees)
     records, world = run.store("stage1.jsonl").records, run.world()
     found = dict(tasks={tree.task: ask(world, "difficulty", tree.task) for tree in trees}, found=outcome(trees, records))

@@ -29,7 +29,7 @@ LONGEST = 160                          # characters of a refusal that a lesson r
 
 class Shown:
     """One task's demonstration, as a token tree; weights (1, 0) mark actions, (0, 1) reflections."""
-    def __init__(self, env: Env, chat: Chat, observation_tokens: int, turns: int = 10**6):
+    def __init__(self, env: Env, chat: Chat, observation_tokens: int, turns: int):
         self.env, self.chat, self.most, self.turns, self.segments = env, chat, observation_tokens, turns, []
         self.cut = chat.cut(chat.reply("x"))           # the template ends a reply otherwise than the model does
 

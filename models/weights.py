@@ -152,7 +152,8 @@ def check_base(model: Any, said: str, base: str, digest: str) -> None:
     """An adapter's base must be this model. In what we save, its weights say so. Of another's the name is all there
     is: a folder that lies here is compared, two hub names must be of one release, else another name is but a note."""
     here, folder, same = model.name_or_path, find_folder(base) if base else None, True
-    known, hubs = bool(model.base_weights), is_hub_name(base) and is_hub_name(here)        # not known: float16
+    known = bool(model.base_weights)                     # else float16
+    hubs = is_hub_name(base) and is_hub_name(here)
     if digest and known:
         same = digest == base_digest(model)
     elif known and folder and folder.resolve() != Path(here).resolve():

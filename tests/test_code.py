@@ -237,7 +237,7 @@ CONTEST = '{"name": "a", "description": "b", "public_tests": %s, "private_tests"
     ('{"name": "a", "description": 1, "public_tests": [], "hidden_tests": [["1", "2"]]}', "something else than a text"),
     ('{"name": "a", "description": "b", "public_tests": []}', r"line 1 \(a\) has no tests"),
     (MBPP % '["assert f()", "f(1) == 2"]', r"line 1 \(1\) has a test that asserts nothing, 'f\(1\) == 2'; write assert"),
-    (MBPP % '["# assert f()"]', "has a test that asserts nothing"),
+    (MBPP % '["# assert f()"]', "has a test that asserts nothing"), (MBPP % '["f(1) == 2 and f(2) == 3"]', "asserts nothing"),
     (HUMAN % ("def g():", "def check(f): assert f()"), "line 1: ValueError: no function f in its prompt"),
     (HUMAN % ("async def f():", "def check(f): assert f()"), "no function f in its prompt"),
     (HUMAN % ("class A:\\n def f():", "def check(f): assert f()"), "no function f in its prompt"),
@@ -256,13 +256,13 @@ def test_a_file_of_another_layout_is_one_clear_line(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("text, split, right", [
-    (MBPP[:-1].replace("1", '"Mbpp/7"') % '["assert f(2) == 4"]' + ', "challenge_test_list": null, "test_imports": "import math"}',
+    (MBPP[:-1].replace("1", '"Mbpp/7.0"') % '["assert f(2) == 4"]' + ', "challenge_test_list": ["def t(x):\\n    assert f(x) == x * x\\n[t(x) for x in (1, 3)]", "f(1) == 1\\nassert f(3) == 9\\n\'done\'"], "test_imports": "import math"}',
      "train", "def f(x): return x * x"),
-    (HUMAN.replace('"x/1"', "3") % ("def f(x):\\n    return g(x)\\ndef g(x):\\n", "def check(f):\\n    assert f(2) == 4"),
+    (HUMAN.replace('"x/1"', "3") % ("def f(x):\\n    return g(x)\\ndef g(x):\\n", "def run(f):\\n    assert f(2) == 4\\ncheck = run"),
      "test", "def f(x): return x * x"),
     (CONTEST % ('[{"input": "2", "output": "4"}]', '{"input": ["3"], "output": ["9"]}', "validation"), "valid",
      "print(int(input()) ** 2)"),
-    (CONTEST % ("[]", '[{"input": "2", "output": "4"}]', "training"), "train", "print(int(input()) ** 2)")])
+    (CONTEST % ("[]", '[{"input": "2", "output": "4"}]', "TRAIN"), "train", "print(int(input()) ** 2)")])
 def test_other_ways_to_write_a_published_layout_are_read(tmp_path, text, split, right):
     (tmp_path / "x.jsonl").write_text(text)
     world = Code(str(tmp_path / "x.jsonl"))

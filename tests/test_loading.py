@@ -246,7 +246,7 @@ def test_a_checkpoint_is_read_as_from_pretrained_reads_it_in_full_and_in_4_bits(
 @pytest.mark.parametrize("name, keys, told", [
     ("gpt_neo", ["transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"], ""),
     ("gpt2", ["transformer.h.1.attn.bias", "transformer.h.1.attn.masked_bias"], ""),
-    ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"], ""),
+    ("glm", ["transformer.rotary_pos_emb.inv_freq"], ""), ("xglm", ["model.embed_positions.weights"], ""),
     ("llama", ["v_head.summary.weight", "v_head.summary.bias"], "its value head (v_head) is left out")])
 def test_what_a_checkpoint_holds_besides_its_weights_is_left_out(name, keys, told, tmp_path, capsys):
     folder = saved(tiny_model(name), tmp_path)

@@ -596,6 +596,7 @@ def test_how_long_a_conversation_may_be_is_what_its_positions_allow(name, fields
     for key, value in fields.items():
         setattr(config, key, value)
     assert most_tokens(config, 999) == most
+    assert most_tokens(SimpleNamespace(max_target_positions=64), 999) == 64          # Whisper's decoder
 
 
 def test_phimoe_s_scale_that_depends_on_length_is_that_of_the_context_too(tiny, tmp_path):

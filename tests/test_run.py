@@ -332,21 +332,34 @@ def test_trees_of_another_model_template_or_world_are_refused_before_anything_is
 
 @pytest.mark.parametrize("changed, refused", [
     ("def tasks(self, split): return super().tasks(split)[::-1]", True),               # a set's order, of each process its own
-    ("def reset(self, task): return super().reset(task) + ' it rains.'", True),        # hash(task), or a file that was edited
     ("def tasks(self, split): return [*super().tasks(split), f'{split}-new']", False)])
 def test_trees_of_a_world_whose_tasks_come_otherwise_are_refused(changed, refused, made, tiny, settings, tmp_path):
     (tmp_path / "again.py").write_text(f"from envs import Quest\n\n\nclass Again(Quest):\n    {changed}\n")
     run = run_of(settings(f"trees={made}", f"env={tmp_path}/again.py:Again", f"out={tmp_path}/run"), tiny, folder=True,
                  train_tasks=TASKS, test_tasks=TASKS)
-    with pytest.raises(UserError, match="trees: .* was made with other first tasks") if refused else nullcontext():
+    with pytest.raises(UserError, match="trees: .* was made with other first training tasks") if refused else nullcontext():
         provenance.settle(run)
 
 
-def test_a_world_that_never_begins_twice_alike_may_be_gone_on_with(tiny, settings, tmp_path):
-    (tmp_path / "again.py").write_text("from envs import Quest\n\n\nclass Again(Quest):\n    n = 0\n\n    def reset(self, task):\n"
-                                       "        Again.n += 1\n        return f'{super().reset(task)} it is {Again.n}.'\n")
-    run = run_of(settings(f"env={tmp_path}/again.py:Again"), tiny)
-    assert provenance.makers(run) == provenance.makers(run)
+@pytest.mark.parametrize("world, told", [
+    ("", False), ("    def tasks(self, split):\n        return super().tasks(split)[::-1 if split == 'test' else 1]\n", "other first tasks to test on"),
+    ("    def reset(self, task):\n        return super().reset(task) + ' it rains.'\n", True)])       # of hash(task), or edited
+def test_a_run_goes_on_where_tasks_begin_otherwise_with_a_note_and_not_with_other_tasks(world, told, made, tiny, settings, tmp_path, capsys):
+    folder = shutil.copytree(made, tmp_path / "run")
+    (tmp_path / "again.py").write_text(f"from envs import Quest\n\n\nclass Again(Quest):\n    pass\n{world}")
+    run = run_of(settings(f"out={folder}", "attempts=2"), tiny, folder=True, train_tasks=TASKS, test_tasks=TASKS)
+    run.cfg.env = f"{tmp_path}/again.py:Again"
+    with pytest.raises(UserError, match=told) if isinstance(told, str) else nullcontext():
+        provenance.settle(run)
+    assert ("the first tasks begin otherwise" in capsys.readouterr().err) == (told is True)
+
+
+def test_trees_are_of_their_own_tasks_whatever_there_is_to_test_on(made, tiny, settings, tmp_path):
+    (tmp_path / "again.py").write_text("from envs import Quest\n\n\nclass Again(Quest):\n    def tasks(self, split):\n"
+                                       "        return super().tasks(split)[::-1 if split == 'test' else 1]\n")
+    run = run_of(settings(f"trees={made}", f"env={tmp_path}/again.py:Again", f"out={tmp_path}/run"), tiny, folder=True,
+                 train_tasks=TASKS, test_tasks=TASKS)
+    provenance.settle(run)
 
 
 @pytest.mark.parametrize("other, said", [
@@ -441,8 +454,9 @@ def test_a_group_that_a_world_cannot_name_is_told_before_anything_is_sampled(tin
         provenance.settle(run)
 
 
-def test_a_config_yaml_of_the_user_s_own_is_not_written_over(settings, tmp_path):
-    own, text = tmp_path / "config.yaml", "# mine\npreset: smoke\nseed: 3   # why\n"
+@pytest.mark.parametrize("text", ["# mine\npreset: smoke\nseed: 3   # why\n", "preset: smoke\nseed: 3\n", "seed: 3\nlr: 0.1\n"])
+def test_a_config_yaml_of_the_user_s_own_is_not_written_over(text, settings, tmp_path):
+    own = tmp_path / "config.yaml"
     own.write_text(text)
     with pytest.raises(UserError, match=f"out: {tmp_path} holds a config.yaml that no run wrote; choose another out="):
         RunFolder(settings(f"out={tmp_path}"))
@@ -450,7 +464,7 @@ def test_a_config_yaml_of_the_user_s_own_is_not_written_over(settings, tmp_path)
 
 
 def test_a_folder_of_results_without_its_config_yaml_is_no_new_run_s(settings, tmp_path):
-    for name in ("trees.jsonl", "samples.jsonl"):
+    for name in ("trees.jsonl", "samples.jsonl", "stage1.jsonl", "metrics.jsonl", "adapter_1"):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=f"out: {tmp_path} holds {name}, but no config.yaml that says what it is of"):
             RunFolder(settings(f"out={tmp_path}"))

@@ -121,7 +121,7 @@ def test_what_a_warm_start_teaches_solves_its_tasks(tiny, settings):
     chat, world = tiny[1], Quest()
     cfg = settings("warm_start=8", "train_tasks=4")
     for task in world.tasks("train")[4:12]:
-        seen = warm_start.Shown(world, chat, 256)
+        seen = warm_start.Shown(world, chat, 256, 99)
         seen.solve(1, world.reset(task), None)
         replies = [chat.text([i for i, (w, _) in zip(s.ids, s.weights) if w]) for s in seen.segments]
         world.reset(task)
@@ -131,7 +131,7 @@ def test_what_a_warm_start_teaches_solves_its_tasks(tiny, settings):
 
 def test_a_long_observation_is_shown_as_play_has_it(tiny):
     chat = tiny[1]
-    seen, long = warm_start.Shown(Quest(), chat, 20), "a hall. " * 200
+    seen, long = warm_start.Shown(Quest(), chat, 20, 99), "a hall. " * 200
     seen.turn(2, long, "go hall", None, 1.0)
     head = chat.next(TURN.format(t=2, obs=chat.glimpse(long, 20)), seen.cut)
     assert seen.segments[0].ids == head + chat.reply("go hall") and len(head) < 60 < len(chat.ids("", long))
@@ -140,7 +140,7 @@ def test_a_long_observation_is_shown_as_play_has_it(tiny):
 def test_a_lesson_that_is_shown_leads_to_success_and_no_other_is_shown(tiny):
     chat, world, rng, led, dropped = tiny[1], Quest(), random.Random(0), 0, 0
     for task in world.tasks("train")[:40]:
-        seen = warm_start.Shown(world, chat, 256)
+        seen = warm_start.Shown(world, chat, 256, 99)
         seen.mistake(task, "look", rng.randint(4, world.max_turns), rng)
         dropped += not seen.segments
         if not seen.segments:
@@ -186,7 +186,7 @@ def test_the_lesson_that_is_shown_goes_back_to_the_first_refusal(tiny):
     chat, several = tiny[1], 0
     for seed in range(30):
         world = Doors()
-        seen = warm_start.Shown(world, chat, 256)
+        seen = warm_start.Shown(world, chat, 256, 99)
         seen.mistake("train-0", "go hall", 4, random.Random(seed))
         if seen.segments:                                              # else nothing was refused, or it was solved
             reflection = seen.segments[-1]
@@ -226,6 +226,22 @@ class Aimless(Mute):
 
 class Silent(Aimless):
     says = ""
+
+
+class AtLast(Aimless):
+    """It is won in the last turn."""
+    def reset(self, task):
+        self.turn = 0
+        return "hello"
+
+    def step(self, action):
+        self.turn += 1
+        return Outcome("no", float(self.turn == 2), self.turn == 2, self.turn == 2)
+
+
+def test_what_wins_in_the_last_turn_is_shown(tiny, settings, capsys):
+    shown(tiny, settings, f"env={__file__}:AtLast")
+    assert "SFT on 12 solved training episodes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["Aimless", "Silent"])

@@ -359,7 +359,7 @@ def test_a_run_keeps_its_date_and_what_builds_on_it_takes_it_over(settings, tmp_
 
 
 def test_a_warm_start_says_the_header_that_ends_a_reply_in_the_template():
-    shown = warm_start.Shown(SimpleNamespace(rules=RULES), Chat(tokenizer_with(AXOLOTL + "metharme", in_bytes())), 256)
+    shown = warm_start.Shown(SimpleNamespace(rules=RULES), Chat(tokenizer_with(AXOLOTL + "metharme", in_bytes())), 256, 99)
     shown.turn(2, "dark.", "go attic", shown.turn(1, "a hall.", "go hall", None, 1.0), 1.0)
     first, second = (shown.chat.tokenizer.decode(segment.ids) for segment in shown.segments)
     assert first.endswith("<|model|>go hall</s>") and second.startswith("<|user|>step 2")

@@ -59,7 +59,7 @@ def ready(name: str, data: str) -> str:
 
 def options_of(args: list[str]) -> tuple[dict[str, str], list[str]]:
     """{key: value} of key=value, and the other words; a folder's name may hold a = too."""
-    given = [arg for arg in args if re.match(r"\w+=", arg)]
+    given = [arg for arg in args if re.match(r"\w+=(?!.*\.py(:|$))", arg)]
     return dict(arg.split("=", 1) for arg in given), [arg for arg in args if arg not in given]
 
 

@@ -19,13 +19,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable, Iterator, get_type_hints
 
-from config import Config, ROOT, UserError, fits, kept_config, read_text, short, visible
+from config import Config, ROOT, UserError, fits, kept_config, read_text, read_yaml, short, visible
 
 import torch
 from transformers.utils import cached_file
 
 import ranks
-from envs import Env, ask, closing, wait_for
+from envs import ask, closing, wait_for
 from leafe import REFLECT, REFLECTION, TURN, Branch, read_trees
 from lora import find_model
 from run import Run, read_jsonl, write_aside
@@ -191,15 +191,18 @@ def seconds(folder: Path) -> float:
     return read_json(folder / "seconds.json", float, 0.0)
 
 
-BY_HAND = re.compile(r"^(#|[^'\"\n]*\s#|preset:)", re.M)          # a run writes no comment, and no preset
+def written_by_hand(kept: Path) -> bool:
+    """A run writes all keys, and no comment."""
+    lacks = {"model", "env", "out"} - read_yaml(kept).keys()
+    return bool(lacks) or re.search(r"^(#|[^'\"\n]*\s#|preset:)", read_text(kept), re.M) is not None
 
 
 def check_folder(folder: Path) -> None:
     """Is it one of a run, or one that holds nothing of a run yet? A config.yaml of the user's own would be written over."""
     kept = folder / "config.yaml"
-    if kept.exists() and not (folder / "run.json").exists() and BY_HAND.search(read_text(kept)):
+    if kept.exists() and not (folder / "run.json").exists() and written_by_hand(kept):
         raise UserError(f"out: {folder} holds a config.yaml that no run wrote; choose another out=")
-    for name in ("trees.jsonl", "samples.jsonl"):
+    for name in (*RECORDS, "warm_start", "adapter_1"):
         if (folder / name).exists() and not kept.exists():
             raise UserError(f"out: {folder} holds {name}, but no config.yaml that says what it is of; restore that, or "
                             f"choose another out=")
@@ -209,8 +212,10 @@ def check_folder(folder: Path) -> None:
 
 MAKERS = dict(model="other weights (model=)", tokenizer="another tokenizer (model=)",
               template="another chat template (model=, thinking=)", rules="other rules (env=, data=, react=)",
-              tasks="other first tasks, or a world that begins them otherwise (env=, data=; or it does so at every start)")
-BEGUN = 2                                                  # tasks of a split, the first ones
+              tasks="other first training tasks (env=, data=; or the world lists them anew at every start)",
+              tests="other first tasks to test on (env=, data=; or the world lists them anew at every start)")
+OF_TREES = ("model", "tokenizer", "template", "rules", "tasks")
+FIRST = 2                                                  # tasks of a split that are compared
 
 
 def makers(run: Run) -> dict[str, str]:
@@ -219,23 +224,22 @@ def makers(run: Run) -> dict[str, str]:
         return sha256("\0".join(map(str, parts)).encode("utf-8", "replace")).hexdigest()[:8]
     tokenizer = run.policy.chat.tokenizer
     with closing(replace(run, playbook="").world()) as env:
-        rules, tasks = env.rules, list(beginnings(env))
+        rules, tasks, tests = env.rules, *(wait_for(env, "tasks", split)[:FIRST] for split in ("train", "test"))
+        begins = [wait_for(env, "reset", task) for task in (*tasks, *tests)]
     return dict(model=digest(*weights(find_model(run.cfg.model))),
                 tokenizer=digest(sorted(tokenizer.get_vocab().items())),
-                template=digest(tokenizer.chat_template, run.cfg.thinking), rules=digest(rules), tasks=digest(*tasks))
+                template=digest(tokenizer.chat_template, run.cfg.thinking), rules=digest(rules), tasks=digest(*tasks),
+                tests=digest(*tests), begins=digest(*begins))
 
 
-def beginnings(env: Env) -> Iterator[str]:
-    """The first tasks of the splits, and how they begin, where that is the same twice."""
-    for split in ("train", "test"):
-        for task in wait_for(env, "tasks", split)[:BEGUN]:
-            once, again = (wait_for(env, "reset", task) for _ in range(2))
-            yield from (task, once if once == again else "")
+def in_line(parts: dict[str, str]) -> str:
+    """`makers`, or some of them, as the files keep them."""
+    return ", ".join(f"{part} {digest}" for part, digest in parts.items())
 
 
-def made_by(run: Run) -> str:
-    """`makers` in a line, as the files keep it."""
-    return ", ".join(f"{part} {digest}" for part, digest in makers(run).items())
+def of_trees(parts: dict[str, str]) -> str:
+    """What trees are of: of the tasks, those that are trained on."""
+    return in_line({part: parts[part] for part in OF_TREES})
 
 
 def weights(model: str) -> Iterator[str]:
@@ -255,13 +259,14 @@ def settle(run: Run) -> None:
     """Before anything is sampled: are the files that the run goes on with, or starts from, of its own model and world,
     and is there room in its settings? Names the makers in run.json and in the records of trees.jsonl, and has these and
     those of samples.jsonl say what drew them. passk.json, by which others see that a run has ended, goes until it has."""
-    said, path = made_by(run), run.folder.path / "run.json"
+    own, path = makers(run), run.folder.path / "run.json"
+    said = of_trees(own)
     if ranks.rank() == 0:
         told = read_json(path, MADE, {})
-        if other := other_maker(told.get("made_by", ""), said):
+        if other := other_maker(told.get("made_by", ""), in_line(own)):
             raise UserError(f"out: {run.folder.path} holds a run with {other}; choose another out=, or delete that "
                             f"folder")
-        write_aside(path, json.dumps(told | dict(made_by=said), indent=1) + "\n")
+        write_aside(path, json.dumps(told | dict(made_by=in_line(own)), indent=1) + "\n")
     store = run.store("trees.jsonl")
     check_trees(run, store.path, store.records, said)
     store.stamp = dict(made_by=said)
@@ -284,8 +289,12 @@ def settle(run: Run) -> None:
 
 
 def other_maker(theirs: str, ours: str) -> str:
-    """What differs, in words; "" if nothing does, or it is not known."""
+    """What differs, in words; "" if nothing does, or it is not known. How tasks begin may be left to chance."""
     differ = [part.split()[0] for part in theirs.split(", ") if part and part not in ours]
+    if differ == ["begins"]:
+        once("note: the first tasks begin otherwise than when the files here were made: if the world or its data= was "
+             "changed, choose another out=")
+        return ""
     return MAKERS.get(differ[0], "others") if differ else ""
 
 

@@ -4,6 +4,7 @@ is drawn by tools/page.py.
 import json
 from collections import Counter
 from contextlib import contextmanager
+from errno import EACCES, EPERM, EROFS
 from html import escape
 from math import isnan
 from pathlib import Path
@@ -146,7 +147,9 @@ def report(folder: Path, cfg: Config, tasks: list[str], ended: bool = True) -> s
     try:
         if text:
             write_aside(folder / "passk.json", text + "\n")
-    except PermissionError as error:                   # another's run, which is read alone
+    except OSError as error:
+        if error.errno not in (EACCES, EPERM, EROFS):  # those: another's run, which may be read alone
+            raise
         once(f"note: there is no passk.json: {error}")
     return "\n".join([part("there is no table", lambda: table(found, cfg.ks, cfg.resamples)), *lacking(found, cfg, tasks)])
 

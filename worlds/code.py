@@ -42,7 +42,7 @@ class Problem:
 def mbpp(record: dict) -> Problem:
     """https://github.com/google-research/google-research/tree/master/mbpp: ids 11-510 test, 511-600 validation,
     601-974 train, 1-10 for few-shot prompts (here: train). All asserts decide; the first is public."""
-    number = int(str(record["task_id"]).rpartition("/")[2])
+    number = int(float(str(record["task_id"]).rpartition("/")[2]))
     tests, imports = record["test_list"] + (record.get("challenge_test_list") or []), record.get("test_imports") or []
     setup = record.get("test_setup_code") or (imports if isinstance(imports, str) else "\n".join(imports))
     statement = (record.get("text") or record["prompt"]).strip() + "\nit must pass this test:\n" + "".join(tests[:1])
@@ -53,7 +53,7 @@ def mbpp(record: dict) -> Problem:
 def human_eval(record: dict) -> Problem:
     """https://github.com/openai/human-eval. Public: the examples of the docstring that can be compared as values."""
     prompt, name, public = record["prompt"], record["entry_point"], []
-    function, check = defined(prompt + "    pass", name), defined(record["test"], "check")
+    function, check = defined(prompt + "    pass", name), re.search(r"^(def +check\b|check *=)", record["test"], re.M)
     if not function or not check:
         raise ValueError("no " + (f"function {name} in its prompt" if not function else "function check in its test"))
     try:
@@ -90,7 +90,7 @@ def code_contests(record: dict) -> Problem:
             return list(zip(*both))
         tests = [(test["input"], test["output"]) if isinstance(test, dict) else test for test in tests]
         return [(test,) if isinstance(test, str) else tuple(test) for test in tests]
-    limit, split = record.get("time_limit") or {}, record.get("split") or ""
+    limit, split = record.get("time_limit") or {}, (record.get("split") or "").lower()
     seconds = limit.get("seconds", 0) + limit.get("nanos", 0) / 1e9 if isinstance(limit, dict) else float(limit)
     solutions = record.get("solutions") or {}
     python3 = [text for language, text in zip(solutions.get("language", []), solutions.get("solution", []))
@@ -102,7 +102,7 @@ def code_contests(record: dict) -> Problem:
                    difficulty=f"difficulty {record.get('difficulty')}")
 
 
-SPLITS = {"validation": "valid", "training": "train", "dev": "valid"}              # other names of theirs
+SPLITS = dict(validation="valid", val="valid", dev="valid", eval="valid", training="train")        # other names of theirs
 LAYOUTS = {"test_list": mbpp, "canonical_solution": human_eval, "public_tests": code_contests}    # by a field's name
 
 
@@ -170,8 +170,11 @@ def flaw(problem: Problem) -> str:
 
 
 def is_unseen(body: list[ast.stmt]) -> bool:
-    """Is it an expression alone, like f(1) == 2, whose value nobody looks at? A call may assert by itself."""
-    return not body or isinstance(body[-1], ast.Expr) and not isinstance(body[-1].value, (ast.Call, ast.Await))
+    """Is it empty, or a comparison like f(1) == 2 whose value nobody looks at?"""
+    looks = any(isinstance(node, (ast.Assert, ast.Raise)) for part in body for node in ast.walk(part))
+    last = body[-1] if body else None
+    compares = isinstance(last, ast.Expr) and isinstance(last.value, (ast.Compare, ast.BoolOp, ast.UnaryOp))
+    return not body or compares and not looks
 
 
 # ------------------------------------------------------------------------------ asserts: the answer and its judge
