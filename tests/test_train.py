@@ -26,7 +26,7 @@ from config import UserError
 from conftest import ROOT, SHAPE, run_of
 from engine import Chat
 from leafe import targets
-from lora import load_model, lora_parameters
+from lora import load_model, lora_layers, lora_parameters
 from packing import Segment, pack, packed_nll, rows_of, training_rows
 from run import Jsonl, open_run, read_jsonl
 from test_leafe import grow, tree_by_hand
@@ -484,6 +484,13 @@ def test_a_step_that_is_not_finite_is_one_line_and_the_checkpoint_before_it_stay
     assert saved["state"]["step"] == 2 and all(value.isfinite().all() for value in saved["parameters"])
     told = list(read_jsonl(run.folder.path / "metrics.jsonl"))
     assert len(told) == (3 if what == "weights" else 2) and "NaN" not in json.dumps(told)
+
+
+def test_a_world_that_switched_gradients_off_is_trained_on_all_the_same(own_tiny, settings):
+    run = run_of(settings("steps=2", "lora_rank=2"), own_tiny, folder=True)
+    with torch.no_grad():                              # as a world with a network of its own may leave it
+        fit(run, 1, ("a", "b"), three_tokens())
+    assert any(layer.lora_B.abs().max() > 0 for layer in lora_layers(own_tiny[0]).values())
 
 
 @pytest.mark.parametrize("setting", ["lr=1e30", "lora_alpha=1e30"])
