@@ -17,7 +17,7 @@ def bare(tmp_path_factory):
     copy = tmp_path_factory.mktemp("bare") / "leafe"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
     for tool in (copy / "tools").iterdir():
-        if tool.name not in ("__init__.py", "report.py", "provenance.py", "page.html"):
+        if tool.name not in ("__init__.py", "report.py", "page.py", "page.html", "provenance.py"):
             tool.unlink()
     return copy
 

@@ -21,7 +21,7 @@ from run import read_jsonl
 from tools import provenance, report as report_
 from tools.pictures import tree
 from tools.page import SHOWN, main, page
-from tools.report import nothing_found, read_samples
+from tools.report import nothing_found, read_samples, reflection_figures
 
 HOSTILE = '</script><script>document.title = "owned"</script><img src=x onerror=\'document.title = "owned"\'>'
 EVIL = [HOSTILE, "<!--<script>", "]]></style>", "\u2028&lt;b&gt; \" ' `", "@BODY@ @TREES@", "a" * 9000]
@@ -290,3 +290,13 @@ def test_a_run_notes_its_command_without_a_path_of_the_machine_and_the_cores_tha
                           (["train.py", "a b"], "python train.py 'a b'")]:
         monkeypatch.setattr("sys.argv", argv)
         assert (told := provenance.about())["command"] == command and told["cores"] == 7
+
+
+class Unsure(Quest):
+    def judge(self, task, actions, tau, e):
+        return True, False
+
+
+def test_a_verdict_of_another_shape_is_one_line(grown):
+    with pytest.raises(UserError, match=r"class Unsure: judge must return three of True or False, not \(True, False\)$"):
+        reflection_figures(grown[1], Unsure())

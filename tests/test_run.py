@@ -463,13 +463,11 @@ def test_a_config_yaml_of_the_user_s_own_is_not_written_over(text, settings, tmp
     assert own.read_text() == text
 
 
-def test_a_folder_of_results_without_its_config_yaml_is_no_new_run_s(settings, tmp_path):
-    for name in ("trees.jsonl", "samples.jsonl", "stage1.jsonl", "metrics.jsonl", "adapter_1"):
-        (tmp_path / name).touch()
-        with pytest.raises(UserError, match=f"out: {tmp_path} holds {name}, but no config.yaml that says what it is of"):
-            RunFolder(settings(f"out={tmp_path}"))
-        (tmp_path / name).unlink()
-    RunFolder(settings(f"out={tmp_path}"))
+def test_a_run_without_its_config_yaml_is_no_new_run(settings, tmp_path):
+    RunFolder(settings(f"out={tmp_path}")).lock.close()
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=f"out: {tmp_path} holds a run without its config.yaml; restore that, or choose"):
+        RunFolder(settings(f"out={tmp_path}", "seed=5"))
 
 
 def test_a_run_killed_before_its_run_json_goes_on(settings, tmp_path):

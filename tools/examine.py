@@ -49,7 +49,7 @@ def examine(env: Env, split: str, other: Env) -> list[str]:
             raise UserError(f"{where(env)}: reset or step changes {name}, which is read before it; what belongs to one task "
                             f"goes into its first observation")
     if hasattr(env, "judge"):
-        judged(env, wait_for(env, "judge", tasks[0], ["look"], 1, "look"))
+        check_verdict(env, wait_for(env, "judge", tasks[0], ["look"], 1, "look"))
     for part in sorted({"train", "valid", "test"} - {split.partition("-")[0]}):
         theirs = texts(env, "tasks", part)
         if shared := sorted(set(tasks) & set(theirs)):
@@ -60,12 +60,10 @@ def examine(env: Env, split: str, other: Env) -> list[str]:
     return notes
 
 
-def judged(env: Env, verdict: Any) -> tuple[bool, bool, bool]:
-    """A verdict of env.judge, if it is one."""
+def check_verdict(env: Env, verdict: Any) -> None:
     if not isinstance(verdict, (tuple, list)) or len(verdict) != 3 or not all(one in (0, 1) for one in verdict):
         raise UserError(f"{where(env)}: judge must return three of True or False (told what was missing? named it? does it "
                         f"work from that turn?), not {' '.join(repr(verdict).split())[:60]}")
-    return tuple(verdict)
 
 
 def begin_alike(env: Env, some: list[str], others: list[str]) -> bool:

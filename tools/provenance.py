@@ -202,10 +202,8 @@ def check_folder(folder: Path) -> None:
     kept = folder / "config.yaml"
     if kept.exists() and not (folder / "run.json").exists() and written_by_hand(kept):
         raise UserError(f"out: {folder} holds a config.yaml that no run wrote; choose another out=")
-    for name in (*RECORDS, "warm_start", "adapter_1"):
-        if (folder / name).exists() and not kept.exists():
-            raise UserError(f"out: {folder} holds {name}, but no config.yaml that says what it is of; restore that, or "
-                            f"choose another out=")
+    if (folder / "run.json").exists() and not kept.exists():
+        raise UserError(f"out: {folder} holds a run without its config.yaml; restore that, or choose another out=")
 
 
 # ------------------------------------------------------------------------------------------------ who made them

@@ -8,7 +8,7 @@ from errno import EACCES, EPERM, EROFS
 from html import escape
 from math import isnan
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 from config import Config, UserError, kept_config, read_yaml, visible        # before torch: Ctrl-C
 
@@ -16,11 +16,10 @@ import torch
 
 import ranks
 from eval import STARTS, Samples, spread
-from envs import Env, ask
+from envs import Env, ask, where
 from leafe import TURN, Targets, Tree
 from packing import pack, rows_of, token_logp
 from run import Run, pick_tasks, read_jsonl, write_aside
-from tools.examine import judged
 from tools.provenance import once, seconds
 
 # --------------------------------------------------------------------------------------- what Stage 1 cost and gave
@@ -67,8 +66,16 @@ def reflection_figures(trees: list[Tree], env: Env) -> dict[str, int]:
                 if judges and reflection.final:
                     actions = [tree.turns[i].action for i in tree.branch_path(branch.number)]
                     verdict = ask(env, "judge", tree.task, actions, reflection.tau, reflection.e)
-                    found.update(dict(zip(("told", "named", "works"), map(int, judged(env, verdict)))))
+                    found.update(marks(env, verdict))
     return {key: count for key, count in sorted(found.items()) if count or not key.startswith("flaw")}
+
+
+def marks(env: Env, verdict: Any) -> dict[str, int]:
+    """A verdict of env.judge, counted; its shape was seen before anything was sampled (tools/examine.py), for one."""
+    try:
+        return dict(zip(("told", "named", "works"), map(int, verdict), strict=True))
+    except (TypeError, ValueError):
+        raise UserError(f"{where(env)}: judge must return three of True or False, not {' '.join(repr(verdict).split())[:60]}") from None
 
 
 def reflections_in_words(figures: dict[str, int]) -> str:
