@@ -199,13 +199,13 @@ def check_checkpoint(saved: dict, parameters: Sequence[torch.Tensor], state: Ite
 def most_tokens(config: Any, context: int) -> int:
     """How long a conversation its positions allow; dynamic NTK stretches what the model was trained on, as does YaRN."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kind, factor = str(rope.get("rope_type")), rope.get("factor", 1.0)
+    kind, factor = str(rope.get("rope_type")), rope.get("factor") or 1.0
     names = ("max_position_embeddings", "max_seq_len", "max_target_positions")   # MPT has the second, Whisper the third
     most = next((getattr(config, name) for name in names if getattr(config, name, None)), context)
     if "dynamic" in kind:
         most = int(most * factor)
     if kind == "yarn":
-        most = max(most, int(rope.get("original_max_position_embeddings", most) * factor))
+        most = max(most, int((rope.get("original_max_position_embeddings") or most) * factor))
     most = most if most > 0 else context                                         # -1: no limit
     # beyond this window Doge drops the weakest keys: which of equal ones, as those of equal words are, is left open
     return min(most, getattr(config, "keep_window_size", context))
