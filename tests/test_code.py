@@ -219,6 +219,8 @@ def test_outputs_are_compared_as_codecontests_does():
 MBPP = '{"task_id": 1, "text": "a", "code": "b", "test_list": %s}'
 HUMAN = '{"task_id": "x/1", "prompt": "%s", "entry_point": "f", "test": "%s", "canonical_solution": "    pass"}'
 CONTEST = '{"name": "a", "description": "b", "public_tests": %s, "private_tests": %s, "split": "%s"}'
+LOOKED_AT = ["def t(x):\n    assert f(x) == x * x\n[t(x) for x in (1, 3)]",               # though the value of the last line is not
+             "assert f(3) == 9\nf(1) == 1", "assert f(3) == 9\n'done'"]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -256,7 +258,8 @@ def test_a_file_of_another_layout_is_one_clear_line(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("text, split, right", [
-    (MBPP[:-1].replace("1", '"Mbpp/7.0"') % '["assert f(2) == 4"]' + ', "challenge_test_list": ["def t(x):\\n    assert f(x) == x * x\\n[t(x) for x in (1, 3)]", "f(1) == 1\\nassert f(3) == 9\\n\'done\'"], "test_imports": "import math"}',
+    (json.dumps(dict(task_id="Mbpp/7.0", text="a", code="b", test_list=["assert f(2) == 4", *LOOKED_AT],
+                     challenge_test_list=None, test_imports="import math")),
      "train", "def f(x): return x * x"),
     (HUMAN.replace('"x/1"', "3") % ("def f(x):\\n    return g(x)\\ndef g(x):\\n", "def run(f):\\n    assert f(2) == 4\\ncheck = run"),
      "test", "def f(x): return x * x"),

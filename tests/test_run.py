@@ -258,6 +258,7 @@ def test_ctrl_c_during_the_imports_is_one_line(script):
     ("MemoryError()", "error: out of memory; lower slots="),
     ("RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried')", "error: out of memory; lower slots="),
     ("OSError(36, 'File name too long', 'aaa')", "error: aaa: File name too long"),
+    ("OSError(27, 'File too large')", "error: out: File too large; nothing is lost"),
     ("OSError(28, 'No space left on device')", "error: out: No space left on device; nothing is lost")])
 def test_what_a_machine_refuses_is_one_line(raises, says):
     code = f"import config\ndef main(args):\n    raise {raises}\nconfig.guarded(main)"
